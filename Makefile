@@ -1,0 +1,28 @@
+# make demo   train and evaluate a small DAT on real handwritten digits, from nothing
+# make test   the whole test suite
+# make lint   style
+PYTHON ?= python3
+VENV ?= .venv
+OPTS ?=                 # further configuration of the demo, as TRAIN.EPOCHS=3
+RUN = output/dat_micro/digits
+
+.PHONY: demo test lint
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf $(RUN)
+	$(VENV)/bin/python tools/digits.py output/digits
+	$(VENV)/bin/torchrun --standalone --nproc-per-node 2 main.py --cfg configs/digits.yaml --opts $(OPTS)
+	$(VENV)/bin/python main.py --cfg configs/digits.yaml --eval --resume $(RUN) --opts $(OPTS)
+	@echo "The run lies in $(RUN); look at it with: $(VENV)/bin/tensorboard --logdir output"
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,24 @@
+"""How do images get from disk to the model's input? What follows is public."""
+
+from data.dataset import BadFile, ImageDataset, read_class_list
+from data.loader import EvalBatch, TrainBatch, eval_loader, train_loader
+from data.mixing import Normalize, SlotTransform
+from data.stream import ShardSampler, SlotSampler, updates_per_epoch
+from data.transforms import eval_transform, train_transform
+
+__all__ = [
+    "BadFile",
+    "EvalBatch",
+    "ImageDataset",
+    "Normalize",
+    "ShardSampler",
+    "SlotSampler",
+    "SlotTransform",
+    "TrainBatch",
+    "eval_loader",
+    "eval_transform",
+    "read_class_list",
+    "train_loader",
+    "train_transform",
+    "updates_per_epoch",
+]

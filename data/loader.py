@@ -1,0 +1,104 @@
+"""How do samples become batches? By torch's DataLoader, whose workers change only the speed."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from data.dataset import BadFile, EvalSample, ImageDataset, TrainSample
+from data.stream import ShardSampler, SlotSampler
+from utils.errors import DataError
+
+
+class TrainBatch(NamedTuple):
+    """A slot: images uint8 [B, 3, H, W] (channels last), labels int64 [B], substituted files."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    bad: list[BadFile]
+
+
+class EvalBatch(NamedTuple):
+    """Images uint8 [B, 3, H, W] (channels last), labels int64 [B], dataset positions int64 [B]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+
+
+class Loader(DataLoader):
+    """A DataLoader out of which a worker's DataError comes as the one line that it was."""
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            # torch puts the worker's traceback in front of the message.
+            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+
+
+def train_loader(
+    dataset: ImageDataset,
+    sampler: SlotSampler,
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    timeout: float = 300.0,
+) -> Loader:
+    """One `TrainBatch` per slot of `sampler`, in its order.
+
+    timeout: seconds without a batch after which a worker is taken for hung (RuntimeError).
+    """
+    return _loader(dataset, sampler, _collate_train, num_workers, pin_memory, timeout)
+
+
+def eval_loader(
+    dataset: ImageDataset,
+    sampler: ShardSampler,
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    timeout: float = 300.0,
+) -> Loader:
+    """One `EvalBatch` per batch of `sampler`; may be iterated again, its workers stay."""
+    return _loader(dataset, sampler, _collate_eval, num_workers, pin_memory, timeout)
+
+
+def _loader(
+    dataset: ImageDataset,
+    sampler: SlotSampler | ShardSampler,
+    collate: Callable,
+    num_workers: int,
+    pin_memory: bool,
+    timeout: float,
+) -> Loader:
+    return Loader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        timeout=timeout if num_workers else 0,
+        # By default every iterator draws a seed from the global generator: an evaluation more would
+        # change the training after it.
+        generator=torch.Generator(),
+    )
+
+
+def _collate_train(samples: list[TrainSample]) -> TrainBatch:
+    images, labels, bad = zip(*samples, strict=True)
+    return TrainBatch(
+        _stack(images), torch.tensor(labels), [file for files in bad for file in files]
+    )
+
+
+def _collate_eval(samples: list[EvalSample]) -> EvalBatch:
+    images, labels, indices = zip(*samples, strict=True)
+    return EvalBatch(_stack(images), torch.tensor(labels), torch.tensor(indices))
+
+
+def _stack(images: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """B times [3, H, W] to [B, 3, H, W], copied in the order in which pictures lie: [H, W, 3]."""
+    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)

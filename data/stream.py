@@ -1,0 +1,95 @@
+"""Which samples does a process read, and in what order?
+
+The order is a function of the seed and the position: nothing to save, and resuming costs nothing.
+A slot is one micro-batch of `batch_size` images; an update has `slots` of them, shared out evenly.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from utils.errors import DataError
+from utils.rng import key, permutation
+
+
+def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:
+    """Updates in one pass over the training set; the incomplete last one is dropped.
+
+    Raises DataError if there is none.
+    """
+    if num_samples < global_batch_size:
+        raise DataError(
+            f"the training set has {num_samples} images, an update takes {global_batch_size}; "
+            f"expected at least one update per epoch, set the global batch size to {num_samples} "
+            "or less"
+        )
+    return num_samples // global_batch_size
+
+
+class SlotSampler(Sampler[list[tuple[int, int]]]):
+    """The slots of one process over the whole run, each a list of (epoch, index).
+
+    `slots` of an update, a multiple of `world_size`, go to the processes in contiguous runs; they
+    come update by update from `start_update` to `total_updates`, so no epoch interrupts the stream.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        slots: int,
+        total_updates: int,
+        start_update: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.updates_per_epoch = updates_per_epoch(num_samples, batch_size * slots)
+        self.global_batch_size = batch_size * slots
+        self.updates = range(start_update, total_updates)
+        self.own_slots = range(rank * slots // world_size, (rank + 1) * slots // world_size)
+        self.seed = seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.updates) * len(self.own_slots)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for update in self.updates:
+            for slot in self.own_slots:
+                yield self.slot(update, slot)
+
+    def slot(self, update: int, slot: int) -> list[tuple[int, int]]:
+        """The (epoch, index) pairs of any slot of any update, whichever process has it."""
+        epoch, position = divmod(update, self.updates_per_epoch)
+        start = position * self.global_batch_size + slot * self.batch_size
+        indices = self._epoch_order(epoch)[start : start + self.batch_size]
+        return [(epoch, index) for index in indices.tolist()]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._order = permutation(self.num_samples, key(self.seed, "order", epoch))
+            self._epoch = epoch
+        return self._order
+
+
+class ShardSampler(Sampler[list[int]]):
+    """The batches of one process in an evaluation: indices rank::world_size, each image once.
+
+    Nothing is padded, so processes may have different numbers of images and of batches.
+    """
+
+    def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.indices = range(rank, num_samples, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield list(self.indices[start : start + self.batch_size])

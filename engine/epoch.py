@@ -1,0 +1,256 @@
+"""The two hot loops: an epoch of training, and an evaluation that counts every image once."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.utils import AverageMeter
+from torch import nn
+from tqdm import tqdm
+
+from engine.checkpoint import TrainState
+from engine.optimizer import Schedule
+from utils.distributed import Process, all_reduce_sum
+from utils.errors import DivergedError
+from utils.logging import MetricWriter, logger
+from utils.rng import key, reseed
+
+MAX_SKIPPED = (
+    20  # updates in a row without a finite gradient; fp16's loss scale may need 16 to come down
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every update does; the state that it changes is `TrainState`."""
+
+    seed: int
+    epochs: int
+    updates_per_epoch: int
+    global_batch: int  # images of one update
+    slots: range  # the micro-batches of every update that are this process's
+    schedule: Schedule
+    transform: Callable  # (uint8 images, labels) on the CPU -> (images, targets) on the device
+    label_smoothing: float
+    clip_grad: float  # largest gradient norm; 0 leaves the gradient as it is
+    amp_dtype: torch.dtype
+    print_freq: int  # updates between records
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision in `dtype`; float32 is none."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def train_epoch(
+    *,
+    state: TrainState,
+    net: nn.Module,
+    batches: Iterator,
+    recipe: Recipe,
+    process: Process,
+    writer: MetricWriter,
+    after_update: Callable[[], None],
+) -> None:
+    """Train from `state.update` to the end of epoch `state.epoch`; `net` is `state.model`, wrapped for many processes.
+
+    `after_update` is called at every update boundary, where the state may be saved. Raises DivergedError.
+    """
+    end = (state.epoch + 1) * recipe.updates_per_epoch
+    meters = {name: AverageMeter() for name in ("time", "loss", "grad_norm")}
+    begin = since = time.perf_counter()
+    since_update, waited = state.update, 0.0
+    progress = tqdm(
+        total=recipe.updates_per_epoch,
+        initial=state.update % recipe.updates_per_epoch,
+        desc=f"epoch {state.epoch}/{recipe.epochs}",
+        disable=None if process.is_main else True,
+        leave=False,
+        dynamic_ncols=True,
+    )
+    while state.update < end:
+        rate = recipe.schedule(state.update)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        loss, wait = _accumulate(state, net, batches, recipe, process)
+        norm = _step(state, recipe.clip_grad)
+        state.update += 1
+        waited += wait
+        progress.update()
+        if state.update % recipe.print_freq == 0:
+            # The values are this update's own, so that a resumed run records the same as one that was not stopped.
+            loss = (all_reduce_sum(loss) / process.world_size).item()
+            values = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
+            writer.metrics(state.update, values)
+            seconds, updates = time.perf_counter() - since, state.update - since_update
+            speed = updates * recipe.global_batch / seconds
+            writer.timing(
+                state.update,
+                {"time/images_per_s": speed, "time/data_wait": waited / seconds},
+            )
+            for name, value in (("time", seconds / updates), ("loss", loss), ("grad_norm", norm)):
+                meters[name].update(value)
+            logger.info(_train_line(state, recipe, rate, meters, process.device))
+            since, since_update, waited = time.perf_counter(), state.update, 0.0
+        after_update()
+    progress.close()
+    logger.info(f"EPOCH {state.epoch} training takes {_clock(time.perf_counter() - begin)}")
+
+
+def _accumulate(
+    state: TrainState, net: nn.Module, batches: Iterator, recipe: Recipe, process: Process
+) -> tuple[torch.Tensor, float]:
+    """Leave the mean gradient of an update's slots; return this process's mean loss and its seconds without data."""
+    state.optimizer.zero_grad(set_to_none=True)
+    total, waited = torch.zeros((), device=process.device), 0.0
+    for slot in recipe.slots:
+        start = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - start
+        reseed(key(recipe.seed, "slot", state.update, slot), process.device)
+        images, targets = recipe.transform(batch.images, batch.labels)
+        reduced = slot == recipe.slots[-1] or process.world_size == 1
+        with nullcontext() if reduced else net.no_sync():
+            with autocast(process.device, recipe.amp_dtype):
+                logits = net(images)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+            loss = loss / len(recipe.slots)
+            state.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total, waited
+
+
+def _step(state: TrainState, clip_grad: float) -> float:
+    """Clip the gradient and apply it; where it is not finite, the same on all processes, skip. Returns its norm."""
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad or float("inf")).item()
+    finite = norm < float("inf")
+    if (
+        finite or state.scaler.is_enabled()
+    ):  # an enabled scaler skips by itself, and lowers its scale
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    if finite and state.ema is not None:
+        state.ema.update(state.model)
+    state.skipped = 0 if finite else state.skipped + 1
+    if not finite:
+        logger.warning(f"update {state.update}: the gradient norm is {norm}, the update is skipped")
+    if state.skipped > MAX_SKIPPED:
+        raise DivergedError(
+            f"update {state.update}: the loss or gradient was not finite for {state.skipped} updates in a row. "
+            "The checkpoints hold the weights from before. Lower TRAIN.BASE_LR, use --amp-dtype bfloat16 or "
+            "look at the images of these updates, then start the same command again."
+        )
+    return norm
+
+
+def _train_line(
+    state: TrainState, recipe: Recipe, rate: float, meters: dict, device: torch.device
+) -> str:
+    index = (state.update - 1) % recipe.updates_per_epoch + 1
+    left = meters["time"].avg * (recipe.epochs * recipe.updates_per_epoch - state.update)
+    values = "\t".join(
+        f"{name} {meter.val:.4f} ({meter.avg:.4f})" for name, meter in meters.items()
+    )
+    return (
+        f"Train: [{state.epoch}/{recipe.epochs}][{index}/{recipe.updates_per_epoch}]\t"
+        f"eta {_clock(left)} lr {rate:.6f}\t{values}\tmem {_memory(device):.0f}MB"
+    )
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The outcome of an evaluation: how many images, how many right, and the mean loss."""
+
+    images: int
+    top1: int
+    top5: int
+    loss: float
+
+    @property
+    def acc1(self) -> float:
+        """Top-1 accuracy in per cent."""
+        return 100 * self.top1 / self.images
+
+    @property
+    def acc5(self) -> float:
+        """Top-5 accuracy in per cent."""
+        return 100 * self.top5 / self.images
+
+    def asdict(self) -> dict[str, float]:
+        """Counts, percentages and loss."""
+        return {**asdict(self), "acc1": self.acc1, "acc5": self.acc5}
+
+
+@torch.inference_mode()
+def evaluate_epoch(
+    *,
+    model: nn.Module,
+    loader: Iterable,
+    normalize: Callable,
+    batch_size: int,
+    process: Process,
+    amp_dtype: torch.dtype,
+    print_freq: int,
+) -> Accuracy:
+    """Classify this process's share of the images, then add the counts of all processes, once.
+
+    No image is counted twice and none is left out, however many processes there are. A last batch that is smaller
+    is filled up and cut off again, so that the kernels, and with them near ties, do not depend on the number of
+    processes.
+    """
+    model.eval()
+    counts = torch.zeros(3, dtype=torch.int64, device=process.device)
+    loss = torch.zeros((), dtype=torch.float64, device=process.device)
+    time_meter = AverageMeter()
+    since = time.perf_counter()
+    progress = tqdm(
+        loader,
+        desc="test",
+        disable=None if process.is_main else True,
+        leave=False,
+        dynamic_ncols=True,
+    )
+    for index, (images, labels, _) in enumerate(progress, start=1):
+        real = len(images)
+        if real < batch_size:
+            images = torch.cat([images, images[-1:].expand(batch_size - real, -1, -1, -1)])
+        labels = labels.to(process.device, non_blocking=True)
+        with autocast(process.device, amp_dtype):
+            logits = model(normalize(images))[:real].float()
+        loss += F.cross_entropy(logits, labels, reduction="none").double().sum()
+        guesses = logits.topk(min(5, logits.shape[1])).indices
+        right = guesses == labels[:, None]
+        counts += torch.stack(
+            (torch.tensor(real, device=process.device), right[:, 0].sum(), right.any(1).sum())
+        )
+        if index % print_freq == 0:
+            n, top1, top5 = counts.tolist()
+            time_meter.update((time.perf_counter() - since) / print_freq, print_freq)
+            since = time.perf_counter()
+            logger.info(
+                f"Test: [{index}/{len(loader)}]\tTime {time_meter.val:.3f} ({time_meter.avg:.3f})\t"
+                f"Loss {loss.item() / n:.4f}\tAcc@1 {100 * top1 / n:.3f}\tAcc@5 {100 * top5 / n:.3f}\t"
+                f"Mem {_memory(process.device):.0f}MB"
+            )
+    model.train()
+    n, top1, top5 = all_reduce_sum(counts).tolist()
+    return Accuracy(n, top1, top5, all_reduce_sum(loss).item() / n)
+
+
+def _memory(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

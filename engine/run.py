@@ -1,0 +1,568 @@
+"""What happens in a run, from a frozen configuration to checkpoints and accuracies?
+
+The only file beside main.py and config.py that reads the configuration: all others take plain arguments.
+"""
+
+import functools
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import config
+import timm
+import torch
+import yaml
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+import data
+import models
+from engine import checkpoint
+from engine.checkpoint import TrainState
+from engine.epoch import Accuracy, Recipe, autocast, evaluate_epoch, train_epoch
+from engine.folder import RunFolder
+from engine.optimizer import Schedule, create_optimizer
+from engine.pretrained import load_pretrained
+from utils import distributed
+from utils.distributed import Process
+from utils.errors import CheckpointError, ConfigError, DataError
+from utils.logging import MetricWriter, logger, start_logging, write_atomically
+from utils.rng import key, reseed
+
+REFERENCE_BATCH = 512  # the learning rates of a configuration are for so many images per update
+
+
+def train(cfg: CfgNode, sources: dict[str, str]) -> None:
+    """Train from the start, or from where the run's newest whole checkpoint left off, to the last epoch."""
+    # --- Process and folder -----------------------------------------------------------------------
+    process = distributed.start(cfg.DEVICE, cfg.THREADS)
+    config.check_world_size(cfg, process.world_size)
+    folder = RunFolder(_run_path(cfg), process)
+    with folder.claimed():
+        start_logging(cfg.MODEL.NAME, process.rank, folder.path if process.is_main else None)
+        _log_start(cfg, sources, process)
+
+        # --- Data ---------------------------------------------------------------------------------
+        train_set, val_set = _open_data(cfg)
+        classes = train_set.classes
+        updates_per_epoch = data.updates_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
+        logger.info(
+            f"Data: {len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes; "
+            f"{updates_per_epoch} updates of {cfg.TRAIN.GLOBAL_BATCH_SIZE} images per epoch"
+        )
+
+        # --- Model --------------------------------------------------------------------------------
+        model = _build_model(cfg, len(classes), process)
+        if cfg.CHECKPOINT.PRETRAINED:
+            load_pretrained(model, Path(cfg.CHECKPOINT.PRETRAINED), whole=False)
+        ema = ModelEmaV3(model, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
+        tensors = 3 + bool(ema)  # weights, two moments and the average
+        folder.require_space(tensors * sum(4 * p.numel() for p in model.parameters()))
+        net = _parallel(model, cfg.DATA.IMG_SIZE, process)
+
+        # --- What an update does ------------------------------------------------------------------
+        recipe = _recipe(cfg, updates_per_epoch, len(classes), process)
+        optimizer = create_optimizer(
+            model,
+            weight_decay=cfg.TRAIN.WEIGHT_DECAY,
+            betas=cfg.TRAIN.ADAM_BETAS,
+            eps=cfg.TRAIN.ADAM_EPS,
+        )
+        fp16 = recipe.amp_dtype == torch.float16
+        scaler = torch.amp.GradScaler(process.device.type, enabled=fp16)
+        state = TrainState(model, ema, optimizer, scaler)
+
+        # --- Resume -------------------------------------------------------------------------------
+        facts = _facts(cfg, train_set, updates_per_epoch)
+        if (found := _find_checkpoint(cfg, folder)) is not None:
+            _check_same_run(found, facts)
+            checkpoint.restore(found, state)
+            logger.info(f"Resumed from {found}: epoch {state.epoch}, update {state.update}")
+        if process.is_main:
+            write_atomically(folder.path / "config.yaml", config.dump(cfg))
+        writer = MetricWriter(folder.path if process.is_main else None, state.update)
+        distributed.barrier()  # nobody trains before everybody has found the same checkpoint
+
+        # --- Epochs -------------------------------------------------------------------------------
+        save = functools.partial(_save, cfg, folder, state, facts, process)
+        batches = _train_batches(cfg, train_set, state, recipe, process)
+        validate = functools.partial(_validate, cfg, val_set, state, writer, process)
+        every = cfg.CHECKPOINT.UPDATES
+
+        def after_update() -> None:
+            if every and state.update % every == 0 and state.update % updates_per_epoch:
+                save()
+
+        while state.epoch < cfg.TRAIN.EPOCHS:
+            train_epoch(
+                state=state,
+                net=net,
+                batches=batches,
+                recipe=recipe,
+                process=process,
+                writer=writer,
+                after_update=after_update,
+            )
+            state.epoch += 1
+            last = state.epoch == cfg.TRAIN.EPOCHS
+            improved = (last or state.epoch % cfg.TRAIN.EVAL_FREQ == 0) and validate()
+            if last or improved or state.epoch % cfg.CHECKPOINT.EPOCHS == 0:
+                save()
+            folder.report("running", epoch=state.epoch, update=state.update, best=state.best)
+        writer.close()
+        logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at update {state.best['update']}")
+        logger.info(f"The run is complete: {folder.path}")
+    distributed.stop()
+
+
+def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
+    """Evaluate weights, or a checkpoint and its EMA, on the validation images; never trains.
+
+    A run's folder stands for its best checkpoint. Raises CheckpointError without weights that fit in full.
+    """
+    process = distributed.start(cfg.DEVICE, cfg.THREADS)
+    start_logging(cfg.MODEL.NAME, process.rank)
+    _log_start(cfg, sources, process)
+    # --- Classes and model ------------------------------------------------------------------------
+    if cfg.CHECKPOINT.PRETRAINED:
+        source, classes = Path(cfg.CHECKPOINT.PRETRAINED), None
+    else:
+        source = checkpoint.locate(Path(cfg.CHECKPOINT.RESUME or _run_path(cfg)), best=True)
+        classes = checkpoint.read_facts(source)["classes"]
+    val_set = _open_split(cfg, "val", classes or _class_list(cfg))
+    model = _build_model(cfg, len(val_set.classes), process)
+    # --- Evaluate ---------------------------------------------------------------------------------
+    score = functools.partial(_score, cfg, val_set, process)
+    results = {}
+    if cfg.CHECKPOINT.PRETRAINED:
+        load_pretrained(model, source, whole=True)
+        results["model"] = score(model)
+    else:
+        for name in ("model", "ema"):
+            if (file := source / f"{name}.safetensors").exists():
+                checkpoint.load_strictly(model, file)
+                results[name] = score(model)
+    # --- Report -----------------------------------------------------------------------------------
+    for name, result in results.items():
+        _log_accuracy(result, name)
+    logger.info(f"Evaluated {source}: {_protocol(cfg)}")
+    if process.is_main:
+        record = {"weights": str(source), "protocol": _protocol(cfg)}
+        record |= {name: result.asdict() for name, result in results.items()}
+        print(json.dumps(record))
+    distributed.stop()
+
+
+def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
+    """Print how many images a second the model classifies, on random images; needs no data."""
+    process = distributed.start(cfg.DEVICE, cfg.THREADS)
+    start_logging(cfg.MODEL.NAME, process.rank)
+    _log_start(cfg, sources, process)
+    model = _build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process).eval()
+    size, batch = cfg.DATA.IMG_SIZE, cfg.DATA.BATCH_SIZE
+    images = torch.randn(batch, 3, size, size, device=process.device)
+    seconds = []
+    with torch.inference_mode(), autocast(process.device, getattr(torch, cfg.AMP_DTYPE)):
+        while len(seconds) < 13 or sum(seconds) < 10:
+            start = time.perf_counter()
+            model(images)
+            if process.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    speeds = sorted(batch / s for s in seconds[3:])  # the first three warm up
+    logger.info(
+        f"batch_size {batch} throughput {speeds[len(speeds) // 2]:.1f} images/s per process (median of {len(speeds)}; "
+        f"{speeds[0]:.1f} to {speeds[-1]:.1f}), {size} px, {cfg.AMP_DTYPE}, {process.device}"
+    )
+    distributed.stop()
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def _open_data(cfg: CfgNode) -> tuple[data.ImageDataset, data.ImageDataset]:
+    """Training and validation set under one class list: the one of the file, or the training set's folders."""
+    train_set = _open_split(cfg, "train", _class_list(cfg))
+    count = len(train_set.classes)
+    if cfg.MODEL.NUM_CLASSES not in (0, count):
+        raise ConfigError(
+            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {cfg.DATA.PATH} has {count} classes. "
+            "Leave it 0 to follow the data."
+        )
+    return train_set, _open_split(cfg, "val", train_set.classes)
+
+
+def _open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.ImageDataset:
+    if not cfg.DATA.PATH:
+        raise ConfigError(
+            "DATA.PATH is empty. Name the folder that holds train and val with --data-path."
+        )
+    if split == "train":
+        transform = data.train_transform(
+            cfg.DATA.IMG_SIZE,
+            scale=cfg.AUG.SCALE,
+            ratio=cfg.AUG.RATIO,
+            hflip=cfg.AUG.HFLIP,
+            color_jitter=cfg.AUG.COLOR_JITTER,
+            auto_augment=cfg.AUG.AUTO_AUGMENT,
+            interpolation=cfg.DATA.INTERPOLATION,
+            padding=cfg.AUG.PADDING,
+        )
+    else:
+        transform = data.eval_transform(
+            cfg.DATA.IMG_SIZE,
+            protocol=cfg.TEST.PROTOCOL,
+            crop_pct=cfg.TEST.CROP_PCT,
+            interpolation=cfg.DATA.INTERPOLATION,
+        )
+    return data.ImageDataset(
+        cfg.DATA.PATH,
+        split,
+        transform=transform,
+        train=split == "train",
+        seed=cfg.SEED,
+        classes=classes,
+        allow_missing=cfg.DATA.VAL_SUBSET and split == "val",
+    )
+
+
+def _class_list(cfg: CfgNode) -> list[str] | None:
+    return data.read_class_list(cfg.DATA.CLASS_LIST) if cfg.DATA.CLASS_LIST else None
+
+
+def _train_batches(
+    cfg: CfgNode,
+    train_set: data.ImageDataset,
+    state: TrainState,
+    recipe: Recipe,
+    process: Process,
+) -> Iterator[data.TrainBatch]:
+    """This process's slots from `state.update` to the end of the run; too many bad images are a DataError."""
+    sampler = data.SlotSampler(
+        len(train_set),
+        batch_size=cfg.DATA.BATCH_SIZE,
+        slots=recipe.global_batch // cfg.DATA.BATCH_SIZE,
+        start_update=state.update,
+        total_updates=recipe.epochs * recipe.updates_per_epoch,
+        seed=cfg.SEED,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+    loader = data.train_loader(
+        train_set,
+        sampler,
+        num_workers=cfg.DATA.NUM_WORKERS,
+        pin_memory=process.device.type == "cuda",
+    )
+    bad = 0
+    for batch in loader:
+        for path, reason in batch.bad:
+            logger.warning(
+                f"{path} cannot be read and is replaced by another image of its class: {reason}"
+            )
+        bad += len(batch.bad)
+        if bad > cfg.DATA.MAX_BAD_SAMPLES:
+            raise DataError(
+                f"{bad} training images could not be read, the last {batch.bad[-1][0]}. "
+                "Restore them, remove them, or raise DATA.MAX_BAD_SAMPLES."
+            )
+        yield batch
+
+
+# --- Model ----------------------------------------------------------------------------------------
+
+
+def _build_model(cfg: CfgNode, num_classes: int, process: Process) -> nn.Module:
+    """The model with its initial weights, the same on every process, on the device."""
+    reseed(key(cfg.SEED, "model"))
+    model = models.build(
+        cfg.MODEL.NAME,
+        num_classes=num_classes,
+        img_size=cfg.DATA.IMG_SIZE,
+        drop_path_rate=cfg.MODEL.DROP_PATH_RATE,
+        **cfg.MODEL.ARGS,
+    )
+    if cfg.MODEL.GRAD_CHECKPOINTING:
+        model.set_grad_checkpointing()
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    logger.info(f"Model: {cfg.MODEL.NAME}, {millions:.2f} M parameters, {num_classes} classes")
+    return model.to(process.device)
+
+
+def _parallel(model: nn.Module, img_size: int, process: Process) -> nn.Module:
+    """`model` in DDP where there is more than one process.
+
+    DDP regroups its gradients after the first backward pass and then sums them in another order, which three and more
+    processes see in the last bits. One pass that is thrown away makes every update, resumed or not, a later one.
+    """
+    if process.world_size == 1:
+        return model
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    net = DistributedDataParallel(
+        model,
+        device_ids=[process.device] if process.device.type == "cuda" else None,
+        broadcast_buffers=any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
+        ),
+        gradient_as_bucket_view=True,
+    )
+    net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()
+    model.zero_grad(set_to_none=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return net
+
+
+def _recipe(cfg: CfgNode, updates_per_epoch: int, num_classes: int, process: Process) -> Recipe:
+    slots = cfg.TRAIN.GLOBAL_BATCH_SIZE // cfg.DATA.BATCH_SIZE // process.world_size
+    scale = cfg.TRAIN.GLOBAL_BATCH_SIZE / REFERENCE_BATCH
+    schedule = Schedule(
+        total=cfg.TRAIN.EPOCHS * updates_per_epoch,
+        warmup=cfg.TRAIN.WARMUP_EPOCHS * updates_per_epoch,
+        base=cfg.TRAIN.BASE_LR * scale,
+        start=cfg.TRAIN.WARMUP_LR * scale,
+        end=cfg.TRAIN.MIN_LR * scale,
+    )
+    logger.info(
+        f"Update: {slots * process.world_size} slots of {cfg.DATA.BATCH_SIZE} images, {slots} on each of "
+        f"{process.world_size} processes; learning rate {schedule.start:.3g} to {schedule.base:.3g} to {schedule.end:.3g}"
+    )
+    transform = data.SlotTransform(
+        num_classes=num_classes,
+        mean=cfg.DATA.MEAN,
+        std=cfg.DATA.STD,
+        device=process.device,
+        reprob=cfg.AUG.REPROB,
+        remode=cfg.AUG.REMODE,
+        recount=cfg.AUG.RECOUNT,
+        mixup=cfg.AUG.MIXUP,
+        cutmix=cfg.AUG.CUTMIX,
+        mixup_prob=cfg.AUG.MIXUP_PROB,
+        mixup_switch_prob=cfg.AUG.MIXUP_SWITCH_PROB,
+        mixup_mode=cfg.AUG.MIXUP_MODE,
+    )
+    return Recipe(
+        seed=cfg.SEED,
+        epochs=cfg.TRAIN.EPOCHS,
+        updates_per_epoch=updates_per_epoch,
+        global_batch=cfg.TRAIN.GLOBAL_BATCH_SIZE,
+        slots=range(process.rank * slots, (process.rank + 1) * slots),
+        schedule=schedule,
+        transform=transform,
+        label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
+        clip_grad=cfg.TRAIN.CLIP_GRAD,
+        amp_dtype=getattr(torch, cfg.AMP_DTYPE),
+        print_freq=cfg.PRINT_FREQ,
+    )
+
+
+# --- Validation -----------------------------------------------------------------------------------
+
+
+def _score(
+    cfg: CfgNode, val_set: data.ImageDataset, process: Process, model: nn.Module
+) -> Accuracy:
+    batch_size = cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE
+    sampler = data.ShardSampler(
+        len(val_set), batch_size=batch_size, rank=process.rank, world_size=process.world_size
+    )
+    loader = data.eval_loader(
+        val_set,
+        sampler,
+        num_workers=cfg.DATA.NUM_WORKERS,
+        pin_memory=process.device.type == "cuda",
+    )
+    return evaluate_epoch(
+        model=model,
+        loader=loader,
+        normalize=data.Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device=process.device),
+        batch_size=batch_size,
+        process=process,
+        amp_dtype=getattr(torch, cfg.AMP_DTYPE),
+        print_freq=cfg.PRINT_FREQ,
+    )
+
+
+def _validate(
+    cfg: CfgNode,
+    val_set: data.ImageDataset,
+    state: TrainState,
+    writer: MetricWriter,
+    process: Process,
+) -> bool:
+    """Evaluate the model and its EMA, record the accuracies; whether the better one is the best of the run so far."""
+    weights = {"val": state.model} | ({"val_ema": state.ema.module} if state.ema else {})
+    values, best = {"epoch": state.epoch}, 0.0
+    for name, model in weights.items():
+        result = _score(cfg, val_set, process, model)
+        _log_accuracy(result, name)
+        values |= {
+            f"{name}/acc1": result.acc1,
+            f"{name}/acc5": result.acc5,
+            f"{name}/loss": result.loss,
+        }
+        best = max(best, result.acc1)
+    writer.metrics(state.update, values | _offset_lengths(cfg, val_set, state.model, process))
+    improved = best > state.best["acc1"]
+    if improved:
+        state.best = {"acc1": best, "update": state.update}
+    logger.info(f"Max accuracy: {state.best['acc1']:.2f}%")
+    return improved
+
+
+@torch.inference_mode()
+def _offset_lengths(
+    cfg: CfgNode, val_set: data.ImageDataset, model: nn.Module, process: Process, images: int = 32
+) -> dict[str, float]:
+    """Mean length of the sampling offsets of each deformable stage on the first images, in pixels of the input."""
+    if not hasattr(model, "sampling_positions"):
+        return {}
+    normalize = data.Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device=process.device)
+    pixels = torch.stack([val_set[i][0] for i in range(min(images, len(val_set)))])
+    model.eval()
+    lengths: dict[str, list[float]] = {}
+    for layer in model.sampling_positions(normalize(pixels)):
+        name = f"offsets/stage{layer.stage + 1}_pixels"
+        lengths.setdefault(name, []).append(layer.offset_length().mean().item())
+    model.train()
+    return {name: sum(values) / len(values) for name, values in lengths.items()}
+
+
+def _log_accuracy(result: Accuracy, name: str) -> None:
+    suffix = " (EMA)" if "ema" in name else ""
+    logger.info(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}{suffix}")
+    logger.info(
+        f"Accuracy of the network on the {result.images} test images: {result.acc1:.2f}%{suffix}"
+    )
+
+
+def _protocol(cfg: CfgNode) -> str:
+    return (
+        f"{cfg.TEST.PROTOCOL} protocol, {cfg.DATA.IMG_SIZE} px, crop_pct {cfg.TEST.CROP_PCT:g}, "
+        f"{cfg.DATA.INTERPOLATION}, {cfg.AMP_DTYPE}"
+    )
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def _facts(cfg: CfgNode, train_set: data.ImageDataset, updates_per_epoch: int) -> dict:
+    """What a checkpoint tells beside the state: enough to understand it, and to notice a changed world."""
+    return {
+        "model": cfg.MODEL.NAME,
+        "classes": train_set.classes,
+        "data": train_set.fingerprint,
+        "updates_per_epoch": updates_per_epoch,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+        "revision": _revision(),
+        "threads": torch.get_num_threads(),
+        "config": yaml.safe_load(config.dump(cfg)),
+    }
+
+
+def _find_checkpoint(cfg: CfgNode, folder: RunFolder) -> Path | None:
+    """The checkpoint to go on from: the run's own newest, else the one that CHECKPOINT.RESUME names.
+
+    The run's own comes first so that a command with --resume can be started again after it was stopped.
+    """
+    own = checkpoint.newest(folder.checkpoints) if cfg.CHECKPOINT.AUTO_RESUME else None
+    if not cfg.CHECKPOINT.RESUME:
+        return own
+    named = checkpoint.locate(Path(cfg.CHECKPOINT.RESUME))
+    if own is None or own.resolve() == named.resolve():
+        return named
+    if named.resolve().is_relative_to(folder.path.resolve()):
+        raise CheckpointError(
+            f"{folder.path} has gone on to {own.name}: to branch off at {named.name}, give the new run another --tag."
+        )
+    logger.info(f"This run has begun already: it goes on from its own {own.name}, not from {named}")
+    return own
+
+
+def _check_same_run(path: Path, facts: dict) -> None:
+    """Refuse a checkpoint whose position would mean something else here; say what else has changed since."""
+    saved = checkpoint.read_facts(path)
+    for name, remedy in (
+        ("model", "set MODEL.NAME to it"),
+        ("classes", "point --data-path to the data it was trained on"),
+        ("updates_per_epoch", "restore the training images and TRAIN.GLOBAL_BATCH_SIZE"),
+    ):
+        if saved[name] != facts[name]:
+            raise CheckpointError(
+                f"{path} cannot be resumed: its {name} is {_short(saved[name])} and here it is {_short(facts[name])}. "
+                f"Either {remedy}, or start a new run from its weights: --pretrained {path} --tag NAME."
+            )
+    before, now = _flat(saved), _flat(facts)
+    for name in sorted(before.keys() | now.keys()):
+        if name in now and before.get(name) != now[name]:
+            logger.warning(
+                f"Changed since the checkpoint: {name} was {before.get(name)}, is {now[name]}"
+            )
+
+
+def _save(
+    cfg: CfgNode, folder: RunFolder, state: TrainState, facts: dict, process: Process
+) -> None:
+    if process.is_main:
+        start = time.perf_counter()
+        path = checkpoint.save(folder.checkpoints, state, facts)
+        checkpoint.prune(folder.checkpoints, cfg.CHECKPOINT.KEEP, state.best["update"])
+        logger.info(f"{path} saved in {time.perf_counter() - start:.2f} s")
+
+
+# --- Small facts ----------------------------------------------------------------------------------
+
+
+def _run_path(cfg: CfgNode) -> Path:
+    return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
+
+
+def _log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
+    logger.info(
+        f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each, "
+        f"torch {torch.__version__}, timm {timm.__version__}, code {_revision()}"
+    )
+    for name, source in sources.items():
+        value = functools.reduce(getattr, name.split("."), cfg)
+        logger.info(f"{name}: {value}  ({source})")
+
+
+def _revision() -> str:
+    """The commit of this code, marked where files differ from it; "unknown" outside of a repository."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for name, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
+    return flat
+
+
+def _short(value: object) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list) else str(value)

@@ -1,0 +1,35 @@
+#!/usr/bin/env python
+"""Train, evaluate or time a model on ImageNet: `torchrun main.py --cfg configs/dat_tiny.yaml --data-path /imagenet`."""
+
+import os
+import sys
+
+import config
+
+from utils.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; returns the process's exit code (see utils/errors.py)."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        command = config.parse(arguments)
+    except UserError as error:  # every process sees the same command line: one of them says so
+        if rank == 0:
+            print(error, file=sys.stderr)
+        return error.exit_code
+    from engine import run  # imports torch, which --help and a refused command need not wait for
+
+    action = {"train": run.train, "eval": run.evaluate, "throughput": run.throughput}[command.mode]
+    try:
+        action(command.cfg, command.sources)
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""Which model is meant by a name? Importing this package registers the DAT variants with timm."""
+
+import difflib
+import inspect
+import re
+import sys
+
+import timm
+from torch import nn
+
+from models.dat import DAT, VARIANTS, DATConfig
+from utils.errors import ConfigError
+
+
+def build(
+    name: str, *, num_classes: int, img_size: int, drop_path_rate: float, **args
+) -> nn.Module:
+    """The model that timm knows as `name`, untrained; `args` go to its constructor.
+
+    `img_size` is passed on where a model depends on it. Unknown names and arguments raise ConfigError with the nearest.
+    """
+    if not timm.is_model(name):
+        raise ConfigError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
+    settings = timm.get_pretrained_cfg(name)
+    if name in VARIANTS or (settings and settings.fixed_input_size):
+        args["img_size"] = img_size
+    try:
+        return timm.create_model(
+            name, num_classes=num_classes, drop_path_rate=drop_path_rate, **args
+        )
+    except TypeError as error:
+        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword .*?'(\w+)'", str(error))
+        if unknown is None:
+            raise
+        class_name, argument = unknown.groups()
+        if argument == "drop_path_rate" and drop_path_rate == 0:  # what such a model does anyway
+            args.setdefault("img_size", img_size)
+            return timm.create_model(name, num_classes=num_classes, **args)
+        known = constructor_arguments(name, class_name)
+        raise ConfigError(
+            f"{name} takes no argument {argument!r}{nearest(argument, known)}"
+        ) from error
+
+
+def constructor_arguments(name: str, class_name: str) -> list[str]:
+    """The arguments of the class that the timm model `name` is made of."""
+    if name in VARIANTS:
+        classes = [DAT, DATConfig]
+    else:
+        classes = [getattr(sys.modules[timm.models.model_entrypoint(name).__module__], class_name)]
+    return [argument for cls in classes for argument in inspect.signature(cls).parameters]
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The end of an error message: the entry of `known` most like `word`, if any is."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,305 @@
+"""How does one position read the others? The spatial mixers, one class per letter.
+
+    L  windows                 Swin, arXiv 2103.14030
+    S  shifted windows         the same
+    D  deformable attention    DAT, arXiv 2201.00520; DAT++, arXiv 2309.01430
+
+Every mixer maps (B, H, W, C) to (B, H, W, C) for any H and W. Shapes in this file:
+
+    B batch   H, W map   C channels   M heads   D = C / M channels of a head
+    n window height · width           K number of windows
+    G offset groups   Hk, Wk sampling grid   N = H · W queries   S = Hk · Wk sampled keys
+
+Coordinates are (y, x), normalised so that -1 and 1 are the centres of the border cells.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q · kᵀ / √D + bias) · v with q (…, N, D), k and v (…, S, D), bias broadcast to (…, N, S)."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    # On the CPU two batched products beat the fused kernel for windows of 49 tokens.
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (scores + bias).softmax(dim=-1).to(v.dtype) @ v
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution on (B, H, W, C); the last, partial patch of a patch embedding is filled with zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, H', W', C'); H' = ⌈H / stride⌉ for patches and for kernels with padding k // 2."""
+        x = x.permute(0, 3, 1, 2)  # (B, C, H, W), in memory still channels-last
+        if self.padding == (0, 0):
+            x = F.pad(x, (0, -x.shape[3] % self.stride[1], 0, -x.shape[2] % self.stride[0]))
+        return super().forward(x).permute(0, 2, 3, 1)
+
+
+# ------------------------------------------------------------------------------------------ windows
+
+
+class WindowAttention(nn.Module):
+    """Attention inside w × w windows with a learned bias per relative position (L; S when shifted).
+
+    A map smaller than the window is one smaller window. Padded positions are never attended to.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, shifted: bool = False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.shift_size = (window_size + 1) // 2 if shifted else 0
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        table = torch.zeros((2 * window_size - 1) ** 2, num_heads)
+        self.relative_position_bias_table = nn.Parameter(trunc_normal_(table, std=0.01))
+        index = relative_position_index(window_size)
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        height, width = x.shape[1:3]
+        window = min(self.window_size, height), min(self.window_size, width)
+        # A window that covers the map already connects all of it: nothing to shift.
+        shift = tuple(
+            self.shift_size if size > extent else 0
+            for size, extent in zip((height, width), window, strict=True)
+        )
+        padding = -height % window[0], -width % window[1]
+
+        bias = self.bias(window)  # (M, n, n)
+        if any(shift) or any(padding):
+            bias = bias + window_mask((height, width), window, shift, x.device)[:, None]
+        if any(padding):
+            x = F.pad(x, (0, 0, 0, padding[1], 0, padding[0]))
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), (1, 2))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = to_windows(qkv, window).permute(3, 0, 1, 4, 2, 5).unbind(0)  # (B, K, M, n, D)
+        x = from_windows(attend(q, k, v, bias).transpose(2, 3), window, x.shape[1:3]).flatten(3)
+        x = self.proj(x)
+        if any(shift):
+            x = x.roll(shift, (1, 2))
+        return x[:, :height, :width] if any(padding) else x
+
+    def bias(self, window: tuple[int, int]) -> Tensor:
+        """The bias (M, n, n) of a window no larger than the table's."""
+        rows, columns = window
+        size = self.window_size
+        index = self.relative_position_index.view(size, size, size, size)
+        index = index[:rows, :columns, :rows, :columns].reshape(rows * columns, rows * columns)
+        return F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1)
+
+
+def relative_position_index(size: int) -> Tensor:
+    """Row of the bias table for every (query, key) of a window, (size², size²): Δy · (2 · size − 1) + Δx from 0."""
+    axis = torch.arange(size)
+    delta = axis[:, None] - axis + size - 1  # (query, key) of one axis
+    index = delta[:, None, :, None] * (2 * size - 1) + delta[None, :, None, :]
+    return index.reshape(size * size, size * size)
+
+
+def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """(B, H, W, …) to (B, K, n, …), windows in reading order; H and W are multiples of the window."""
+    height, width = x.shape[1:3]
+    x = x.unflatten(2, (width // window[1], window[1])).unflatten(
+        1, (height // window[0], window[0])
+    )
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def from_windows(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The inverse of `to_windows`: (B, K, n, …) to (B, H, W, …)."""
+    x = x.unflatten(2, window).unflatten(1, (size[0] // window[0], size[1] // window[1]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def window_mask(
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    device: torch.device | None = None,
+) -> Tensor:
+    """What is added to the scores of padded and shifted windows, (K, n, n).
+
+    −100 between regions that only the cyclic shift made neighbours (as released); −∞ from real queries to padded keys, so
+    that padding never changes a real output, however large its scores.
+    """
+    region, real = [], []
+    for extent, step, offset in zip(size, window, shift, strict=True):
+        padded = extent + -extent % step
+        slot = torch.arange(padded, device=device)
+        region.append((slot >= padded - step).long() + (slot >= padded - offset).long())
+        real.append(((slot + offset) % padded) < extent)
+    regions = to_windows((3 * region[0][:, None] + region[1])[None], window)[0]  # (K, n)
+    reals = to_windows((real[0][:, None] & real[1])[None], window)[0]
+    mask = -100.0 * (regions[:, :, None] != regions[:, None, :])
+    return mask.masked_fill(reals[:, :, None] & ~reals[:, None, :], -torch.inf)
+
+
+# ------------------------------------------------------------------------------- deformable attention
+
+
+class DATGeometry:
+    """Coordinates of DAT (2022): cell centres; offsets of at most `reach` cells may leave the map, where zeros are read."""
+
+    reach = 2
+
+    @staticmethod
+    def padding(kernel: int, stride: int) -> int:
+        """Padding of the offset convolution."""
+        return kernel // 2
+
+    @staticmethod
+    def reference(index: Tensor, size: int) -> Tensor:
+        """Reference points along one axis of the sampling grid."""
+        return (index + 0.5) / size * 2 - 1
+
+    @staticmethod
+    def query(index: Tensor, size: int) -> Tensor:
+        """Query positions along one axis of the map, as the bias sees them."""
+        return (index + 0.5) / size * 2 - 1
+
+    @classmethod
+    def place(cls, reference: Tensor, theta: Tensor) -> Tensor:
+        """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
+        cell = 1 / torch.tensor(reference.shape[:2], device=theta.device)
+        return reference + theta.tanh() * cls.reach * cell
+
+
+class DATPlusPlusGeometry:
+    """Coordinates of DAT++ (2023): queries at pixel centres, free offsets, points clamped to the map."""
+
+    @staticmethod
+    def padding(kernel: int, stride: int) -> int:
+        """Padding of the offset convolution: none where it only cuts the map into patches."""
+        return 0 if kernel == stride else kernel // 2
+
+    @staticmethod
+    def reference(index: Tensor, size: int) -> Tensor:
+        """Reference points along one axis of the sampling grid; the last lies beyond 1, as released."""
+        return (index + 0.5) / max(size - 1, 1) * 2 - 1
+
+    @staticmethod
+    def query(index: Tensor, size: int) -> Tensor:
+        """Query positions along one axis of the map, as the bias sees them."""
+        return index / max(size - 1, 1) * 2 - 1
+
+    @staticmethod
+    def place(reference: Tensor, theta: Tensor) -> Tensor:
+        """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
+        return (reference + theta).clamp(-1, 1)
+
+
+Geometry = type[DATGeometry] | type[DATPlusPlusGeometry]
+
+
+class SamplingPositions(nn.Module):
+    """Where each group reads: reference points plus offsets predicted from that group's channels of q."""
+
+    def __init__(self, dim: int, groups: int, kernel: int, stride: int, geometry: Geometry):
+        super().__init__()
+        channels = dim // groups
+        self.groups = groups
+        self.geometry = geometry
+        self.dwconv = nn.Conv2d(
+            channels, channels, kernel, stride, geometry.padding(kernel, stride), groups=channels
+        )
+        self.norm = nn.LayerNorm(channels)
+        self.act = nn.GELU()
+        self.proj = nn.Linear(channels, 2, bias=False)
+
+    def forward(self, q: Tensor) -> Tensor:
+        """q (B, H, W, C) to positions (B, G, Hk, Wk, 2), float32."""
+        # All groups share the kernel: repeating it spares rearranging q into groups.
+        theta = F.conv2d(
+            q.permute(0, 3, 1, 2),
+            self.dwconv.weight.repeat(self.groups, 1, 1, 1),
+            self.dwconv.bias.repeat(self.groups),
+            self.dwconv.stride,
+            self.dwconv.padding,
+            groups=q.shape[-1],
+        ).permute(0, 2, 3, 1)  # (B, Hk, Wk, C)
+        theta = self.proj(self.act(self.norm(theta.unflatten(-1, (self.groups, -1)))))
+        theta = theta.permute(0, 3, 1, 2, 4)  # (B, G, Hk, Wk, 2)
+        if theta.dtype.itemsize < 4:  # half precision would move points by up to a cell
+            theta = theta.float()
+        return self.geometry.place(self.reference(theta.shape[2:4], theta.device), theta)
+
+    def reference(self, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
+        """The points that zero offsets read, (Hk, Wk, 2)."""
+        return grid(self.geometry.reference, size, device)
+
+
+class DeformableAttention(nn.Module):
+    """Attention to keys and values read at positions that follow from the queries (D).
+
+    z = softmax(q · k̃ᵀ / √D + bias) · ṽ with k̃ and ṽ projected from x̃, the bilinear reading of x at those positions. The
+    bias of query n and key s is the bilinear reading of the head's table at half the distance of their positions,
+    so a table made for one map size serves all. DAT section 3.2 and 3.3; DAT++ section 3.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        groups: int,
+        kernel: int,
+        stride: int,
+        table_size: tuple[int, int],
+        geometry: Geometry,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.geometry = geometry
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.positions = SamplingPositions(dim, groups, kernel, stride, geometry)
+        table = torch.zeros(num_heads, 2 * table_size[0] - 1, 2 * table_size[1] - 1)
+        self.displacement_bias_table = nn.Parameter(trunc_normal_(table, std=0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        q = self.q(x)
+        positions = self.positions(q)
+        bias = self.bias(positions, x.shape[1:3])  # (B, M, N, S)
+        kv = self.kv(sample(x, positions)).unflatten(-1, (2, self.num_heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, M, S, D)
+        q = q.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, N, D)
+        z = attend(q, k, v, bias).transpose(1, 2).flatten(2)  # (B, N, C)
+        return self.proj(z.view(x.shape))
+
+    def bias(self, positions: Tensor, size: tuple[int, int]) -> Tensor:
+        """The tables read at half the displacement from every query to every key, (B, M, N, S), float32."""
+        batch, groups = positions.shape[:2]
+        queries = grid(self.geometry.query, size, positions.device).flatten(0, 1)  # (N, 2)
+        keys = positions.flatten(2, 3).flatten(0, 1)  # (B·G, S, 2)
+        displacement = (queries[:, None] - keys[:, None]) / 2  # (B·G, N, S, 2)
+        table = self.displacement_bias_table.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
+        return bilinear(table, displacement).unflatten(0, (batch, groups)).flatten(1, 2)
+
+
+def grid(axis, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """The points (H, W, 2) of `size` = (H, W), float32, where `axis(index, length)` places those of one axis."""
+    y, x = (axis(torch.arange(n, device=device, dtype=torch.float32), n) for n in size)
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+
+
+def bilinear(image: Tensor, points: Tensor) -> Tensor:
+    """`image` (b, c, h, w) read at `points` (b, h', w', 2) to (b, c, h', w'); zeros outside."""
+    return F.grid_sample(image, points.flip(-1), align_corners=True)  # which wants (x, y)
+
+
+def sample(x: Tensor, positions: Tensor) -> Tensor:
+    """x (B, H, W, C) read at positions (B, G, Hk, Wk, 2), each group its own C / G channels, to (B, S, C)."""
+    batch, groups = positions.shape[:2]
+    image = (
+        x.to(positions.dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)
+    )  # (B, G, C/G, H, W)
+    read = bilinear(image.flatten(0, 1), positions.flatten(0, 1))  # (B·G, C/G, Hk, Wk)
+    return read.flatten(2).unflatten(0, (batch, groups)).flatten(1, 2).transpose(1, 2)

@@ -1,0 +1,448 @@
+"""What is a DAT? The networks of DAT (CVPR 2022, arXiv 2201.00520) and DAT++ (arXiv 2309.01430), and their variants.
+
+Four stages of blocks; before each stage a convolution halves the map. Inside, tensors are channels-last:
+
+    images (B, 3, H, W) → stem (B, H/4, W/4, C) → stage i (B, H/4/2ⁱ, W/4/2ⁱ, Cᵢ) → norm → mean → logits (B, classes)
+
+Sizes are rounded up. What DAT++ changes around the attention is in `DATConfig.plus_plus`'s three uses below: stem and
+downsampling, local perception, MLP; what it changes inside is in attention.py's two geometries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, to_2tuple
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from models.attention import (
+    Conv2d,
+    DATGeometry,
+    DATPlusPlusGeometry,
+    DeformableAttention,
+    WindowAttention,
+)
+from models.released import checkpoint_filter_fn
+from utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DATConfig:
+    """The shape of a network; lists have one entry per stage."""
+
+    # One letter per block, see attention.py.
+    stages: Sequence[str] = ("LS", "LS", "LDLDLD", "LD")
+    dims: Sequence[int] = (96, 192, 384, 768)
+    heads: Sequence[int] = (3, 6, 12, 24)
+    # Deformable attention: offset groups, and kernel and stride of the offset convolution.
+    groups: Sequence[int] = (1, 1, 3, 6)
+    offset_kernels: Sequence[int] = (9, 7, 5, 3)
+    offset_strides: Sequence[int] = (1, 1, 1, 1)
+    window_size: int = 7
+    # Pixels per position of the first stage; a power of two.
+    patch_size: int = 4
+    # Image size that the displacement tables are made for; None: the model's `img_size`.
+    table_img_size: int | None = None
+    # DAT++ instead of DAT.
+    plus_plus: bool = False
+
+    def __post_init__(self):
+        lengths = {
+            name: len(value) for name, value in vars(self).items() if isinstance(value, Sequence)
+        }
+        if len(set(lengths.values())) != 1:
+            raise ConfigError(
+                f"every list of a DAT needs one entry per stage; got lengths {lengths}"
+            )
+        for stage, letters in enumerate(self.stages):
+            dim, heads, groups = self.dims[stage], self.heads[stage], self.groups[stage]
+            if unknown := set(letters) - set(MIXERS):
+                raise ConfigError(
+                    f"stage {stage} is {letters!r}; {sorted(unknown)} name no spatial mixer, "
+                    f"there are {' '.join(MIXERS)}"
+                )
+            if dim % heads:
+                raise ConfigError(f"stage {stage}: {heads} heads do not divide dim {dim}")
+            if "D" in letters and heads % groups:
+                raise ConfigError(f"stage {stage}: {groups} groups do not divide {heads} heads")
+
+
+def make_window(config: DATConfig, stage: int, size: tuple[int, int], shifted: bool) -> nn.Module:
+    """L and S."""
+    return WindowAttention(config.dims[stage], config.heads[stage], config.window_size, shifted)
+
+
+def make_deformable(config: DATConfig, stage: int, size: tuple[int, int]) -> nn.Module:
+    """D."""
+    return DeformableAttention(
+        config.dims[stage],
+        config.heads[stage],
+        config.groups[stage],
+        config.offset_kernels[stage],
+        config.offset_strides[stage],
+        table_size=size,
+        geometry=DATPlusPlusGeometry if config.plus_plus else DATGeometry,
+    )
+
+
+# letter → (config, stage, (H, W) of the map the model is made for) → module
+MIXERS = {
+    "L": partial(make_window, shifted=False),
+    "S": partial(make_window, shifted=True),
+    "D": make_deformable,
+}
+
+
+class LocalPerception(nn.Module):
+    """x + depthwise 3×3(x): a block of DAT++ starts with it."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        return x + self.conv(x)
+
+
+class DepthwiseMlp(nn.Module):
+    """The MLP of DAT++: a depthwise 3×3 convolution beside the identity, before the activation."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.conv = Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        u = self.fc1(x)
+        return self.fc2(self.act(u + self.conv(u)))
+
+
+class Block(nn.Module):
+    """x += DropPath(attn(LN(x))); x += DropPath(mlp(LN(x))); DAT++ prepends local perception."""
+
+    def __init__(self, dim: int, attn: nn.Module, drop_path: float, plus_plus: bool):
+        super().__init__()
+        self.perception = LocalPerception(dim) if plus_plus else nn.Identity()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = DepthwiseMlp(dim, 4 * dim) if plus_plus else Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        x = self.perception(x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """A convolution to half the map and another width (not in the first stage), then blocks."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[Block]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, C')."""
+        x = self.downsample(x)
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
+
+def make_stem(in_chans: int, dim: int, patch_size: int, plus_plus: bool) -> nn.Sequential:
+    """DAT: one patch embedding. DAT++: overlapping 3×3 convolutions, each halving the map."""
+    if not plus_plus:
+        return nn.Sequential(Conv2d(in_chans, dim, patch_size, patch_size), nn.LayerNorm(dim))
+    layers = []
+    while patch_size > 1:
+        width = dim * 2 // patch_size
+        layers += [Conv2d(in_chans, width, 3, 2, padding=1), nn.LayerNorm(width), nn.GELU()]
+        in_chans, patch_size = width, patch_size // 2
+    return nn.Sequential(*layers[:-1])
+
+
+def make_downsample(dim: int, out_dim: int, plus_plus: bool) -> nn.Sequential:
+    """Between stages: 2×2 patches (DAT) or an overlapping 3×3 convolution (DAT++), stride 2, without bias."""
+    kernel, padding = (3, 1) if plus_plus else (2, 0)
+    conv = Conv2d(dim, out_dim, kernel, stride=2, padding=padding, bias=False)
+    return nn.Sequential(conv, nn.LayerNorm(out_dim))
+
+
+class Sampling(NamedTuple):
+    """Where one deformable layer reads."""
+
+    stage: int
+    block: int
+    positions: Tensor  # (B, G, Hk, Wk, 2), (y, x), ±1 at the centres of the map's border cells
+    reference: Tensor  # (Hk, Wk, 2), the positions of zero offsets
+    map_size: tuple[int, int]  # (H, W)
+    reduction: int  # image pixels per cell of the map
+
+    def offset_length(self) -> Tensor:
+        """Length of every offset in pixels of the input image, (B, G, Hk, Wk)."""
+        pixels = (self.positions.new_tensor(self.map_size) - 1) / 2 * self.reduction
+        return ((self.positions - self.reference) * pixels).norm(dim=-1)
+
+
+class DAT(nn.Module):
+    """DAT or DAT++, a classifier and a backbone under timm's contract; any image size at any call.
+
+    Keyword arguments beyond the signature are the fields of `DATConfig`; others raise TypeError, impossible values ConfigError.
+    `img_size` sets the size of the displacement tables and nothing else.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        **architecture,
+    ):
+        super().__init__()
+        config = DATConfig(**architecture)
+        self.config = config
+        self.img_size = to_2tuple(config.table_img_size or img_size)
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = config.dims[-1]
+        self.output_fmt = "NHWC"
+
+        dims = config.dims
+        drop_path = calculate_drop_path_rates(drop_path_rate, [len(s) for s in config.stages], True)
+        self.stem = make_stem(in_chans, dims[0], config.patch_size, config.plus_plus)
+        self.stages = nn.Sequential()
+        self.feature_info = []
+        for i, letters in enumerate(config.stages):
+            reduction = config.patch_size * 2**i
+            size = tuple(-(-extent // reduction) for extent in self.img_size)
+            downsample = (
+                make_downsample(dims[i - 1], dims[i], config.plus_plus) if i else nn.Identity()
+            )
+            blocks = [
+                Block(dims[i], MIXERS[letter](config, i, size), rate, config.plus_plus)
+                for letter, rate in zip(letters, drop_path[i], strict=True)
+            ]
+            self.stages.append(Stage(downsample, blocks))
+            info = {"num_chs": dims[i], "reduction": reduction, "module": f"stages.{i}"}
+            self.feature_info.append(info)
+        self.norm = nn.LayerNorm(dims[-1])
+        self.head = ClassifierHead(
+            dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to the normalised last map (B, ⌈H/32⌉, ⌈W/32⌉, C)."""
+        return self.norm(self.stages(self.stem(x.permute(0, 2, 3, 1))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map to logits, or to the pooled features (B, C) that the classifier reads."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps after the stages `indices`, in `output_fmt` NCHW or NHWC; timm's signature and meaning."""
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; it can be 'NCHW' or 'NHWC'")
+        last = len(self.stages) - 1
+        take, max_index = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        x = self.stem(x.permute(0, 2, 3, 1))
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                intermediates.append(self.norm(x) if norm and i == last else x)
+        if output_fmt == "NCHW":
+            intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
+        if intermediates_only:
+            return intermediates
+        return self.norm(x), intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the stages that `forward_intermediates` with these `indices` never reaches."""
+        take, max_index = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def sampling_positions(self, x: Tensor) -> list[Sampling]:
+        """Where every deformable layer reads for the images (B, in_chans, H, W), in the order of the layers."""
+        found = []
+
+        def collect(stage: int, block: int, module: nn.Module, inputs: tuple, positions: Tensor):
+            reference = module.reference(positions.shape[2:4], positions.device)
+            reference = module.geometry.place(reference, torch.zeros_like(reference))
+            map_size, reduction = inputs[0].shape[1:3], self.feature_info[stage]["reduction"]
+            found.append(Sampling(stage, block, positions, reference, map_size, reduction))
+
+        hooks = [
+            block.attn.positions.register_forward_hook(partial(collect, i, j))
+            for i, stage in enumerate(self.stages)
+            for j, block in enumerate(stage.blocks)
+            if isinstance(block.attn, DeformableAttention)
+        ]
+        try:
+            self.forward_features(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new, untrained classifier; 0 classes: none."""
+        self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        self.head.reset(num_classes, global_pool)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping what they computed."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the bias tables without weight decay; `rpb` is decayed, as released."""
+        return {name for name, _ in self.named_parameters() if name.endswith("bias_table")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that order the parameters by depth, for layer-wise decay."""
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+
+# ----------------------------------------------------------------------------------------- variants
+
+TINY = {"stages": ("LS", "LS", "LD" * 3, "LD")}
+SMALL = {"stages": ("LS", "LS", "LD" * 9, "LD")}
+BASE = {
+    **SMALL,
+    "dims": (128, 256, 512, 1024),
+    "heads": (4, 8, 16, 32),
+    "groups": (1, 1, 4, 8),
+}
+
+VARIANTS = {
+    "dat_micro": {
+        "stages": ("LS", "LD", "LDLD", "LD"),
+        "dims": (32, 64, 128, 256),
+        "heads": (1, 2, 4, 8),
+        "groups": (1, 1, 2, 4),
+        "offset_kernels": (5, 5, 3, 3),
+        "window_size": 4,
+        "patch_size": 2,
+    },
+    "dat_tiny": TINY,
+    "dat_small": SMALL,
+    "dat_base": BASE,
+    "dat_base_384": {**BASE, "window_size": 12},
+}
+IMG_SIZES = {"dat_micro": 32, "dat_base_384": 384}
+
+
+def pretrained_cfg(name: str) -> dict:
+    """What timm keeps beside a model: how its images are prepared and where its ends are."""
+    size = IMG_SIZES.get(name, 224)
+    return {
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "num_classes": 1000,
+        "crop_pct": 0.875 if size == 224 else 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+    }
+
+
+default_cfgs = generate_default_cfgs({name: pretrained_cfg(name) for name in VARIANTS})
+
+
+def create(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    """The variant `name`; keyword arguments override its entry in `VARIANTS`."""
+    return build_model_with_cfg(
+        DAT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **{"img_size": IMG_SIZES.get(name, 224), **VARIANTS[name], **kwargs},
+    )
+
+
+@register_model
+def dat_micro(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT for 32×32 images (CIFAR, digits)."""
+    return create("dat_micro", pretrained, **kwargs)
+
+
+@register_model
+def dat_tiny(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT-T: 82.0 % ImageNet top-1 as published."""
+    return create("dat_tiny", pretrained, **kwargs)
+
+
+@register_model
+def dat_small(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT-S: 83.7 % ImageNet top-1 as published."""
+    return create("dat_small", pretrained, **kwargs)
+
+
+@register_model
+def dat_base(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT-B: 84.0 % ImageNet top-1 as published."""
+    return create("dat_base", pretrained, **kwargs)
+
+
+@register_model
+def dat_base_384(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT-B for 384×384 images, windows of 12: 84.8 % ImageNet top-1 as published."""
+    return create("dat_base_384", pretrained, **kwargs)

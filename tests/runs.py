@@ -1,0 +1,68 @@
+"""A small run for the tests: every feature of an update is on, and it takes a second."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from engine import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALL = """
+AMP_DTYPE: bfloat16
+PRINT_FREQ: 1
+THREADS: 1
+DATA: {BATCH_SIZE: 4, IMG_SIZE: 32, NUM_WORKERS: 0}
+MODEL:
+  NAME: dat_micro
+  ARGS: {stages: [LS, LD, D, D], dims: [16, 32, 32, 32], heads: [1, 2, 2, 2], groups: [1, 1, 2, 2]}
+  DROP_PATH_RATE: 0.3
+TRAIN:
+  {EPOCHS: 3, WARMUP_EPOCHS: 1, GLOBAL_BATCH_SIZE: 24, BASE_LR: 0.01, EMA_DECAY: 0.9}
+CHECKPOINT: {UPDATES: 1, KEEP: 20}
+TEST: {CROP_PCT: 1.0}
+"""
+
+
+def arguments(folder: Path, data: Path, *more: str, tag: str = "run") -> list[str]:
+    """The command line of the small run below `folder` on `data`."""
+    config = folder / "small.yaml"
+    config.write_text(SMALL)
+    return [
+        "--cfg",
+        str(config),
+        "--data-path",
+        str(data),
+        "--output",
+        str(folder),
+        "--tag",
+        tag,
+        *more,
+    ]
+
+
+def launch(processes: int, argv: list[str]) -> subprocess.Popen:
+    """Start main.py with `argv` under torchrun, in a process group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "main.py", *argv]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def outcome(folder: Path, tag: str = "run") -> dict[str, object]:
+    """What a run leaves that must not depend on how often it was stopped."""
+    run = folder / "dat_micro" / tag
+    last = checkpoint.steps(run / "checkpoints")[0]
+    files = {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
+    state = json.loads((last / "state.json").read_text())
+    counters = {name: state[name] for name in ("update", "epoch", "skipped", "best", "scaler")}
+    return {**files, **counters, "metrics": (run / "metrics.jsonl").read_text()}

@@ -1,0 +1,70 @@
+"""Which process of how many is this one, and on what device? The same program runs with and without torchrun."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=10)  # of a collective; torch's own is 10 minutes on NCCL, 30 on gloo
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of the run: its place in the group and the device that it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+
+def start(device: str = "auto", threads: int = 0) -> Process:
+    """Join the group that torchrun describes in the environment, if any.
+
+    `device` is "cuda", "cpu" or "auto" (CUDA where there is one). `threads` are the CPU threads of this process, 0 for
+    its share of the cores: torchrun would leave a single one to each process.
+    """
+    env = {name: int(os.environ.get(name, default)) for name, default in
+           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    process = Process(
+        rank=env["RANK"],
+        world_size=env["WORLD_SIZE"],
+        local_rank=env["LOCAL_RANK"],
+        local_world_size=env["LOCAL_WORLD_SIZE"],
+        device=torch.device(kind, env["LOCAL_RANK"]) if kind == "cuda" else torch.device(kind),
+    )
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // process.local_world_size))
+    if kind == "cuda":
+        torch.cuda.set_device(process.device)
+    if process.world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    return process
+
+
+def stop() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()

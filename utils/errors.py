@@ -1,0 +1,47 @@
+"""The errors a user can cause, each with its exit code; anything else that escapes is a bug (exit 1).
+
+A message names the file or key, says what was expected and what to do. torchrun hides a worker's exit code behind
+its own 1, so the code is written to the run's `status.json` too.
+"""
+
+
+class UserError(Exception):
+    """Base of every error that a user can mend; never raised itself."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A command line or configuration that cannot be run."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A dataset that is missing, malformed or holds files that cannot be read."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """Weights or a checkpoint that are absent, damaged or made for something else."""
+
+    exit_code = 4
+
+
+class DivergedError(UserError):
+    """The loss or the gradient is no longer a finite number."""
+
+    exit_code = 5
+
+
+class StorageError(UserError):
+    """The output folder is read-only, full or in use by another run."""
+
+    exit_code = 6
+
+
+class StopRequested(UserError):
+    """The run was asked to stop; it is saved and goes on when started again."""
+
+    exit_code = 75
