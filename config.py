@@ -312,7 +312,7 @@ def parse(argv: list[str]) -> Command:
     _read_opts(words["opts"], draft)
     for flag, name in FLAGS.items():
         if words[name] is not None:
-            draft.set(name, _node_of(words[name], name), flag)
+            draft.set(name, _node_of(words[name], name), flag, flag)
 
     cfg = draft.build()
     if draft.complete:
@@ -343,16 +343,13 @@ def check_world_size(cfg: CfgNode, world_size: int) -> None:
     slots = total // slot
     if slots % world_size == 0:
         return
-    processes = _nearest_divisors(slots, world_size)
-    remedies = [f"start {processes} processes"]
+    remedies = [f"start {_nearest_divisors(slots, world_size)} processes"]
     sizes = _nearest_divisors(total // world_size, slot, even=_mixes(cfg.AUG))
     if total % world_size == 0 and sizes:
         remedies.append(f"set --batch-size to {sizes}")
     else:
         share = slot * world_size
-        remedies.append(
-            f"set TRAIN.GLOBAL_BATCH_SIZE to a multiple of {share}, such as {-(-total // share) * share}"
-        )
+        remedies.append(f"set TRAIN.GLOBAL_BATCH_SIZE to {-(-total // share) * share}")
     raise ConfigError(
         f"{world_size} processes cannot share the {slots} slots of an update evenly (TRAIN.GLOBAL_BATCH_SIZE "
         f"{total} / DATA.BATCH_SIZE {slot}); {', or '.join(remedies)}"
@@ -371,10 +368,7 @@ def _conflicts(cfg: CfgNode, mode: str, sources: dict[str, str]) -> Iterator[Con
     if mode == "throughput":
         return
     if not cfg.DATA.PATH:
-        yield (
-            "DATA.PATH",
-            f"{mode} needs a dataset; add --data-path FOLDER, with train and val in it",
-        )
+        yield "DATA.PATH", f"{mode} needs a dataset; add --data-path, a folder of train and val"
     yield from _weight_conflicts(cfg.CHECKPOINT, mode, sources)
     if mode == "train":
         yield from _batch_conflicts(cfg)
@@ -382,17 +376,13 @@ def _conflicts(cfg: CfgNode, mode: str, sources: dict[str, str]) -> Iterator[Con
         yield from _augmentation_conflicts(cfg.AUG, cfg.DATA.IMG_SIZE)
 
 
-def _weight_conflicts(
-    checkpoint: CfgNode, mode: str, sources: dict[str, str]
-) -> Iterator[Conflict]:
-    both = checkpoint.RESUME and checkpoint.PRETRAINED
+def _weight_conflicts(weights: CfgNode, mode: str, sources: dict[str, str]) -> Iterator[Conflict]:
+    both = weights.RESUME and weights.PRETRAINED
     # A run's own config.yaml keeps the PRETRAINED that it began with: to resume it is no contradiction.
     if both and (mode == "eval" or sources["CHECKPOINT.PRETRAINED"].startswith("--")):
         message = "two places to take the weights from; drop one, such as --pretrained ''"
         yield "CHECKPOINT.PRETRAINED CHECKPOINT.RESUME", message
-    if mode == "eval" and not any(
-        (checkpoint.RESUME, checkpoint.PRETRAINED, checkpoint.AUTO_RESUME)
-    ):
+    if mode == "eval" and not (weights.RESUME or weights.PRETRAINED or weights.AUTO_RESUME):
         message = "--eval needs weights; add --resume RUN or --pretrained FILE"
         yield "CHECKPOINT.AUTO_RESUME CHECKPOINT.RESUME CHECKPOINT.PRETRAINED", message
 
@@ -400,9 +390,7 @@ def _weight_conflicts(
 def _batch_conflicts(cfg: CfgNode) -> Iterator[Conflict]:
     total, slot, mixes = cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE, _mixes(cfg.AUG)
     if mixes and slot % 2:
-        message = (
-            "images are mixed in pairs; use an even slot, or set AUG.MIXUP and AUG.CUTMIX to 0"
-        )
+        message = "images are mixed in pairs; use an even slot, or set AUG.MIXUP and CUTMIX to 0"
         yield "DATA.BATCH_SIZE AUG.MIXUP AUG.CUTMIX AUG.MIXUP_PROB", message
     if total % slot:
         sizes = _nearest_divisors(total, slot, even=mixes)
@@ -430,10 +418,8 @@ def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
     if train.MIN_LR > train.BASE_LR:
         yield "TRAIN.MIN_LR TRAIN.BASE_LR", "the last rate is above the highest; lower MIN_LR"
     if train.WARMUP_EPOCHS and train.WARMUP_LR > train.BASE_LR:
-        yield (
-            "TRAIN.WARMUP_LR TRAIN.BASE_LR",
-            "the first rate is above the highest; lower WARMUP_LR",
-        )
+        message = "the first rate is above the highest; lower WARMUP_LR"
+        yield "TRAIN.WARMUP_LR TRAIN.BASE_LR", message
     scale = train.GLOBAL_BATCH_SIZE / 512
     if scale > 1 and train.BASE_LR * scale > 0.02:
         message = (
@@ -453,9 +439,7 @@ def _augmentation_conflicts(aug: CfgNode, img_size: int) -> Iterator[Conflict]:
         yield "AUG.PADDING DATA.IMG_SIZE", message
     unused = aug.AUTO_AUGMENT and "3a" not in aug.AUTO_AUGMENT
     if unused and aug.COLOR_JITTER not in (0, KEYS["AUG.COLOR_JITTER"].default):
-        message = (
-            "timm skips the jitter beside this policy; remove it, or set AUG.AUTO_AUGMENT to ''"
-        )
+        message = "timm skips jitter beside this policy; remove it, or set AUG.AUTO_AUGMENT to ''"
         yield "AUG.COLOR_JITTER AUG.AUTO_AUGMENT", message
 
 
@@ -481,26 +465,25 @@ class Draft:
         """Note that the values of several keys, "KEY KEY …", do not fit one another."""
         if self.unsettled.intersection(names.split()):
             return
-        where = next(
-            (self.sources[name] for name in names.split() if name in self.sources), "defaults"
-        )
+        sources = {name: self.sources.get(name, "defaults") for name in names.split()}
+        where = next((source for source in sources.values() if source != "defaults"), "defaults")
         parts = []
-        for name in names.split():
-            source = self.sources.get(name, "defaults")
-            parts.append(f"{name} {self.values[name]!r}{f' ({source})' if source != where else ''}")
+        for name, source in sources.items():
+            elsewhere = f" ({source})" if source != where else ""
+            parts.append(f"{name} {self.values[name]!r}{elsewhere}")
         self.refuse(where, f"{', '.join(parts)}: {message}")
 
-    def set(self, name: str, node: yaml.Node, label: str) -> None:
-        """Give key `name`, or each key below the group `name`, the value that a YAML node of `label` holds."""
-        where = _place(label, node)
+    def set(self, name: str, node: yaml.Node, label: str, where: str) -> None:
+        """Give key `name`, or each key below the group `name`, the value of a YAML node.
+
+        `label` is the file or flag that holds it, `where` the same with the line.
+        """
         if name in GROUPS:
             if isinstance(node, yaml.MappingNode):
                 self.set_all(node, label, f"{name}.")
             else:
-                message = (
-                    f"got {_shown(node)}, expected keys below it; set {name}.<key> or remove it"
-                )
-                self.refuse(where, f"{name}: {message}")
+                got = f"got {_shown(node)}, expected keys below it"
+                self.refuse(where, f"{name}: {got}; set {name}.<key> or remove it")
         elif name.startswith("MODEL.ARGS."):
             self.set_argument(name, node, where)
         elif name in KEYS:
@@ -525,7 +508,7 @@ class Draft:
             elif "." in name.removeprefix(prefix):
                 self.refuse(where, f"{name}: dots are for --opts; write keys below their group")
             elif name != "BASE":
-                self.set(name, value, label)
+                self.set(name, value, label, where)
             lines[name] = key.start_mark.line + 1
 
     def set_argument(self, name: str, node: yaml.Node, where: str) -> None:
@@ -573,6 +556,9 @@ def _advice(name: str) -> tuple[str, list[str]]:
         or [key for key in KEYS if _last(key) == _last(name)]
         or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.8)
     )
+    groups = difflib.get_close_matches(name, GROUPS, n=1, cutoff=0.75)
+    if groups and not meant:
+        return f"did you mean {groups[0]}?", [key for key in KEYS if key.startswith(groups[0])]
     if not meant:
         close = difflib.get_close_matches(_last(name), map(_last, KEYS), n=1, cutoff=0.75)
         meant = [key for key in KEYS if _last(key) in close]
@@ -644,12 +630,13 @@ def _flag_advice(flag: str) -> tuple[str, list[str]]:
     """What to do about an unknown flag, and the keys that were probably meant."""
     if flag in FOREIGN:
         return f"use {FOREIGN[flag]}", [key for key in KEYS if key in FOREIGN[flag]]
+    flags = [*FLAGS, "--cfg", "--eval", "--throughput", "--opts", "--help"]
     last = flag.strip("-").replace("-", "_").upper()
-    keys = [key for key in KEYS if _last(key) == last and key not in FLAGS.values()]
+    close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.85)
+    keys = [key for key in KEYS if _last(key) == last and not close]
+    close = close or difflib.get_close_matches(flag, flags, n=1)
     if keys:
         return f"use --opts {' or '.join(keys)}", keys
-    flags = [*FLAGS, "--cfg", "--eval", "--throughput", "--opts", "--help"]
-    close = difflib.get_close_matches(flag, flags, n=1)
     if close:
         return f"did you mean {close[0]}?", [FLAGS.get(close[0], "")]
     return "main.py --help lists every flag", []
@@ -664,7 +651,8 @@ def _read_opts(words: list[str], draft: Draft) -> None:
             message = f"{name}: has no value; write {name} VALUE or {name}=VALUE"
             draft.refuse("--opts", message, name)
         else:
-            draft.set(name, _node_of(text if equals else words.pop(0), name), "--opts")
+            node = _node_of(text if equals else words.pop(0), name)
+            draft.set(name, node, "--opts", "--opts")
 
 
 def _node_of(text: str, name: str) -> yaml.Node:
@@ -750,7 +738,7 @@ def _compose_text(text: str, path: str, draft: Draft) -> yaml.MappingNode | None
 def _nearest_file(path: str) -> str:
     folder = Path(path).parent
     names = [file.name for file in folder.glob("*.yaml")] if folder.is_dir() else []
-    close = difflib.get_close_matches(Path(path).name, names, n=1)
+    close = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.75)
     if close:
         return f"; did you mean {folder / close[0]}?"
     return "; its folder holds " + (", ".join(sorted(names)) or "no .yaml file, or does not exist")
@@ -786,7 +774,7 @@ _Loader.yaml_implicit_resolvers = {
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _class in (_Loader, _Dumper):  # YAML 1.1 takes 1e-3 for text
-    pattern = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+    pattern = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     _class.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789"))
 _Dumper.add_representer(CfgNode, yaml.SafeDumper.represent_dict)
 _Dumper.add_representer(list, _Dumper.represent_list)
@@ -805,7 +793,7 @@ def _shown(node: yaml.Node) -> str:
     elif node.tag.endswith(":str"):
         text = repr(node.value)
     else:
-        text = node.value if not node.tag.endswith(":null") else "nothing"
+        text = node.value or "nothing"
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

@@ -174,7 +174,7 @@ class ImageDataset(Dataset):
             return decode(data)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
-            size = self.source.where[index, 0]
+            size = len(data) or self.source.where[index, 0]
             raise UnreadableError(
                 BadFile(
                     self.path(index),

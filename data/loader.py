@@ -34,7 +34,9 @@ class Loader(DataLoader):
         try:
             yield from super().__iter__()
         except DataError as error:
-            # torch puts the worker's traceback in front of the message.
+            # torch puts the worker's traceback in front of the message. Its own traceback is a cycle
+            # that keeps the workers until the garbage collector meets it, then waits 5 s for them.
+            error.with_traceback(None)
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 
 

@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from engine import checkpoint
+from models.released import unwrap
 from utils.errors import CheckpointError
 from utils.logging import logger
 
 # What the released DAT and Swin files hold besides tensors: a yacs CfgNode, read as the dict that it is.
 SAFE_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
-WRAPPERS = ("state_dict", "model", "module")  # where trainers put the weights in their checkpoint
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 
 @dataclass
@@ -63,17 +62,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{path} is truncated or damaged: {error or 'it is empty'}"
         ) from error
-    while isinstance(content, dict) and (key := next((k for k in WRAPPERS if k in content), None)):
-        content = content[key]
-    tensors = content if isinstance(content, dict) else {}
+    tensors = unwrap(content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise CheckpointError(
-            f"{path} holds no weights: expected a state dict, bare or under {', '.join(WRAPPERS)}"
+            f"{path} holds no weights: expected a state dict, bare or under 'model' or 'state_dict'"
         )
-    for prefix in PREFIXES:
-        if any(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return tensors
 
 

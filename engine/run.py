@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import config
 import timm
 import torch
 import yaml
@@ -20,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
+import config
 import data
 import models
 from engine import checkpoint
@@ -131,6 +131,11 @@ def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
     # --- Classes and model ------------------------------------------------------------------------
     if cfg.CHECKPOINT.PRETRAINED:
         source, classes = Path(cfg.CHECKPOINT.PRETRAINED), None
+    elif not cfg.CHECKPOINT.RESUME and not (_run_path(cfg) / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"--eval needs weights, and {_run_path(cfg)} is no run that has any. "
+            "Add --pretrained FILE or --resume RUN."
+        )
     else:
         source = checkpoint.locate(Path(cfg.CHECKPOINT.RESUME or _run_path(cfg)), best=True)
         classes = checkpoint.read_facts(source)["classes"]
@@ -330,7 +335,7 @@ def _recipe(cfg: CfgNode, updates_per_epoch: int, num_classes: int, process: Pro
     )
     logger.info(
         f"Update: {slots * process.world_size} slots of {cfg.DATA.BATCH_SIZE} images, {slots} on each of "
-        f"{process.world_size} processes; learning rate {schedule.start:.3g} to {schedule.base:.3g} to {schedule.end:.3g}"
+        f"{process.world_size} processes; learning rate {schedule.start:.3g}, {schedule.base:.3g}, {schedule.end:.3g}"
     )
     transform = data.SlotTransform(
         num_classes=num_classes,
@@ -443,7 +448,7 @@ def _log_accuracy(result: Accuracy, name: str) -> None:
 
 def _protocol(cfg: CfgNode) -> str:
     return (
-        f"{cfg.TEST.PROTOCOL} protocol, {cfg.DATA.IMG_SIZE} px, crop_pct {cfg.TEST.CROP_PCT:g}, "
+        f"protocol {cfg.TEST.PROTOCOL}, {cfg.DATA.IMG_SIZE} px, crop_pct {cfg.TEST.CROP_PCT:g}, "
         f"{cfg.DATA.INTERPOLATION}, {cfg.AMP_DTYPE}"
     )
 
@@ -531,9 +536,12 @@ def _log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
         f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each, "
         f"torch {torch.__version__}, timm {timm.__version__}, code {_revision()}"
     )
+    settings: dict[str, list[str]] = {}
     for name, source in sources.items():
         value = functools.reduce(getattr, name.split("."), cfg)
-        logger.info(f"{name}: {value}  ({source})")
+        settings.setdefault(source.partition(":")[0], []).append(f"{name} {value}")
+    for source, values in settings.items():
+        logger.info(f"{source}: {', '.join(values)}")
 
 
 def _revision() -> str:

@@ -2,6 +2,7 @@
 
     L  windows                 Swin, arXiv 2103.14030
     S  shifted windows         the same
+    N  neighbourhoods          NAT, arXiv 2204.07143
     D  deformable attention    DAT, arXiv 2201.00520; DAT++, arXiv 2309.01430
 
 Every mixer maps (B, H, W, C) to (B, H, W, C) for any H and W. Shapes in this file:
@@ -12,6 +13,8 @@ Every mixer maps (B, H, W, C) to (B, H, W, C) for any H and W. Shapes in this fi
 
 Coordinates are (y, x), normalised so that -1 and 1 are the centres of the border cells.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +142,73 @@ def window_mask(
     reals = to_windows((real[0][:, None] & real[1])[None], window)[0]
     mask = -100.0 * (regions[:, :, None] != regions[:, None, :])
     return mask.masked_fill(reals[:, :, None] & ~reals[:, None, :], -torch.inf)
+
+
+# ---------------------------------------------------------------------------------- neighbourhoods
+
+
+class NeighborhoodAttention(nn.Module):
+    """Attention of every query to the w × w window centred on it, with a learned bias per relative position (N).
+
+    At a border the window moves inward, so that it always holds w² keys; on a map smaller than w it holds the map. The
+    map is cut into w × w tiles of queries; the windows of a tile lie within 2w − 1 rows and columns, which are read
+    once and masked per query, so that dense matrix products do the work.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        table = torch.zeros(num_heads, 2 * window_size - 1, 2 * window_size - 1)
+        self.rpb = nn.Parameter(trunc_normal_(table, std=0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        height, width, channels = x.shape[1:]
+        rows = neighbourhood(height, self.window_size, x.device)
+        columns = neighbourhood(width, self.window_size, x.device)
+        tile = rows.relative.shape[1], columns.relative.shape[1]
+        region = rows.keys.shape[1], columns.keys.shape[1]
+
+        q, kv = self.qkv(x).split((channels, 2 * channels), dim=-1)
+        q = F.pad(q, (0, 0, 0, -width % tile[1], 0, -height % tile[0]))
+        padded = q.shape[1:3]
+        q = to_windows(q, tile).unflatten(-1, (self.num_heads, -1)).transpose(2, 3)  # (B, K, M, n, D)
+        kv = kv.index_select(1, rows.keys.flatten()).index_select(2, columns.keys.flatten())
+        kv = to_windows(kv, region).unflatten(-1, (2, self.num_heads, -1))
+        k, v = kv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # (B, K, M, keys of a region, D)
+        x = attend(q, k, v, self.bias(rows.relative, columns.relative)).transpose(2, 3).flatten(3)
+        return self.proj(from_windows(x, tile, padded)[:, :height, :width])
+
+    def bias(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The bias (K, M, n, keys of a region), −∞ outside a query's window."""
+        size = 2 * self.window_size
+        table = F.pad(self.rpb, (0, 1, 0, 1), value=-torch.inf).flatten(1)
+        index = rows[:, None, :, None, :, None] * size + columns[None, :, None, :, None, :]
+        index = index.flatten(4, 5).flatten(2, 3).flatten(0, 1)  # (K, n, keys of a region)
+        return table.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+
+
+class Neighbourhood(NamedTuple):
+    """Along one axis cut into T tiles of t queries: which keys a tile reads, and what its queries make of them."""
+
+    keys: Tensor  # (T, R) positions
+    relative: Tensor  # (T, t, R) key − query + w − 1, or 2w − 1 where the key is outside the query's window
+
+
+def neighbourhood(length: int, window: int, device: torch.device | None = None) -> Neighbourhood:
+    """Tiles of at most `window` queries over an axis of `length` positions."""
+    tile, reach = min(window, length), min(window, length)
+    region = min(tile + reach - 1, length)
+    first = torch.arange(0, length, tile, device=device)[:, None]
+    keys = (first - window // 2).clamp(0, length - region) + torch.arange(region, device=device)
+    queries = (first + torch.arange(tile, device=device)).clamp(max=length - 1)
+    start = (queries - window // 2).clamp(0, length - reach)[:, :, None]
+    inside = (keys[:, None] >= start) & (keys[:, None] < start + reach)
+    relative = torch.where(inside, keys[:, None] - queries[:, :, None] + window - 1, 2 * window - 1)
+    return Neighbourhood(keys, relative)
 
 
 # ------------------------------------------------------------------------------- deformable attention

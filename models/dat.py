@@ -30,6 +30,7 @@ from models.attention import (
     DATGeometry,
     DATPlusPlusGeometry,
     DeformableAttention,
+    NeighborhoodAttention,
     WindowAttention,
 )
 from models.released import checkpoint_filter_fn
@@ -82,6 +83,11 @@ def make_window(config: DATConfig, stage: int, size: tuple[int, int], shifted: b
     return WindowAttention(config.dims[stage], config.heads[stage], config.window_size, shifted)
 
 
+def make_neighborhood(config: DATConfig, stage: int, size: tuple[int, int]) -> nn.Module:
+    """N."""
+    return NeighborhoodAttention(config.dims[stage], config.heads[stage], config.window_size)
+
+
 def make_deformable(config: DATConfig, stage: int, size: tuple[int, int]) -> nn.Module:
     """D."""
     return DeformableAttention(
@@ -99,6 +105,7 @@ def make_deformable(config: DATConfig, stage: int, size: tuple[int, int]) -> nn.
 MIXERS = {
     "L": partial(make_window, shifted=False),
     "S": partial(make_window, shifted=True),
+    "N": make_neighborhood,
     "D": make_deformable,
 }
 
@@ -368,6 +375,21 @@ BASE = {
     "heads": (4, 8, 16, 32),
     "groups": (1, 1, 4, 8),
 }
+PP_TINY = {
+    "stages": ("ND", "ND" * 2, "ND" * 9, "DD"),
+    "dims": (64, 128, 256, 512),
+    "heads": (2, 4, 8, 16),
+    "groups": (1, 2, 4, 8),
+    "offset_strides": (8, 4, 2, 1),
+    "plus_plus": True,
+}
+PP_SMALL = {**PP_TINY, "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24), "groups": (1, 2, 3, 6)}
+PP_BASE = {
+    **PP_TINY,
+    "dims": (128, 256, 512, 1024),
+    "heads": (4, 8, 16, 32),
+    "groups": (2, 4, 8, 16),
+}
 
 VARIANTS = {
     "dat_micro": {
@@ -383,8 +405,12 @@ VARIANTS = {
     "dat_small": SMALL,
     "dat_base": BASE,
     "dat_base_384": {**BASE, "window_size": 12},
+    "dat_pp_tiny": PP_TINY,
+    "dat_pp_small": PP_SMALL,
+    "dat_pp_base": PP_BASE,
+    "dat_pp_base_384": {**PP_BASE, "table_img_size": 224},
 }
-IMG_SIZES = {"dat_micro": 32, "dat_base_384": 384}
+IMG_SIZES = {"dat_micro": 32, "dat_base_384": 384, "dat_pp_base_384": 384}
 
 
 def pretrained_cfg(name: str) -> dict:
@@ -446,3 +472,27 @@ def dat_base(pretrained: bool = False, **kwargs) -> DAT:
 def dat_base_384(pretrained: bool = False, **kwargs) -> DAT:
     """DAT-B for 384×384 images, windows of 12: 84.8 % ImageNet top-1 as published."""
     return create("dat_base_384", pretrained, **kwargs)
+
+
+@register_model
+def dat_pp_tiny(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT-T++: 83.9 % ImageNet top-1 as published."""
+    return create("dat_pp_tiny", pretrained, **kwargs)
+
+
+@register_model
+def dat_pp_small(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT-S++: 84.6 % ImageNet top-1 as published."""
+    return create("dat_pp_small", pretrained, **kwargs)
+
+
+@register_model
+def dat_pp_base(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT-B++: 84.9 % ImageNet top-1 as published."""
+    return create("dat_pp_base", pretrained, **kwargs)
+
+
+@register_model
+def dat_pp_base_384(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT-B++ for 384×384 images, tables of 224: 85.9 % ImageNet top-1 as published."""
+    return create("dat_pp_base_384", pretrained, **kwargs)

@@ -33,7 +33,14 @@ def write_zip(folder: Path, path: Path, prefix: str = "", method: int = zipfile.
     """The tree below `folder` as a zip file, every name starting with `prefix`."""
     with zipfile.ZipFile(path, "w", method) as archive:
         for file in sorted(folder.rglob("*")):
-            archive.write(file, prefix + str(file.relative_to(folder)))
+            member = zipfile.ZipInfo.from_file(file, prefix + str(file.relative_to(folder)))
+            if file.is_dir():
+                archive.writestr(member, b"")
+                continue
+            member.compress_type = method
+            # Gives the local header an extra field that the directory does not have, as zip does.
+            with archive.open(member, "w", force_zip64=True) as target:
+                target.write(file.read_bytes())
 
 
 def write_tar(folder: Path, path: Path, prefix: str = "") -> None:

@@ -1,5 +1,6 @@
 """Covers config.py: refusals with place and remedy, precedence, BASE files, round trips, the shipped configurations."""
 
+import random
 import subprocess
 import sys
 import time
@@ -42,19 +43,19 @@ WRONG_FILES = [
     # keys
     ("TRAIN:\n  BASE_LRR: 1e-3", "run.yaml:2: TRAIN.BASE_LRR: unknown key", "did you mean TRAIN.BASE_LR?"),
     ("EPOCHS: 3", "run.yaml:1: EPOCHS: unknown key", "TRAIN.EPOCHS or CHECKPOINT.EPOCHS"),
-    ("train:\n  epochs: 3", "run.yaml:2: train: unknown key", "did you mean"),
+    ("train:\n  epochs: 3", "run.yaml:1: train: unknown key", "did you mean TRAIN?"),
     ("DATA:\n  MIXUP: 0.8", "run.yaml:2: DATA.MIXUP: unknown key", "did you mean AUG.MIXUP?"),
-    ("TRIAN:\n  EPOCHS: 3", "run.yaml:2: TRIAN: unknown key", "config.py lists every key"),
+    ("TRIAN:\n  EPOCHS: 3", "run.yaml:1: TRIAN: unknown key", "did you mean TRAIN?"),
     ("AUG:\n  mixup: 0.8", "run.yaml:2: AUG.mixup: unknown key", "did you mean AUG.MIXUP?"),
     ("TRAIN:\n  WARMUP_EPOCH: 5\n  EPOCHS: 6", "run.yaml:2: TRAIN.WARMUP_EPOCH:", "TRAIN.WARMUP_EPOCHS?"),
     ("ZZZ: 1", "run.yaml:1: ZZZ: unknown key", "config.py lists every key"),
     ("1: 2", "run.yaml:1: 1: unknown key", "config.py"),
-    ("? [a, b]\n: 2", "run.yaml:2: [a, b]: unknown key", "config.py"),
+    ("? [a, b]\n: 2", "run.yaml:1: [a, b]: unknown key", "config.py"),
     ("TRAIN.EPOCHS: 30", "run.yaml:1: TRAIN.EPOCHS: dots are for --opts", "below their group"),
     ("TRAIN:\n  EPOCHS: 30\n  EPOCHS: 40", "run.yaml:3: TRAIN.EPOCHS: stands twice", "line 2; remove one"),
     ("TAG: a\nTRAIN: {EPOCHS: 30}\nTRAIN: {SEED: 1}", "run.yaml:3: TRAIN: stands twice", "line 2"),
     ("MODEL:\n  TYPE: swin", "run.yaml:2: MODEL.TYPE: unknown key", "use MODEL.NAME"),
-    ("TRAIN:\n  OPTIMIZER:\n    NAME: adamw", "run.yaml:3: TRAIN.OPTIMIZER:", "use TRAIN.ADAM_BETAS"),
+    ("TRAIN:\n  OPTIMIZER:\n    NAME: adamw", "run.yaml:2: TRAIN.OPTIMIZER:", "use TRAIN.ADAM_BETAS"),
     ("TRAIN:\n  ACCUMULATION_STEPS: 4", "run.yaml:2: TRAIN.ACCUMULATION_STEPS:", "TRAIN.GLOBAL_BATCH_SIZE"),
     ("AMP_ENABLE: true", "run.yaml:1: AMP_ENABLE: unknown key", "use AMP_DTYPE"),
     ("TRAIN: 30", "run.yaml:1: TRAIN: got 30, expected keys below it", "set TRAIN.<key>"),
@@ -158,14 +159,10 @@ def test_a_wrong_file_is_refused_with_its_line(text, begin, also):
     assert not Path("canary").exists()
 
 
-EXAMPLE = (
-    "MODEL: {NAME: x}\n"  # values of training that fit one another, whatever the rows below add
-)
-
 # (what run.yaml holds, the keys that do not fit, the reason or remedy)
 WRONG_TOGETHER = [
     ("DATA: {BATCH_SIZE: 100}", ["run.yaml:1", "DATA.BATCH_SIZE 100", "4096 (defaults)"], "slot to 64 or 128"),
-    ("TRAIN: {GLOBAL_BATCH_SIZE: 64}", ["TRAIN.GLOBAL_BATCH_SIZE 64"], "set the update to 128 images, or the slot to 64"),
+    ("TRAIN: {GLOBAL_BATCH_SIZE: 64}", ["TRAIN.GLOBAL_BATCH_SIZE 64"], "update to 128 images, or the slot to 64"),
     ("DATA: {BATCH_SIZE: 1}", ["DATA.BATCH_SIZE 1", "AUG.MIXUP 0.8"], "even slot"),
     ("DATA: {BATCH_SIZE: 5}\nTRAIN: {GLOBAL_BATCH_SIZE: 25}\nAUG: {MIXUP: 0}", ["AUG.CUTMIX 1.0"], "even slot"),
     ("TRAIN: {EPOCHS: 20}", ["TRAIN.WARMUP_EPOCHS 20 (defaults), TRAIN.EPOCHS 20"], "shorten it"),
@@ -248,8 +245,8 @@ def test_a_wrong_command_line_is_refused_with_its_flag(words, begin, also):
         (["--cfg", "folder.yaml"], ["--cfg: folder.yaml: Is a directory", "a readable file"]),
         (["--cfg", "config.py"], ["--cfg: config.py: expected a .yaml file", "never run as code"]),
         (["--cfg", "latin.yaml"], ["--cfg: latin.yaml: ", "UTF-8"]),
-        (["--cfg", "ok.yaml"], ["DATA.PATH '': train needs a dataset", "--data-path FOLDER"]),
-        (["--cfg", "ok.yaml", "--eval"], ["eval needs a dataset", "--data-path FOLDER"]),
+        (["--cfg", "ok.yaml"], ["DATA.PATH '': train needs a dataset", "add --data-path"]),
+        (["--cfg", "ok.yaml", "--eval"], ["eval needs a dataset", "add --data-path"]),
     ],
 )
 def test_the_file_and_the_data_must_be_named(argv, parts):
@@ -283,6 +280,40 @@ def test_all_problems_are_reported_at_once():
     ]
 
 
+def test_mangled_files_are_read_or_refused_and_nothing_else():
+    scraps = [
+        "- ",
+        "[",
+        "{",
+        "}",
+        ":",
+        "\t",
+        "\n",
+        "!!int ",
+        "&a ",
+        "*a",
+        "? ",
+        "|\n",
+        "'",
+        "%YAML 9\n",
+        "\0",
+        "1:30",
+    ]
+    rng = random.Random(0)
+    outcomes = set()
+    for _ in range(200):
+        text = rng.choice(SHIPPED).read_text()
+        for _ in range(3):
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice(scraps) + text[at + rng.choice([0, 1, 30]) :]
+        try:
+            parse(yaml=text)
+            outcomes.add("read")
+        except ConfigError:
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+
+
 # --- What is accepted -----------------------------------------------------------------------------
 
 
@@ -292,7 +323,6 @@ def test_all_problems_are_reported_at_once():
         ("TRAIN.BASE_LR", "1e-3", 1e-3),
         ("TRAIN.BASE_LR", "'1e-3'", 1e-3),
         ("TRAIN.CLIP_GRAD", "1", 1.0),
-        ("TRAIN.ADAM_BETAS", "[0.9, 1e-1]", None),
         ("TRAIN.ADAM_BETAS", "[0, 0.95]", [0.0, 0.95]),
         ("TRAIN.ADAM_BETAS", "(0.8, 0.9)", [0.8, 0.9]),
         ("TRAIN.GLOBAL_BATCH_SIZE", "1_024", 1024),
@@ -307,13 +337,11 @@ def test_all_problems_are_reported_at_once():
 )  # fmt: skip
 @pytest.mark.parametrize("way", ["file", "opts"])
 def test_values_are_read_as_meant(way, key, text, value):
-    if value is None or (way == "opts" and text == "''"):
-        pytest.skip("refused, or quotes that the shell removes")
     group, _, last = key.rpartition(".")
     if way == "file":
-        cfg = parse(yaml=f"{group}: {{{last}: {text}}}" if group else f"{last}: {text}").cfg
+        cfg = parse(yaml=f"{group}:\n  {last}: {text}" if group else f"{last}: {text}").cfg
     else:
-        cfg = parse("--opts", key, text).cfg
+        cfg = parse("--opts", key, text.strip("'")).cfg  # the shell removes quotes
     found = cfg[group][last] if group else cfg[last]
     assert found == value
     assert type(found) is type(value)
@@ -416,7 +444,7 @@ def test_processes_that_divide_the_slots_are_accepted(world_size):
 @pytest.mark.parametrize(
     ("argv", "world_size", "remedies"),
     [
-        ((), 24, ["start 16 or 32 processes", "multiple of 3072, such as 6144"]),
+        ((), 24, ["start 16 or 32 processes", "set TRAIN.GLOBAL_BATCH_SIZE to 6144"]),
         ((), 64, ["start 32 processes", "set --batch-size to 64"]),
         (("--batch-size", "512"), 16, ["start 8 processes", "set --batch-size to 256"]),
     ],

@@ -5,7 +5,6 @@ python -m pytest tests/test_runs.py
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -13,14 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from images import write_image_folder
-from runs import ROOT, arguments, launch, outcome
+from runs import arguments, launch, outcome
 
+import data
 import main
-from engine import checkpoint, run
-from utils.logging import write_atomically
+from engine import checkpoint
+from engine.folder import RunFolder
+from utils.distributed import Process
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +113,169 @@ def kill_workers(folder: Path) -> None:
                 os.kill(int(entry.parent.name), signal.SIGKILL)
         except (FileNotFoundError, ProcessLookupError):
             continue
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def test_evaluation_counts_every_image_once(images, unbroken, tmp_path, capsys):
+    resume = ["--eval", "--resume", str(unbroken / "dat_micro" / "run")]
+    assert main.main(arguments(tmp_path, images, *resume)) == 0
+    alone = record_in(capsys.readouterr().out)
+    assert alone["model"]["images"] == alone["ema"]["images"] == 13
+    # Processes may sum the loss in another order; the counts are integers.
+    for processes in (2, 3):
+        together = launch(processes, arguments(tmp_path, images, *resume))
+        output = together.communicate()[0]
+        assert together.returncode == 0, output
+        for weights in ("model", "ema"):
+            found = record_in(output)[weights]
+            assert found.pop("loss") == pytest.approx(alone[weights]["loss"])
+            assert found.items() <= alone[weights].items()
+
+
+def test_evaluation_is_of_the_best_checkpoint_and_as_in_training(
+    images, unbroken, tmp_path, capsys
+):
+    state = json.loads((checkpoint.steps(checkpoints(unbroken))[0] / "state.json").read_text())
+    assert main.main(arguments(tmp_path, images, "--eval", "--resume", str(run_of(unbroken)))) == 0
+    record = record_in(capsys.readouterr().out)
+    assert record["weights"].endswith(f"step-{state['best']['update']}")
+    assert max(record[name]["acc1"] for name in ("model", "ema")) == state["best"]["acc1"]
+
+
+def test_weights_of_a_run_are_a_file_for_pretrained(images, unbroken, tmp_path, capsys):
+    weights = checkpoint.steps(checkpoints(unbroken))[0] / "model.safetensors"
+    assert main.main(arguments(tmp_path, images, "--eval", "--pretrained", str(weights))) == 0
+    assert "protocol official, 32 px" in capsys.readouterr().out
+    assert main.main(arguments(tmp_path, images, "--pretrained", str(weights), tag="tuned")) == 0
+
+
+def record_in(output: str) -> dict:
+    return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+
+
+def run_of(folder: Path) -> Path:
+    return folder / "dat_micro" / "run"
+
+
+def checkpoints(folder: Path) -> Path:
+    return run_of(folder) / "checkpoints"
+
+
+# --- Bad input: exit code, and a message that names the thing and the remedy ---------------------------
+
+
+def refused(capsys, argv: list[str], code: int, *words: str) -> None:
+    assert main.main(argv) == code
+    message = capsys.readouterr().err
+    assert not [word for word in words if word not in message], message
+
+
+@pytest.fixture
+def copy(images, tmp_path) -> Path:
+    """The images, to be damaged."""
+    return shutil.copytree(images, tmp_path / "copy")
+
+
+def test_data_that_is_not_there(images, tmp_path, capsys):
+    refused(capsys, arguments(tmp_path, Path("nowhere")), 3, "nowhere", "train")
+    refused(capsys, arguments(tmp_path, tmp_path), 3, str(tmp_path), "train", "val")
+    refused(capsys, arguments(tmp_path, Path(), "--data-path="), 2, "DATA.PATH", "--data-path")
+
+
+def test_classes_that_do_not_match(copy, tmp_path, capsys):
+    shutil.rmtree(copy / "val" / "class_2")
+    refused(capsys, arguments(tmp_path, copy), 3, "class_2", "subset")
+    (copy / "val" / "class_2").mkdir()
+    refused(capsys, arguments(tmp_path, copy), 3, "class_2", "no image")
+
+
+def test_number_of_classes_against_the_data(images, tmp_path, capsys):
+    argv = arguments(tmp_path, images, "--opts", "MODEL.NUM_CLASSES", "7")
+    refused(capsys, argv, 2, "MODEL.NUM_CLASSES", "7", "4 classes")
+
+
+def test_broken_image_in_training_is_replaced_and_named(copy, tmp_path, capsys):
+    (copy / "train" / "class_0" / "005.jpg").write_bytes(b"<html>")
+    assert main.main(arguments(tmp_path, copy)) == 0
+    assert "005.jpg" in capsys.readouterr().out
+    argv = arguments(tmp_path, copy, "--opts", "DATA.MAX_BAD_SAMPLES=0", tag="strict")
+    refused(capsys, argv, 3, "005.jpg", "DATA.MAX_BAD_SAMPLES")
+
+
+def test_broken_image_in_validation_ends_the_run(copy, tmp_path, capsys):
+    (copy / "val" / "class_0" / "001.jpg").write_bytes(b"")
+    for workers in "01":
+        argv = arguments(tmp_path, copy, "--workers", workers, tag=workers)
+        refused(capsys, argv, 3, "001.jpg", "0 bytes")
+
+
+def test_evaluation_without_weights(images, tmp_path, capsys):
+    refused(capsys, arguments(tmp_path, images, "--eval"), 4, "--pretrained", "--resume")
+    argv = arguments(tmp_path, images, "--eval", "--pretrained", "absent.pth")
+    refused(capsys, argv, 4, "absent.pth", "does not exist")
+    assert not run_of(tmp_path).exists()
+
+
+def test_checkpoint_of_another_model(images, unbroken, tmp_path, capsys):
+    argv = arguments(tmp_path, images, "--resume", str(run_of(unbroken)), tag="other")
+    more = ["--opts", "MODEL.ARGS.dims", "[16, 32, 32, 64]"]
+    refused(capsys, argv + more, 4, "stages.3", "MODEL.ARGS")
+    more = ["--opts", "MODEL.NAME", "dat_tiny"]
+    refused(capsys, argv + more, 4, "dat_micro", "dat_tiny", "MODEL.NAME")
+    more = ["--opts", "TRAIN.GLOBAL_BATCH_SIZE", "12"]
+    refused(capsys, argv + more, 4, "updates_per_epoch", "TRAIN.GLOBAL_BATCH_SIZE")
+
+
+def test_damaged_checkpoint_is_refused_by_name_and_passed_over_in_a_run(
+    images, unbroken, tmp_path, capsys
+):
+    shutil.copytree(run_of(unbroken), run_of(tmp_path))
+    last = checkpoint.steps(checkpoints(tmp_path))[0]
+    content = (last / "model.safetensors").read_bytes()
+    (last / "model.safetensors").write_bytes(content[:-1])
+    argv = arguments(tmp_path, images, "--resume", str(last))
+    refused(capsys, [*argv, "--eval"], 4, "model.safetensors", str(len(content)))
+    assert main.main(arguments(tmp_path, images)) == 0
+    assert "step-6 is damaged and passed over" in capsys.readouterr().out
+    assert outcome(tmp_path) == outcome(unbroken)
+
+
+def test_older_checkpoint_of_the_same_run_needs_a_run_of_its_own(images, unbroken, capsys):
+    older = checkpoints(unbroken) / "step-2"
+    refused(capsys, arguments(unbroken, images, "--resume", str(older)), 4, "--tag", "step-6")
+
+
+def test_folder_that_cannot_be_written(images, tmp_path, capsys):
+    (tmp_path / "dat_micro").write_text("in the way")
+    refused(capsys, arguments(tmp_path, Path("nowhere")), 6, "dat_micro", "--output")
+
+
+def test_full_folder(images, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**16))
+    refused(capsys, arguments(tmp_path, images), 6, "MiB", "--output")
+
+
+def test_two_runs_in_one_folder(images, tmp_path, capsys):
+    folder = RunFolder(run_of(tmp_path), Process(0, 1, 0, 1, torch.device("cpu")))
+    with folder.claimed():
+        refused(capsys, arguments(tmp_path, images), 6, f"process {os.getpid()}", "--tag")
+        status = json.loads((run_of(tmp_path) / "status.json").read_text())
+        assert status["state"] == "running", "the refused run wrote into the other's folder"
+
+
+def test_loss_that_is_not_a_number(images, tmp_path, capsys, monkeypatch):
+    normalize = data.Normalize.__call__
+    monkeypatch.setattr(data.Normalize, "__call__", lambda self, x: normalize(self, x) * torch.nan)
+    more = "--opts", "TRAIN.EPOCHS=30", "CHECKPOINT.UPDATES=0", "CHECKPOINT.EPOCHS=30"
+    refused(capsys, arguments(tmp_path, images, *more), 5, "not finite", "TRAIN.BASE_LR")
+    status = json.loads((run_of(tmp_path) / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 5)
+
+
+def test_throughput_needs_no_data(tmp_path, capsys):
+    assert main.main(arguments(tmp_path, tmp_path, "--throughput")) == 0
+    assert "images/s" in capsys.readouterr().out
+    assert not run_of(tmp_path).exists()

@@ -1,0 +1,336 @@
+"""The parts of the engine: schedule, decay groups, checkpoint folder, foreign weights, skipped updates, records."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import models
+from engine import checkpoint
+from engine.checkpoint import TrainState
+from engine.epoch import MAX_SKIPPED, Accuracy, _step, evaluate_epoch
+from engine.optimizer import Schedule, create_optimizer, parameter_groups
+from engine.pretrained import load_pretrained, read_weights
+from utils.distributed import Process
+from utils.errors import CheckpointError, DivergedError
+from utils.logging import MetricWriter
+from utils.rng import key, permutation
+
+CPU = Process(0, 1, 0, 1, torch.device("cpu"))
+
+
+def make_state(fp16: bool = False, lr: float = 0.1, weight_decay: float = 0.01) -> TrainState:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    optimizer = create_optimizer(model, weight_decay=weight_decay, betas=(0.9, 0.99), eps=1e-8)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    return TrainState(model, ModelEmaV3(model, decay=0.9), optimizer, scaler)
+
+
+def train_a_little(state: TrainState, updates: int = 3) -> None:
+    for _ in range(updates):
+        state.optimizer.zero_grad()
+        inputs = torch.arange(8.0).view(2, 4) + state.update
+        state.scaler.scale(state.model(inputs).square().sum()).backward()
+        _step(state, clip_grad=1.0)
+        state.update += 1
+
+
+def bits(state: TrainState) -> dict:
+    tensors = {**state.model.state_dict(), "ema": state.ema.module[0].weight}
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+# --- Randomness, schedule, groups -----------------------------------------------------------------
+
+
+def test_random_numbers_are_frozen():
+    """Other values would change every run that goes on under a new version."""
+    assert key(0, "sample", 3, 7) == 0xB191A725ACD45BDF
+    assert permutation(8, key(0, "order", 0)).tolist() == [5, 0, 1, 7, 3, 2, 6, 4]
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(50, 10), (50, 0), (7, 3)])
+def test_schedule_is_the_released_one(total, warmup):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=4e-3)
+    reference = CosineLRScheduler(
+        optimizer,
+        t_initial=total,
+        lr_min=4e-5,
+        warmup_lr_init=4e-6,
+        warmup_t=warmup,
+        cycle_limit=1,
+        t_in_epochs=False,
+    )
+    schedule = Schedule(total, warmup, base=4e-3, start=4e-6, end=4e-5)
+    for update in range(total):
+        assert schedule(update) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        reference.step_update(update)  # the released code sets the rate after the step
+
+
+@pytest.mark.parametrize(
+    ("name", "exempt"),
+    [
+        ("dat_micro", ("relative_position_bias_table", "displacement_bias_table")),
+        ("swin_tiny_patch4_window7_224", ("relative_position_bias_table",)),
+        ("deit_tiny_patch16_224", ("cls_token", "pos_embed")),
+    ],
+)
+def test_what_is_not_decayed(name, exempt):
+    model = timm.create_model(name)
+    decayed, free = parameter_groups(model, 0.05)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0)
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    for parameter in free["params"]:
+        assert parameter.ndim <= 1 or names[parameter].endswith(exempt)
+    for parameter in decayed["params"]:
+        assert parameter.ndim > 1
+        assert not names[parameter].endswith((*exempt, "bias"))
+
+
+# --- Updates that are not applied -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_update_without_a_finite_gradient_is_skipped(value, fp16):
+    state = make_state(fp16)
+    train_a_little(state)
+    before, scale = bits(state), state.scaler.get_scale()
+    state.model[0].weight.grad.fill_(value)
+    _step(state, clip_grad=1.0)
+    assert bits(state) == before
+    assert state.skipped == 1
+    assert not fp16 or state.scaler.get_scale() == scale / 2
+    train_a_little(state, 1)
+    assert bits(state) != before
+    assert state.skipped == 0
+
+
+def test_many_skipped_updates_end_the_run():
+    state = make_state()
+    train_a_little(state)
+    state.skipped = MAX_SKIPPED
+    state.model[0].weight.grad.fill_(torch.nan)
+    with pytest.raises(DivergedError, match="not finite"):
+        _step(state, clip_grad=1.0)
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_restored_state_goes_on_with_the_same_bits(fp16, tmp_path):
+    state = make_state(fp16)
+    train_a_little(state)
+    state.epoch, state.skipped, state.best = 2, 1, {"acc1": 50.0, "update": 2}
+    path = checkpoint.save(tmp_path, state, {"model": "toy"})
+    other = make_state(fp16)
+    train_a_little(other, 1)  # what it has must not shine through
+    checkpoint.restore(path, other)
+    assert other.counters() == state.counters()
+    assert checkpoint.read_facts(path)["model"] == "toy"
+    train_a_little(state)
+    train_a_little(other)
+    assert bits(other) == bits(state)
+
+
+def test_hyperparameters_come_from_the_configuration(tmp_path):
+    state = make_state(lr=0.1, weight_decay=0.5)
+    train_a_little(state)
+    path = checkpoint.save(tmp_path, state, {})
+    other = make_state(lr=0.2, weight_decay=0.25)
+    checkpoint.restore(path, other)
+    assert [group["lr"] for group in other.optimizer.param_groups] == [0.2, 0.2]
+    assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.25, 0.0]
+
+
+def make_checkpoints(folder: Path, updates: list[int]) -> list[Path]:
+    state = make_state()
+    train_a_little(state, 1)
+    paths = []
+    for state.update in updates:
+        paths.append(checkpoint.save(folder, state, {}))
+    return paths
+
+
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer", "state", "manifest"])
+def test_every_kind_of_damage_is_found_and_the_one_before_is_used(name, tmp_path):
+    good, bad = make_checkpoints(tmp_path, [9, 10])
+    file = next(bad.glob(f"{name}.*"))
+    content = file.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    for damaged in (b"", content[: len(content) // 2], content[:-1], bytes(flipped), None):
+        if damaged is None:
+            file.unlink()
+        else:
+            file.write_bytes(damaged)
+        assert checkpoint.verify(bad) is not None
+        assert checkpoint.newest(tmp_path) == good
+        with pytest.raises(CheckpointError, match=file.name):
+            checkpoint.locate(bad)
+    file.write_bytes(content)
+    assert checkpoint.verify(bad) is None
+
+
+def test_all_damaged_is_an_error_and_none_is_not(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    (path,) = make_checkpoints(tmp_path, [1])
+    (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
+        checkpoint.newest(tmp_path)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    make_checkpoints(tmp_path, [1, 2, 9, 10, 11])
+    (tmp_path / ".tmp-step-12").mkdir()
+    checkpoint.prune(tmp_path, keep=2, best_update=2)
+    assert sorted(os.listdir(tmp_path)) == ["step-10", "step-11", "step-2"]
+
+
+def test_failed_save_leaves_the_others_alone(tmp_path, monkeypatch):
+    (older,) = make_checkpoints(tmp_path, [1])
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(checkpoint.StorageError, match="No space left"):
+        make_checkpoints(tmp_path, [2])
+    assert os.listdir(tmp_path) == [older.name]
+    assert checkpoint.verify(older) is None
+
+
+# --- Weights from elsewhere -----------------------------------------------------------------------
+
+
+def micro(classes: int = 10) -> nn.Module:
+    return models.build("dat_micro", num_classes=classes, img_size=32, drop_path_rate=0.0)
+
+
+class Payload:
+    """A pickle that would run code."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+@pytest.mark.parametrize("wrapper", ["bare", "model", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_wrapped_weights_are_found(wrapper, prefix, tmp_path):
+    source, target = micro(), micro()
+    tensors = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
+    content = tensors if wrapper == "bare" else {wrapper: tensors, "epoch": 299}
+    torch.save(content, tmp_path / "w.pth")
+    report = load_pretrained(target, tmp_path / "w.pth", whole=True)
+    assert len(report.matched) == len(tensors)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
+
+
+def test_other_classes_mean_a_new_head_when_training_and_an_error_when_evaluating(tmp_path):
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(micro(10).state_dict(), path)
+    target = micro(7)
+    head = target.get_classifier().weight.clone()
+    assert load_pretrained(target, path, whole=False).new_head
+    assert torch.equal(target.get_classifier().weight, head)
+    with pytest.raises(CheckpointError, match=r"head\.fc\.weight"):
+        load_pretrained(target, path, whole=True)
+
+
+def test_weights_that_do_not_fit_are_refused_with_their_names(tmp_path):
+    tensors = micro().state_dict()
+    tensors["stem.0.wait"] = tensors.pop("stem.0.weight")
+    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"(?s)1 missing: stem\.0\.weight.*stem\.0\.wait"):
+        load_pretrained(micro(), tmp_path / "w.safetensors", whole=False)
+
+
+def test_pickled_code_does_not_run(tmp_path):
+    canary = tmp_path / "canary"
+    for content in ({"model": Payload(canary)}, Payload(canary)):
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match="not executed"):
+            read_weights(tmp_path / "w.pth")
+    (tmp_path / "w.pth").write_bytes(pickle.dumps(Payload(canary)))
+    with pytest.raises(CheckpointError, match=r"w\.pth"):
+        read_weights(tmp_path / "w.pth")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_truncated_weights(suffix, tmp_path):
+    path = tmp_path / f"w.{suffix}"
+    save = torch.save if suffix == "pth" else safetensors.torch.save_file
+    save(micro().state_dict(), path)
+    content = path.read_bytes()
+    for size in (0, 10, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=rf"w\.{suffix}"):
+            read_weights(path)
+
+
+# --- Evaluation and records -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_evaluation_is_the_mean_over_images(batch_size):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8)
+    labels = torch.randint(0, 8, (23,))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    batches = [
+        (images[i : i + batch_size], labels[i : i + batch_size], None)
+        for i in range(0, 23, batch_size)
+    ]
+    result = evaluate_epoch(
+        model=model,
+        loader=batches,
+        normalize=lambda images: images.float() / 255,
+        batch_size=batch_size,
+        process=CPU,
+        amp_dtype=torch.float32,
+        print_freq=10,
+    )
+    with torch.no_grad():
+        logits = model(images.float() / 255)
+    ranks = logits.argsort(descending=True)
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    assert result.images == 23
+    assert result.top1 == (ranks[:, 0] == labels).sum()
+    assert result.top5 == (ranks[:, :5] == labels[:, None]).sum()
+    assert result.loss == pytest.approx(loss)
+    assert Accuracy(8, 2, 4, 1.0).acc1 == 25
+
+
+def test_records_beyond_the_resumed_update_are_cut(tmp_path):
+    writer = MetricWriter(tmp_path, 0)
+    for update in (1, 2, 3):
+        writer.metrics(update, {"train/loss": 0.5})
+    writer.close()
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 4, "train/lo')  # a kill in mid-line
+    writer = MetricWriter(tmp_path, 2)
+    writer.metrics(3, {"train/loss": 0.5})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    assert [json.loads(line)["update"] for line in whole.splitlines()] == [1, 2, 3]
