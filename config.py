@@ -363,8 +363,6 @@ Conflict = tuple[str, str]
 
 def _conflicts(cfg: CfgNode, mode: str, sources: dict[str, str]) -> Iterator[Conflict]:
     """("KEY KEY …", why they do not fit and what to do) of every impossible combination that matters in `mode`."""
-    if cfg.DEVICE == "cpu" and cfg.AMP_DTYPE == "float16":
-        yield "AMP_DTYPE DEVICE", "float16 is for cuda; use --amp-dtype bfloat16 or float32"
     if mode == "throughput":
         return
     if not cfg.DATA.PATH:
@@ -615,7 +613,8 @@ def _read_words(argv: list[str], draft: Draft) -> dict:
             names = error.argument_name.split("/")
             key = FLAGS.get(names[-1], "")
             draft.refuse(names[-1], f"{error.message}; see main.py --help", key)
-            argv = [word for word in argv if word.partition("=")[0] not in names]
+            given = [(word, {word.partition("=")[0], word[:2]}) for word in argv]  # --x, --x=y, -xy
+            argv = [word for word, spellings in given if not spellings.intersection(names)]
     for before, word in zip(["", *rest], rest, strict=False):
         flag = word.partition("=")[0]
         if word.startswith("-"):
@@ -630,13 +629,12 @@ def _flag_advice(flag: str) -> tuple[str, list[str]]:
     """What to do about an unknown flag, and the keys that were probably meant."""
     if flag in FOREIGN:
         return f"use {FOREIGN[flag]}", [key for key in KEYS if key in FOREIGN[flag]]
-    flags = [*FLAGS, "--cfg", "--eval", "--throughput", "--opts", "--help"]
     last = flag.strip("-").replace("-", "_").upper()
-    close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.85)
-    keys = [key for key in KEYS if _last(key) == last and not close]
-    close = close or difflib.get_close_matches(flag, flags, n=1)
-    if keys:
+    keys = [key for key in KEYS if _last(key) == last and key not in FLAGS.values()]
+    if keys and flag.replace("_", "-") not in FLAGS:
         return f"use --opts {' or '.join(keys)}", keys
+    flags = [*FLAGS, "--cfg", "--eval", "--throughput", "--opts", "--help"]
+    close = difflib.get_close_matches(flag, flags, n=1)
     if close:
         return f"did you mean {close[0]}?", [FLAGS.get(close[0], "")]
     return "main.py --help lists every flag", []

@@ -129,22 +129,26 @@ def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
     start_logging(cfg.MODEL.NAME, process.rank)
     _log_start(cfg, sources, process)
     # --- Classes and model ------------------------------------------------------------------------
-    if cfg.CHECKPOINT.PRETRAINED:
-        source, classes = Path(cfg.CHECKPOINT.PRETRAINED), None
-    elif not cfg.CHECKPOINT.RESUME and not (_run_path(cfg) / "checkpoints").is_dir():
+    file, run = cfg.CHECKPOINT.PRETRAINED, cfg.CHECKPOINT.RESUME
+    # A configuration's PRETRAINED is what its run began with; a flag's is what is to be evaluated.
+    if not run and not sources.get("CHECKPOINT.PRETRAINED", "").startswith("--"):
+        run = _run_path(cfg) if (_run_path(cfg) / "checkpoints").is_dir() else ""
+    if run:
+        source = checkpoint.locate(Path(run), best=True)
+        classes = checkpoint.read_facts(source)["classes"]
+    elif file:
+        source, classes = Path(file), _class_list(cfg)
+    else:
         raise CheckpointError(
             f"--eval needs weights, and {_run_path(cfg)} is no run that has any. "
             "Add --pretrained FILE or --resume RUN."
         )
-    else:
-        source = checkpoint.locate(Path(cfg.CHECKPOINT.RESUME or _run_path(cfg)), best=True)
-        classes = checkpoint.read_facts(source)["classes"]
-    val_set = _open_split(cfg, "val", classes or _class_list(cfg))
+    val_set = _open_split(cfg, "val", classes)
     model = _build_model(cfg, len(val_set.classes), process)
     # --- Evaluate ---------------------------------------------------------------------------------
     score = functools.partial(_score, cfg, val_set, process)
     results = {}
-    if cfg.CHECKPOINT.PRETRAINED:
+    if not run:
         load_pretrained(model, source, whole=True)
         results["model"] = score(model)
     else:
@@ -536,6 +540,8 @@ def _log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
         f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each, "
         f"torch {torch.__version__}, timm {timm.__version__}, code {_revision()}"
     )
+    if cfg.AMP_DTYPE == "float16" and process.device.type == "cpu":
+        logger.warning("float16 is slow on a CPU: --amp-dtype bfloat16 or float32 is not")
     settings: dict[str, list[str]] = {}
     for name, source in sources.items():
         value = functools.reduce(getattr, name.split("."), cfg)

@@ -1,13 +1,17 @@
 """Which model is meant by a name? Importing this package registers the DAT variants with timm."""
 
+import copy
 import difflib
 import inspect
 import re
 import sys
 
 import timm
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from models.attention import NeighborhoodAttention
 from models.dat import DAT, VARIANTS, DATConfig
 from utils.errors import ConfigError
 
@@ -40,6 +44,26 @@ def build(
         raise ConfigError(
             f"{name} takes no argument {argument!r}{nearest(argument, known)}"
         ) from error
+
+
+def count_macs(model: nn.Module, height: int, width: int, in_chans: int = 3) -> int:
+    """Multiply-adds of one image's forward pass: convolutions and matrix products, no bilinear reads.
+
+    Neighbourhood attention counts as its definition says, w² keys per query, not as it is computed.
+    """
+    masked = 0
+
+    def collect(module: NeighborhoodAttention, inputs: tuple, output: torch.Tensor):
+        nonlocal masked
+        masked += module.masked_macs(*output.shape[1:3])
+
+    model = copy.deepcopy(model).to("meta").eval()
+    for module in model.modules():
+        if isinstance(module, NeighborhoodAttention):
+            module.register_forward_hook(collect)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, in_chans, height, width, device="meta"))
+    return counter.get_total_flops() // 2 - masked
 
 
 def constructor_arguments(name: str, class_name: str) -> list[str]:

@@ -26,8 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q · kᵀ / √D + bias) · v with q (…, N, D), k and v (…, S, D), bias broadcast to (…, N, S)."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    # On the CPU two batched products beat the fused kernel for windows of 49 tokens.
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    # Scaled after the product, as released: bilinear reads have kinks, so rounding shows in the gradients of offsets.
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
     return (scores + bias).softmax(dim=-1).to(v.dtype) @ v
 
 
@@ -175,12 +175,21 @@ class NeighborhoodAttention(nn.Module):
         q, kv = self.qkv(x).split((channels, 2 * channels), dim=-1)
         q = F.pad(q, (0, 0, 0, -width % tile[1], 0, -height % tile[0]))
         padded = q.shape[1:3]
-        q = to_windows(q, tile).unflatten(-1, (self.num_heads, -1)).transpose(2, 3)  # (B, K, M, n, D)
+        q = (
+            to_windows(q, tile).unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
+        )  # (B, K, M, n, D)
         kv = kv.index_select(1, rows.keys.flatten()).index_select(2, columns.keys.flatten())
         kv = to_windows(kv, region).unflatten(-1, (2, self.num_heads, -1))
         k, v = kv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # (B, K, M, keys of a region, D)
         x = attend(q, k, v, self.bias(rows.relative, columns.relative)).transpose(2, 3).flatten(3)
         return self.proj(from_windows(x, tile, padded)[:, :height, :width])
+
+    def masked_macs(self, height: int, width: int) -> int:
+        """Multiply-adds per image that `forward` spends on keys outside the queries' windows."""
+        rows, columns = (neighbourhood(n, self.window_size).relative for n in (height, width))
+        computed = rows.numel() * columns.numel()
+        size = min(self.window_size, height) * min(self.window_size, width)
+        return 2 * self.proj.in_features * (computed - height * width * size)
 
     def bias(self, rows: Tensor, columns: Tensor) -> Tensor:
         """The bias (K, M, n, keys of a region), −∞ outside a query's window."""

@@ -69,7 +69,7 @@ WRONG_FILES = [
     ("TRAIN:\n  BASE_LR: fast", "run.yaml:2: TRAIN.BASE_LR: got 'fast', expected a number above 0", ""),
     ("TRAIN:\n  BASE_LR: yes", "run.yaml:2: TRAIN.BASE_LR: got yes, expected a number", ""),
     ("TRAIN:\n  BASE_LR: .nan", "run.yaml:2: TRAIN.BASE_LR: got .nan, expected a number", ""),
-    ("TRAIN:\n  CLIP_GRAD: .inf", "run.yaml:2: TRAIN.CLIP_GRAD: got .inf, expected a number", "0: not clipped"),
+    ("TRAIN:\n  CLIP_GRAD: inf", "run.yaml:2: TRAIN.CLIP_GRAD: got 'inf', expected a number", "0: not clipped"),
     ("TRAIN:\n  BASE_LR: 5e-4 * 8", "run.yaml:2: TRAIN.BASE_LR: got '5e-4 * 8', expected a number", ""),
     ("AUG:\n  REPROB: 25%", "run.yaml:2: AUG.REPROB: got '25%', expected a number from 0 to 1", ""),
     ("DATA:\n  VAL_SUBSET: 1", "run.yaml:2: DATA.VAL_SUBSET: got 1, expected True or False", ""),
@@ -144,7 +144,7 @@ WRONG_FILES = [
     ("BASE: other.yaml", "run.yaml:1: BASE: other.yaml: no such file", "its folder holds run.yaml"),
     ("TAG: a\nBASE: runn.yaml", "run.yaml:2: BASE: runn.yaml: no such file", "did you mean run.yaml?"),
     ("BASE: run.yaml", "run.yaml:1: BASE: the files form a circle", "run.yaml → run.yaml; remove"),
-    ("BASE: [3, {a: 1}]", "run.yaml:1: BASE: 3: expected a .yaml file", ""),
+    ("BASE: [3]", "run.yaml:1: BASE: 3: expected a .yaml file", ""),
     ("BASE:", "run.yaml:1: BASE: got nothing", "expected a path"),
     ("BASE: config.py", "run.yaml:1: BASE: config.py: expected a .yaml file", "never run as code"),
 ]  # fmt: skip
@@ -153,9 +153,9 @@ WRONG_FILES = [
 @pytest.mark.parametrize(("text", "begin", "also"), WRONG_FILES)
 def test_a_wrong_file_is_refused_with_its_line(text, begin, also):
     message = refusal(yaml=text)
-    line = next((line for line in message.splitlines() if line.strip().startswith(begin)), None)
-    assert line is not None, message
-    assert also in line
+    assert len(message.splitlines()) == 1, message
+    assert message.startswith(begin)
+    assert also in message
     assert not Path("canary").exists()
 
 
@@ -163,6 +163,7 @@ def test_a_wrong_file_is_refused_with_its_line(text, begin, also):
 WRONG_TOGETHER = [
     ("DATA: {BATCH_SIZE: 100}", ["run.yaml:1", "DATA.BATCH_SIZE 100", "4096 (defaults)"], "slot to 64 or 128"),
     ("TRAIN: {GLOBAL_BATCH_SIZE: 64}", ["TRAIN.GLOBAL_BATCH_SIZE 64"], "update to 128 images, or the slot to 64"),
+    ("DATA: {BATCH_SIZE: 32}\nTRAIN: {GLOBAL_BATCH_SIZE: 100}", ["GLOBAL_BATCH_SIZE 100"], "slot to 20 or 50"),
     ("DATA: {BATCH_SIZE: 1}", ["DATA.BATCH_SIZE 1", "AUG.MIXUP 0.8"], "even slot"),
     ("DATA: {BATCH_SIZE: 5}\nTRAIN: {GLOBAL_BATCH_SIZE: 25}\nAUG: {MIXUP: 0}", ["AUG.CUTMIX 1.0"], "even slot"),
     ("TRAIN: {EPOCHS: 20}", ["TRAIN.WARMUP_EPOCHS 20 (defaults), TRAIN.EPOCHS 20"], "shorten it"),
@@ -174,7 +175,6 @@ WRONG_TOGETHER = [
     ("AUG: {PADDING: 4, RATIO: [1, 1]}", ["AUG.RATIO [1.0, 1.0]"], "set AUG.PADDING to 0"),
     ("AUG: {PADDING: 17}\nDATA: {IMG_SIZE: 32}", ["AUG.PADDING 17, DATA.IMG_SIZE 32 (run.yaml:2)"], "4 for 32"),
     ("AUG: {COLOR_JITTER: 0.3}", ["AUG.COLOR_JITTER 0.3"], "set AUG.AUTO_AUGMENT to ''"),
-    ("DEVICE: cpu", ["run.yaml:1", "AMP_DTYPE 'float16' (defaults)"], "--amp-dtype bfloat16"),
 ]  # fmt: skip
 
 
@@ -201,6 +201,7 @@ WRONG_WORDS = [
     ("-x", "-x: unknown flag", "--help lists every flag"),
     ("TRAIN.EPOCHS", "'TRAIN.EPOCHS': belongs to no flag", "follow --opts"),
     ("--batch-size", "--batch-size: expected one argument", "--help"),
+    ("-hx", "--help: ignored explicit argument 'x'", "--help"),
     ("-j", "--workers: expected one argument", "--help"),
     ("--eval=yes --pretrained w.pth", "--eval: ignored explicit argument 'yes'", "--help"),
     ("--batch-size 0", "--batch-size: DATA.BATCH_SIZE: got 0, expected an integer of at least 1", ""),
@@ -408,6 +409,8 @@ def test_checks_of_training_do_not_hinder_other_modes():
 def test_a_resumed_run_keeps_the_weights_that_it_began_with():
     cfg = parse("--resume", "run", yaml="CHECKPOINT: {PRETRAINED: w.pth}").cfg
     assert (cfg.CHECKPOINT.RESUME, cfg.CHECKPOINT.PRETRAINED) == ("run", "w.pth")
+    message = refusal("--eval", "--resume", "run", yaml="CHECKPOINT: {PRETRAINED: w.pth}")
+    assert message.startswith("run.yaml:1: CHECKPOINT.PRETRAINED 'w.pth'")  # which one is meant?
 
 
 def test_the_configuration_is_frozen():
@@ -432,6 +435,7 @@ def test_awkward_values_survive_a_round_trip():
     cfg = parse(yaml=text).cfg
     again = config.parse(["--cfg", write(config.dump(cfg))]).cfg
     assert again == cfg
+    assert config.dump(cfg).startswith("OUTPUT: ")  # in the order of the schema
     assert again.MODEL.ARGS.a == "1e-3"
     assert again.MODEL.ARGS.b == 1e-3
 

@@ -250,6 +250,7 @@ DAMAGED = {
     "float tiff": encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"),
     "32-bit tiff": encode(Image.fromarray(np.full((8, 8), 1 << 20, np.int32)), "TIFF"),
     "postscript": encode(PICTURE, "EPS"),
+    "healthy, but in a format that is not read": encode(PICTURE, "TGA"),
 }
 
 
@@ -289,7 +290,7 @@ def test_dangling_link(root):
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("where", [30, 300])  # in the deflate stream's start, in its middle
+@pytest.mark.parametrize("where", [40, 300])  # in the data's first bytes, in its middle
 def test_damaged_zip_members(root, tmp_path, method, where):
     packed = tmp_path / "packed"
     packed.mkdir()
