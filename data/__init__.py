@@ -1,7 +1,7 @@
 """How do images get from disk to the model's input? What follows is public."""
 
 from data.dataset import BadFile, ImageDataset, read_class_list
-from data.loader import EvalBatch, TrainBatch, eval_loader, train_loader
+from data.loader import EvalBatch, Loader, TrainBatch, eval_loader, train_loader
 from data.mixing import Normalize, SlotTransform
 from data.stream import ShardSampler, SlotSampler, updates_per_epoch
 from data.transforms import eval_transform, train_transform
@@ -10,6 +10,7 @@ __all__ = [
     "BadFile",
     "EvalBatch",
     "ImageDataset",
+    "Loader",
     "Normalize",
     "ShardSampler",
     "SlotSampler",

@@ -69,8 +69,8 @@ class Folder(Source):
                 elif entry.is_dir():
                     if not prefix:
                         folders.add(name)
-                    if _identity(entry.path) not in seen:
-                        seen.add(_identity(entry.path))
+                    if (identity := _identity(entry.path)) not in seen:
+                        seen.add(identity)
                         pending.append((f"{name}/", entry.path))
                 elif name.lower().endswith(IMG_EXTENSIONS):
                     # A dangling link counts as a damaged image: dropping it would hide a loss.
@@ -94,7 +94,7 @@ class Zip(Source):
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise DataError(
                 f"{path}: not a readable zip file ({error}); copy or pack it again"
             ) from error
@@ -148,9 +148,8 @@ class Tar(Source):
 def open_split(root: str | Path, split: str) -> Source:
     """The source of `split` below `root`: a folder, else a zip, else a tar.
 
-    `val` may also be called `validation`.
-
-    Raises DataError when there is none, when it cannot be listed or when it has no class folders.
+    `val` may also be called `validation`. Raises DataError when there is none, when it cannot be
+    listed or when it has no class folders.
     """
     root = Path(root)
     if not root.is_dir():
@@ -213,7 +212,7 @@ def _is_hidden(name: str) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _handle(path: str, pid: int) -> io.FileIO:
-    """One open file per archive and process: a handle shared by a fork has broken reads before."""
+    """An open file per archive and process: a forked worker does not share its parent's."""
     return open(path, "rb", buffering=0)
 
 

@@ -24,7 +24,7 @@ class RunFolder:
         self._process = process
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self) -> Iterator["RunFolder"]:
         """Hold the folder for this run, and leave in status.json how the run went.
 
         Raises StorageError where the folder cannot be written or another run holds it, before anything else is done.
@@ -32,7 +32,7 @@ class RunFolder:
         lock = self._lock() if self._process.is_main else None
         self.report("running")
         try:
-            yield
+            yield self
         except KeyboardInterrupt:
             self.report("interrupted", exit_code=130)
             raise

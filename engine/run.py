@@ -35,26 +35,25 @@ from utils.logging import MetricWriter, logger, start_logging, write_atomically
 from utils.rng import key, reseed
 
 REFERENCE_BATCH = 512  # the learning rates of a configuration are for so many images per update
+PROBED_IMAGES = 32  # whose sampling offsets are measured at every validation
 
 
 def train(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Train from the start, or from where the run's newest whole checkpoint left off, to the last epoch."""
-    # --- Process and folder -----------------------------------------------------------------------
-    process = distributed.start(cfg.DEVICE, cfg.THREADS)
-    config.check_world_size(cfg, process.world_size)
-    folder = RunFolder(_run_path(cfg), process)
-    with folder.claimed():
-        start_logging(cfg.MODEL.NAME, process.rank, folder.path if process.is_main else None)
+    with (
+        distributed.joined(cfg.DEVICE, cfg.THREADS) as process,
+        RunFolder(_run_path(cfg), process).claimed() as folder,
+    ):
+        config.check_world_size(cfg, process.world_size)
+        own_path = folder.path if process.is_main else None  # only the main process writes there
+        start_logging(cfg.MODEL.NAME, process.rank, own_path)
         _log_start(cfg, sources, process)
 
         # --- Data ---------------------------------------------------------------------------------
         train_set, val_set = _open_data(cfg)
         classes = train_set.classes
         updates_per_epoch = data.updates_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
-        logger.info(
-            f"Data: {len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes; "
-            f"{updates_per_epoch} updates of {cfg.TRAIN.GLOBAL_BATCH_SIZE} images per epoch"
-        )
+        logger.info(f"Training on {train_set}; validating on {val_set}")
 
         # --- Model --------------------------------------------------------------------------------
         model = _build_model(cfg, len(classes), process)
@@ -83,16 +82,19 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
             _check_same_run(found, facts)
             checkpoint.restore(found, state)
             logger.info(f"Resumed from {found}: epoch {state.epoch}, update {state.update}")
+        distributed.barrier()  # all have read what the first one is about to write and prune
         if process.is_main:
             write_atomically(folder.path / "config.yaml", config.dump(cfg))
-        writer = MetricWriter(folder.path if process.is_main else None, state.update)
-        distributed.barrier()  # nobody trains before everybody has found the same checkpoint
+        writer = MetricWriter(own_path, state.update)
 
         # --- Epochs -------------------------------------------------------------------------------
-        save = functools.partial(_save, cfg, folder, state, facts, process)
         batches = _train_batches(cfg, train_set, state, recipe, process)
-        validate = functools.partial(_validate, cfg, val_set, state, writer, process)
+        val_loader = _val_loader(cfg, val_set, process)
         every = cfg.CHECKPOINT.UPDATES
+
+        def save() -> None:
+            if process.is_main:
+                _save(folder, state, facts, keep=cfg.CHECKPOINT.KEEP)
 
         def after_update() -> None:
             if every and state.update % every == 0 and state.update % updates_per_epoch:
@@ -110,14 +112,15 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
             )
             state.epoch += 1
             last = state.epoch == cfg.TRAIN.EPOCHS
-            improved = (last or state.epoch % cfg.TRAIN.EVAL_FREQ == 0) and validate()
+            improved = False
+            if last or state.epoch % cfg.TRAIN.EVAL_FREQ == 0:
+                improved = _validate(cfg, val_loader, state, writer, process)
             if last or improved or state.epoch % cfg.CHECKPOINT.EPOCHS == 0:
                 save()
             folder.report("running", epoch=state.epoch, update=state.update, best=state.best)
         writer.close()
         logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at update {state.best['update']}")
         logger.info(f"The run is complete: {folder.path}")
-    distributed.stop()
 
 
 def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
@@ -125,70 +128,70 @@ def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
 
     A run's folder stands for its best checkpoint. Raises CheckpointError without weights that fit in full.
     """
-    process = distributed.start(cfg.DEVICE, cfg.THREADS)
-    start_logging(cfg.MODEL.NAME, process.rank)
-    _log_start(cfg, sources, process)
-    # --- Classes and model ------------------------------------------------------------------------
-    file, run = cfg.CHECKPOINT.PRETRAINED, cfg.CHECKPOINT.RESUME
-    # A configuration's PRETRAINED is what its run began with; a flag's is what is to be evaluated.
-    if not run and not sources.get("CHECKPOINT.PRETRAINED", "").startswith("--"):
-        run = _run_path(cfg) if (_run_path(cfg) / "checkpoints").is_dir() else ""
-    if run:
-        source = checkpoint.locate(Path(run), best=True)
-        classes = checkpoint.read_facts(source)["classes"]
-    elif file:
-        source, classes = Path(file), _class_list(cfg)
-    else:
-        raise CheckpointError(
-            f"--eval needs weights, and {_run_path(cfg)} is no run that has any. "
-            "Add --pretrained FILE or --resume RUN."
-        )
-    val_set = _open_split(cfg, "val", classes)
-    model = _build_model(cfg, len(val_set.classes), process)
-    # --- Evaluate ---------------------------------------------------------------------------------
-    score = functools.partial(_score, cfg, val_set, process)
-    results = {}
-    if not run:
-        load_pretrained(model, source, whole=True)
-        results["model"] = score(model)
-    else:
-        for name in ("model", "ema"):
-            if (file := source / f"{name}.safetensors").exists():
-                checkpoint.load_strictly(model, file)
-                results[name] = score(model)
-    # --- Report -----------------------------------------------------------------------------------
-    for name, result in results.items():
-        _log_accuracy(result, name)
-    logger.info(f"Evaluated {source}: {_protocol(cfg)}")
-    if process.is_main:
-        record = {"weights": str(source), "protocol": _protocol(cfg)}
-        record |= {name: result.asdict() for name, result in results.items()}
-        print(json.dumps(record))
-    distributed.stop()
+    with distributed.joined(cfg.DEVICE, cfg.THREADS) as process:
+        start_logging(cfg.MODEL.NAME, process.rank)
+        _log_start(cfg, sources, process)
+
+        # --- Weights and classes ------------------------------------------------------------------
+        file, run = cfg.CHECKPOINT.PRETRAINED, cfg.CHECKPOINT.RESUME
+        # A configuration's PRETRAINED is what its run began with; a flag's is what is to be evaluated.
+        if not run and not sources.get("CHECKPOINT.PRETRAINED", "").startswith("--"):
+            run = _run_path(cfg) if (_run_path(cfg) / "checkpoints").is_dir() else ""
+        if run:
+            source = checkpoint.locate(Path(run), best=True)
+            classes = checkpoint.read_facts(source)["classes"]
+        elif file:
+            source, classes = Path(file), _class_list(cfg)
+        else:
+            raise CheckpointError(
+                f"--eval needs weights, and {_run_path(cfg)} is no run that has any. "
+                "Add --pretrained FILE or --resume RUN."
+            )
+        val_set = _open_split(cfg, "val", classes)
+        loader = _val_loader(cfg, val_set, process)
+        model = _build_model(cfg, len(val_set.classes), process)
+
+        # --- Evaluate -----------------------------------------------------------------------------
+        results = {}
+        if not run:
+            load_pretrained(model, source, whole=True)
+            results["model"] = _score(cfg, loader, model, process)
+        else:
+            for name in ("model", "ema"):
+                if (weights := source / f"{name}.safetensors").exists():
+                    checkpoint.load_strictly(model, weights)
+                    results[name] = _score(cfg, loader, model, process)
+        for name, result in results.items():
+            _log_accuracy(result, name)
+        logger.info(f"Evaluated {source}: {_protocol(cfg)}")
+        if process.is_main:
+            record = {"weights": str(source), "protocol": _protocol(cfg)}
+            record |= {name: result.asdict() for name, result in results.items()}
+            print(json.dumps(record))
 
 
 def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Print how many images a second the model classifies, on random images; needs no data."""
-    process = distributed.start(cfg.DEVICE, cfg.THREADS)
-    start_logging(cfg.MODEL.NAME, process.rank)
-    _log_start(cfg, sources, process)
-    model = _build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process).eval()
-    size, batch = cfg.DATA.IMG_SIZE, cfg.DATA.BATCH_SIZE
-    images = torch.randn(batch, 3, size, size, device=process.device)
-    seconds = []
-    with torch.inference_mode(), autocast(process.device, getattr(torch, cfg.AMP_DTYPE)):
-        while len(seconds) < 13 or sum(seconds) < 10:
-            start = time.perf_counter()
-            model(images)
-            if process.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+    with distributed.joined(cfg.DEVICE, cfg.THREADS) as process:
+        start_logging(cfg.MODEL.NAME, process.rank)
+        _log_start(cfg, sources, process)
+        model = _build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process).eval()
+        size, batch = cfg.DATA.IMG_SIZE, cfg.DATA.BATCH_SIZE
+        images = torch.randn(batch, 3, size, size, device=process.device)
+        seconds = []
+        with torch.inference_mode(), autocast(process.device, getattr(torch, cfg.AMP_DTYPE)):
+            while len(seconds) < 13 or sum(seconds) < 10:
+                start = time.perf_counter()
+                model(images)
+                if process.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
     speeds = sorted(batch / s for s in seconds[3:])  # the first three warm up
     logger.info(
-        f"batch_size {batch} throughput {speeds[len(speeds) // 2]:.1f} images/s per process (median of {len(speeds)}; "
-        f"{speeds[0]:.1f} to {speeds[-1]:.1f}), {size} px, {cfg.AMP_DTYPE}, {process.device}"
+        f"batch_size {batch} throughput {speeds[len(speeds) // 2]:.1f} images/s per process "
+        f"(median of {len(speeds)}; {speeds[0]:.1f} to {speeds[-1]:.1f}), "
+        f"{size} px, {cfg.AMP_DTYPE}, {process.device}"
     )
-    distributed.stop()
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -220,6 +223,7 @@ def _open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Ima
             color_jitter=cfg.AUG.COLOR_JITTER,
             auto_augment=cfg.AUG.AUTO_AUGMENT,
             interpolation=cfg.DATA.INTERPOLATION,
+            mean=cfg.DATA.MEAN,
             padding=cfg.AUG.PADDING,
         )
     else:
@@ -373,24 +377,28 @@ def _recipe(cfg: CfgNode, updates_per_epoch: int, num_classes: int, process: Pro
 # --- Validation -----------------------------------------------------------------------------------
 
 
-def _score(
-    cfg: CfgNode, val_set: data.ImageDataset, process: Process, model: nn.Module
-) -> Accuracy:
-    batch_size = cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE
+def _val_loader(cfg: CfgNode, val_set: data.ImageDataset, process: Process) -> data.Loader:
+    """This process's share of the validation images."""
     sampler = data.ShardSampler(
-        len(val_set), batch_size=batch_size, rank=process.rank, world_size=process.world_size
+        len(val_set),
+        batch_size=cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE,
+        rank=process.rank,
+        world_size=process.world_size,
     )
-    loader = data.eval_loader(
+    return data.eval_loader(
         val_set,
         sampler,
         num_workers=cfg.DATA.NUM_WORKERS,
         pin_memory=process.device.type == "cuda",
     )
+
+
+def _score(cfg: CfgNode, loader: data.Loader, model: nn.Module, process: Process) -> Accuracy:
     return evaluate_epoch(
         model=model,
         loader=loader,
         normalize=data.Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device=process.device),
-        batch_size=batch_size,
+        batch_size=cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE,
         process=process,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
         print_freq=cfg.PRINT_FREQ,
@@ -398,25 +406,18 @@ def _score(
 
 
 def _validate(
-    cfg: CfgNode,
-    val_set: data.ImageDataset,
-    state: TrainState,
-    writer: MetricWriter,
-    process: Process,
+    cfg: CfgNode, loader: data.Loader, state: TrainState, writer: MetricWriter, process: Process
 ) -> bool:
     """Evaluate the model and its EMA, record the accuracies; whether the better one is the best of the run so far."""
     weights = {"val": state.model} | ({"val_ema": state.ema.module} if state.ema else {})
     values, best = {"epoch": state.epoch}, 0.0
     for name, model in weights.items():
-        result = _score(cfg, val_set, process, model)
+        result = _score(cfg, loader, model, process)
         _log_accuracy(result, name)
-        values |= {
-            f"{name}/acc1": result.acc1,
-            f"{name}/acc5": result.acc5,
-            f"{name}/loss": result.loss,
-        }
+        values |= {f"{name}/{key}": getattr(result, key) for key in ("acc1", "acc5", "loss")}
         best = max(best, result.acc1)
-    writer.metrics(state.update, values | _offset_lengths(cfg, val_set, state.model, process))
+    if process.is_main:
+        writer.metrics(state.update, values | _offset_lengths(cfg, loader, state.model, process))
     improved = best > state.best["acc1"]
     if improved:
         state.best = {"acc1": best, "update": state.update}
@@ -426,16 +427,16 @@ def _validate(
 
 @torch.inference_mode()
 def _offset_lengths(
-    cfg: CfgNode, val_set: data.ImageDataset, model: nn.Module, process: Process, images: int = 32
+    cfg: CfgNode, loader: data.Loader, model: nn.Module, process: Process
 ) -> dict[str, float]:
-    """Mean length of the sampling offsets of each deformable stage on the first images, in pixels of the input."""
+    """Mean length of the sampling offsets of each deformable stage on a few images, in pixels of the input."""
     if not hasattr(model, "sampling_positions"):
         return {}
     normalize = data.Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device=process.device)
-    pixels = torch.stack([val_set[i][0] for i in range(min(images, len(val_set)))])
+    images = [loader.dataset[i].image for i in range(min(PROBED_IMAGES, len(loader.dataset)))]
     model.eval()
     lengths: dict[str, list[float]] = {}
-    for layer in model.sampling_positions(normalize(pixels)):
+    for layer in model.sampling_positions(normalize(torch.stack(images))):
         name = f"offsets/stage{layer.stage + 1}_pixels"
         lengths.setdefault(name, []).append(layer.offset_length().mean().item())
     model.train()
@@ -518,14 +519,11 @@ def _check_same_run(path: Path, facts: dict) -> None:
             )
 
 
-def _save(
-    cfg: CfgNode, folder: RunFolder, state: TrainState, facts: dict, process: Process
-) -> None:
-    if process.is_main:
-        start = time.perf_counter()
-        path = checkpoint.save(folder.checkpoints, state, facts)
-        checkpoint.prune(folder.checkpoints, cfg.CHECKPOINT.KEEP, state.best["update"])
-        logger.info(f"{path} saved in {time.perf_counter() - start:.2f} s")
+def _save(folder: RunFolder, state: TrainState, facts: dict, keep: int) -> None:
+    start = time.perf_counter()
+    path = checkpoint.save(folder.checkpoints, state, facts)
+    checkpoint.prune(folder.checkpoints, keep, state.best["update"])
+    logger.info(f"{path} saved in {time.perf_counter() - start:.2f} s")
 
 
 # --- Small facts ----------------------------------------------------------------------------------

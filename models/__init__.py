@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.attention import NeighborhoodAttention
-from models.dat import DAT, VARIANTS, DATConfig
+from models.dat import DAT, VARIANTS, DATConfig, Sampling
 from utils.errors import ConfigError
+
+__all__ = ["Sampling", "build", "count_macs"]
 
 
 def build(
@@ -21,7 +23,8 @@ def build(
 ) -> nn.Module:
     """The model that timm knows as `name`, untrained; `args` go to its constructor.
 
-    `img_size` is passed on where a model depends on it. Unknown names and arguments raise ConfigError with the nearest.
+    `img_size` is passed on where a model depends on it. Unknown names and arguments raise
+    ConfigError with the nearest.
     """
     if not timm.is_model(name):
         raise ConfigError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
@@ -38,7 +41,6 @@ def build(
             raise
         class_name, argument = unknown.groups()
         if argument == "drop_path_rate" and drop_path_rate == 0:  # what such a model does anyway
-            args.setdefault("img_size", img_size)
             return timm.create_model(name, num_classes=num_classes, **args)
         known = constructor_arguments(name, class_name)
         raise ConfigError(

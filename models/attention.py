@@ -14,11 +14,13 @@ Every mixer maps (B, H, W, C) to (B, H, W, C) for any H and W. Shapes in this fi
 Coordinates are (y, x), normalised so that -1 and 1 are the centres of the border cells.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 
@@ -31,6 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return (scores + bias).softmax(dim=-1).to(v.dtype) @ v
 
 
+@register_notrace_module  # its padding depends on the map
 class Conv2d(nn.Conv2d):
     """Convolution on (B, H, W, C); the last, partial patch of a patch embedding is filled with zeros."""
 
@@ -45,6 +48,7 @@ class Conv2d(nn.Conv2d):
 # ------------------------------------------------------------------------------------------ windows
 
 
+@register_notrace_module
 class WindowAttention(nn.Module):
     """Attention inside w × w windows with a learned bias per relative position (L; S when shifted).
 
@@ -129,8 +133,8 @@ def window_mask(
 ) -> Tensor:
     """What is added to the scores of padded and shifted windows, (K, n, n).
 
-    −100 between regions that only the cyclic shift made neighbours (as released); −∞ from real queries to padded keys, so
-    that padding never changes a real output, however large its scores.
+    −100 between regions that only the cyclic shift made neighbours (as released); −∞ from real
+    queries to padded keys, so that padding never changes a real output, however large its scores.
     """
     region, real = [], []
     for extent, step, offset in zip(size, window, shift, strict=True):
@@ -147,6 +151,7 @@ def window_mask(
 # ---------------------------------------------------------------------------------- neighbourhoods
 
 
+@register_notrace_module
 class NeighborhoodAttention(nn.Module):
     """Attention of every query to the w × w window centred on it, with a learned bias per relative position (N).
 
@@ -224,9 +229,9 @@ def neighbourhood(length: int, window: int, device: torch.device | None = None) 
 
 
 class DATGeometry:
-    """Coordinates of DAT (2022): cell centres; offsets of at most `reach` cells may leave the map, where zeros are read."""
+    """Coordinates of DAT (2022): cell centres; offsets within ± range_factor / Hk may leave the map."""
 
-    reach = 2
+    range_factor = 2
 
     @staticmethod
     def padding(kernel: int, stride: int) -> int:
@@ -247,7 +252,7 @@ class DATGeometry:
     def place(cls, reference: Tensor, theta: Tensor) -> Tensor:
         """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
         cell = 1 / torch.tensor(reference.shape[:2], device=theta.device)
-        return reference + theta.tanh() * cls.reach * cell
+        return reference + theta.tanh() * cls.range_factor * cell
 
 
 class DATPlusPlusGeometry:
@@ -314,6 +319,7 @@ class SamplingPositions(nn.Module):
         return grid(self.geometry.reference, size, device)
 
 
+@register_notrace_module
 class DeformableAttention(nn.Module):
     """Attention to keys and values read at positions that follow from the queries (D).
 
@@ -363,7 +369,9 @@ class DeformableAttention(nn.Module):
         return bilinear(table, displacement).unflatten(0, (batch, groups)).flatten(1, 2)
 
 
-def grid(axis, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
+def grid(
+    axis: Callable[[Tensor, int], Tensor], size: tuple[int, int], device: torch.device | None = None
+) -> Tensor:
     """The points (H, W, 2) of `size` = (H, W), float32, where `axis(index, length)` places those of one axis."""
     y, x = (axis(torch.arange(n, device=device, dtype=torch.float32), n) for n in size)
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)

@@ -9,7 +9,7 @@ downsampling, local perception, MLP; what it changes inside is in attention.py's
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -210,8 +210,8 @@ class Sampling(NamedTuple):
 class DAT(nn.Module):
     """DAT or DAT++, a classifier and a backbone under timm's contract; any image size at any call.
 
-    Keyword arguments beyond the signature are the fields of `DATConfig`; others raise TypeError, impossible values ConfigError.
-    `img_size` sets the size of the displacement tables and nothing else.
+    Keyword arguments beyond the signature are the fields of `DATConfig`; others raise TypeError,
+    impossible values ConfigError. `img_size` sets the size of the displacement tables, nothing else.
     """
 
     def __init__(
@@ -419,7 +419,7 @@ def pretrained_cfg(name: str) -> dict:
     return {
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),
-        "num_classes": 1000,
+        "num_classes": 10 if name == "dat_micro" else 1000,
         "crop_pct": 0.875 if size == 224 else 1.0,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,

@@ -170,6 +170,13 @@ def archive(name, data):
     return build
 
 
+def cut_tar(root):
+    write_tar(root / "val", root / "val.tar")
+    os.truncate(root / "val.tar", 5000)
+    (root / "val").rename(root / "old")
+    return {}
+
+
 def bzip2(root):
     write_zip(root / "val", root / "val.zip", method=zipfile.ZIP_BZIP2)
     (root / "val").rename(root / "old")
@@ -189,6 +196,7 @@ def bzip2(root):
         (no_root, "set: no such folder; expected <root>/train"),
         (archive("val.zip", b"PK nothing"), "val.zip: not a readable zip file"),
         (archive("val.tar", b"nothing" * 99), "val.tar: not a readable uncompressed tar file"),
+        (cut_tar, "val.tar: not a readable uncompressed tar file (unexpected end of data)"),
         (bzip2, "compressed by method 12, expected stored or deflated; pack it again"),
     ],
 )

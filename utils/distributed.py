@@ -1,6 +1,8 @@
 """Which process of how many is this one, and on what device? The same program runs with and without torchrun."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -26,8 +28,9 @@ class Process:
         return self.rank == 0
 
 
-def start(device: str = "auto", threads: int = 0) -> Process:
-    """Join the group that torchrun describes in the environment, if any.
+@contextmanager
+def joined(device: str = "auto", threads: int = 0) -> Iterator[Process]:
+    """Be part of the group that torchrun describes in the environment, if any.
 
     `device` is "cuda", "cpu" or "auto" (CUDA where there is one). `threads` are the CPU threads of this process, 0 for
     its share of the cores: torchrun would leave a single one to each process.
@@ -48,13 +51,11 @@ def start(device: str = "auto", threads: int = 0) -> Process:
         torch.cuda.set_device(process.device)
     if process.world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
-    return process
-
-
-def stop() -> None:
-    """Leave the group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        yield process
+    finally:
+        if process.world_size > 1:
+            dist.destroy_process_group()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
