@@ -310,7 +310,7 @@ class SamplingPositions(nn.Module):
         ).permute(0, 2, 3, 1)  # (B, Hk, Wk, C)
         theta = self.proj(self.act(self.norm(theta.unflatten(-1, (self.groups, -1)))))
         theta = theta.permute(0, 3, 1, 2, 4)  # (B, G, Hk, Wk, 2)
-        if theta.dtype.itemsize < 4:  # half precision would move points by up to a cell
+        if theta.dtype.itemsize < 4:  # coordinates are never computed in half precision
             theta = theta.float()
         return self.geometry.place(self.reference(theta.shape[2:4], theta.device), theta)
 

@@ -4,8 +4,8 @@ Four stages of blocks; before each stage a convolution halves the map. Inside, t
 
     images (B, 3, H, W) → stem (B, H/4, W/4, C) → stage i (B, H/4/2ⁱ, W/4/2ⁱ, Cᵢ) → norm → mean → logits (B, classes)
 
-Sizes are rounded up. What DAT++ changes around the attention is in `DATConfig.plus_plus`'s three uses below: stem and
-downsampling, local perception, MLP; what it changes inside is in attention.py's two geometries.
+Sizes are rounded up. What DAT++ changes around the attention hangs on `DATConfig.plus_plus`: make_stem, make_downsample,
+LocalPerception, DepthwiseMlp. What it changes inside is attention.py's DATGeometry against DATPlusPlusGeometry.
 """
 
 from collections.abc import Sequence
@@ -317,7 +317,7 @@ class DAT(nn.Module):
         def collect(stage: int, block: int, module: nn.Module, inputs: tuple, positions: Tensor):
             reference = module.reference(positions.shape[2:4], positions.device)
             reference = module.geometry.place(reference, torch.zeros_like(reference))
-            map_size, reduction = inputs[0].shape[1:3], self.feature_info[stage]["reduction"]
+            map_size, reduction = tuple(inputs[0].shape[1:3]), self.feature_info[stage]["reduction"]
             found.append(Sampling(stage, block, positions, reference, map_size, reduction))
 
         hooks = [
