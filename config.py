@@ -198,6 +198,7 @@ SCHEMA = (
     Key("TRAIN.ADAM_BETAS", [0.9, 0.999], BETAS, "AdamW's"),
     Key("TRAIN.ADAM_EPS", 1e-8, POSITIVE, "AdamW's"),
     Key("TRAIN.EMA_DECAY", 0.0, DECAY, "share of the averaged weights kept by an update; 0: no average"),
+    Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
     Key("TRAIN.EVAL_FREQ", 1, at_least(1), "epochs from one evaluation to the next"),
 
     # ---- checkpoints ----

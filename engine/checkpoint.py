@@ -80,8 +80,8 @@ def save(folder: Path, state: TrainState, facts: dict) -> Path:
                 file.write(content)
                 os.fsync(file.fileno())
         _sync_folder(temporary)
-        if target.exists():  # damaged, or it would not have been passed over
-            os.rename(target, folder / f".tmp-damaged-{target.name}")
+        if target.exists():  # damaged and passed over, or from before its epoch was closed
+            os.rename(target, folder / f".tmp-replaced-{target.name}")
         os.rename(temporary, target)
         _sync_folder(folder)
     except OSError as error:

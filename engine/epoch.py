@@ -1,5 +1,6 @@
 """The two hot loops: an epoch of training, and an evaluation that counts every image once."""
 
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -56,11 +57,11 @@ def train_epoch(
     recipe: Recipe,
     process: Process,
     writer: MetricWriter,
-    after_update: Callable[[], None],
+    at_boundary: Callable[[], None],
 ) -> None:
     """Train from `state.update` to the end of epoch `state.epoch`; `net` is `state.model`, wrapped for many processes.
 
-    `after_update` is called at every update boundary, where the state may be saved. Raises DivergedError.
+    `at_boundary` is called after every update: there the state may be saved and the run end. Raises DivergedError.
     """
     end = (state.epoch + 1) * recipe.updates_per_epoch
     meters = {name: AverageMeter() for name in ("time", "loss", "grad_norm")}
@@ -87,6 +88,8 @@ def train_epoch(
             # The values are this update's own, so that a resumed run records the same as one that was not stopped.
             loss = (all_reduce_sum(loss) / process.world_size).item()
             values = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
+            if state.scaler.is_enabled():
+                values["train/loss_scale"] = state.scaler.get_scale()
             writer.metrics(state.update, values)
             seconds, updates = time.perf_counter() - since, state.update - since_update
             speed = updates * recipe.global_batch / seconds
@@ -98,7 +101,7 @@ def train_epoch(
                 meters[name].update(value)
             logger.info(_train_line(state, recipe, rate, meters, process.device))
             since, since_update, waited = time.perf_counter(), state.update, 0.0
-        after_update()
+        at_boundary()
     progress.close()
     logger.info(f"EPOCH {state.epoch} training takes {_clock(time.perf_counter() - begin)}")
 
@@ -248,7 +251,10 @@ def evaluate_epoch(
 
 
 def _memory(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+    """MiB at the peak so far: of the accelerator's memory, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _clock(seconds: float) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.distributed import Process
-from utils.errors import StorageError, UserError
+from utils.errors import StopRequested, StorageError, UserError
 from utils.logging import write_atomically
 
 
@@ -35,6 +35,9 @@ class RunFolder:
             yield self
         except KeyboardInterrupt:
             self.report("interrupted", exit_code=130)
+            raise
+        except StopRequested as error:
+            self.report("stopped", exit_code=error.exit_code, error=str(error))
             raise
         except UserError as error:
             self.report("failed", exit_code=error.exit_code, error=str(error))

@@ -28,9 +28,10 @@ from engine.epoch import Accuracy, Recipe, autocast, evaluate_epoch, train_epoch
 from engine.folder import RunFolder
 from engine.optimizer import Schedule, create_optimizer
 from engine.pretrained import load_pretrained
+from engine.stop import StopRequest
 from utils import distributed
 from utils.distributed import Process
-from utils.errors import CheckpointError, ConfigError, DataError
+from utils.errors import CheckpointError, ConfigError, DataError, StopRequested
 from utils.logging import MetricWriter, logger, start_logging, write_atomically
 from utils.rng import key, reseed
 
@@ -43,6 +44,7 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
     with (
         distributed.joined(cfg.DEVICE, cfg.THREADS) as process,
         RunFolder(_run_path(cfg), process).claimed() as folder,
+        StopRequest(cfg.TRAIN.MAX_SECONDS).listening() as stop,
     ):
         config.check_world_size(cfg, process.world_size)
         own_path = folder.path if process.is_main else None  # only the main process writes there
@@ -54,10 +56,14 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
         classes = train_set.classes
         updates_per_epoch = data.updates_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
         logger.info(f"Training on {train_set}; validating on {val_set}")
+        facts = _facts(cfg, train_set, updates_per_epoch)
+        found = _find_checkpoint(cfg, folder)
+        if found is not None:
+            _check_same_run(found, facts)
 
         # --- Model --------------------------------------------------------------------------------
         model = _build_model(cfg, len(classes), process)
-        if cfg.CHECKPOINT.PRETRAINED:
+        if cfg.CHECKPOINT.PRETRAINED and found is None:
             load_pretrained(model, Path(cfg.CHECKPOINT.PRETRAINED), whole=False)
         ema = ModelEmaV3(model, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
         tensors = 3 + bool(ema)  # weights, two moments and the average
@@ -77,9 +83,7 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
         state = TrainState(model, ema, optimizer, scaler)
 
         # --- Resume -------------------------------------------------------------------------------
-        facts = _facts(cfg, train_set, updates_per_epoch)
-        if (found := _find_checkpoint(cfg, folder)) is not None:
-            _check_same_run(found, facts)
+        if found is not None:
             checkpoint.restore(found, state)
             logger.info(f"Resumed from {found}: epoch {state.epoch}, update {state.update}")
         distributed.barrier()  # all have read what the first one is about to write and prune
@@ -96,9 +100,15 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
             if process.is_main:
                 _save(folder, state, facts, keep=cfg.CHECKPOINT.KEEP)
 
-        def after_update() -> None:
-            if every and state.update % every == 0 and state.update % updates_per_epoch:
+        def at_boundary() -> None:
+            reason = stop.reason()
+            inside_epoch = (
+                state.update % updates_per_epoch > 0
+            )  # its end is saved after the validation
+            if reason or (every and state.update % every == 0 and inside_epoch):
                 save()
+            if reason:
+                raise StopRequested(f"{reason}; saved. Start the same command again to go on.")
 
         while state.epoch < cfg.TRAIN.EPOCHS:
             train_epoch(
@@ -108,7 +118,7 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
                 recipe=recipe,
                 process=process,
                 writer=writer,
-                after_update=after_update,
+                at_boundary=at_boundary,
             )
             state.epoch += 1
             last = state.epoch == cfg.TRAIN.EPOCHS

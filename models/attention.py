@@ -214,7 +214,7 @@ class Neighbourhood(NamedTuple):
 
 def neighbourhood(length: int, window: int, device: torch.device | None = None) -> Neighbourhood:
     """Tiles of at most `window` queries over an axis of `length` positions."""
-    tile, reach = min(window, length), min(window, length)
+    tile = reach = min(window, length)  # queries of a tile; keys of a query
     region = min(tile + reach - 1, length)
     first = torch.arange(0, length, tile, device=device)[:, None]
     keys = (first - window // 2).clamp(0, length - region) + torch.arange(region, device=device)
@@ -251,8 +251,8 @@ class DATGeometry:
     @classmethod
     def place(cls, reference: Tensor, theta: Tensor) -> Tensor:
         """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
-        cell = 1 / torch.tensor(reference.shape[:2], device=theta.device)
-        return reference + theta.tanh() * cls.range_factor * cell
+        size = torch.tensor(reference.shape[:2], device=theta.device)
+        return reference + theta.tanh() * (cls.range_factor / size)
 
 
 class DATPlusPlusGeometry:
@@ -315,7 +315,7 @@ class SamplingPositions(nn.Module):
         return self.geometry.place(self.reference(theta.shape[2:4], theta.device), theta)
 
     def reference(self, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
-        """The points that zero offsets read, (Hk, Wk, 2)."""
+        """The reference points, (Hk, Wk, 2)."""
         return grid(self.geometry.reference, size, device)
 
 
@@ -325,7 +325,7 @@ class DeformableAttention(nn.Module):
 
     z = softmax(q · k̃ᵀ / √D + bias) · ṽ with k̃ and ṽ projected from x̃, the bilinear reading of x at those positions. The
     bias of query n and key s is the bilinear reading of the head's table at half the distance of their positions,
-    so a table made for one map size serves all. DAT section 3.2 and 3.3; DAT++ section 3.
+    so a table made for one map size serves all.
     """
 
     def __init__(
@@ -379,14 +379,13 @@ def grid(
 
 def bilinear(image: Tensor, points: Tensor) -> Tensor:
     """`image` (b, c, h, w) read at `points` (b, h', w', 2) to (b, c, h', w'); zeros outside."""
-    return F.grid_sample(image, points.flip(-1), align_corners=True)  # which wants (x, y)
+    # grid_sample wants (x, y). Values take the precision of the coordinates, never the reverse.
+    return F.grid_sample(image.to(points.dtype), points.flip(-1), align_corners=True)
 
 
 def sample(x: Tensor, positions: Tensor) -> Tensor:
     """x (B, H, W, C) read at positions (B, G, Hk, Wk, 2), each group its own C / G channels, to (B, S, C)."""
     batch, groups = positions.shape[:2]
-    image = (
-        x.to(positions.dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)
-    )  # (B, G, C/G, H, W)
+    image = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (B, G, C/G, H, W)
     read = bilinear(image.flatten(0, 1), positions.flatten(0, 1))  # (B·G, C/G, Hk, Wk)
     return read.flatten(2).unflatten(0, (batch, groups)).flatten(1, 2).transpose(1, 2)

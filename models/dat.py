@@ -4,8 +4,8 @@ Four stages of blocks; before each stage a convolution halves the map. Inside, t
 
     images (B, 3, H, W) → stem (B, H/4, W/4, C) → stage i (B, H/4/2ⁱ, W/4/2ⁱ, Cᵢ) → norm → mean → logits (B, classes)
 
-Sizes are rounded up. What DAT++ changes around the attention hangs on `DATConfig.plus_plus`: make_stem, make_downsample,
-LocalPerception, DepthwiseMlp. What it changes inside is attention.py's DATGeometry against DATPlusPlusGeometry.
+Sizes are rounded up. What DAT++ changes around the attention hangs on `plus_plus`: make_stem, make_downsample,
+LocalPerception, DepthwiseMlp. Inside, it is attention.py's DATPlusPlusGeometry instead of DATGeometry.
 """
 
 from collections.abc import Sequence
@@ -416,9 +416,10 @@ IMG_SIZES = {"dat_micro": 32, "dat_base_384": 384, "dat_pp_base_384": 384}
 def pretrained_cfg(name: str) -> dict:
     """What timm keeps beside a model: how its images are prepared and where its ends are."""
     size = IMG_SIZES.get(name, 224)
+    pool_size = size // 8 // VARIANTS[name].get("patch_size", DATConfig.patch_size)
     return {
         "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
+        "pool_size": (pool_size, pool_size),
         "num_classes": 10 if name == "dat_micro" else 1000,
         "crop_pct": 0.875 if size == 224 else 1.0,
         "interpolation": "bicubic",

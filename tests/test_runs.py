@@ -6,10 +6,10 @@ python -m pytest tests/test_runs.py
 import json
 import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ import data
 import main
 from engine import checkpoint
 from engine.folder import RunFolder
+from engine.stop import StopRequest
 from utils.distributed import Process
 
 
@@ -65,6 +66,36 @@ def test_stopped_at_any_update_and_resumed(update, images, unbroken, tmp_path, m
     assert outcome(tmp_path) == outcome(unbroken)
 
 
+@pytest.mark.parametrize("update", [1, 2, 4])
+def test_asked_to_stop_it_saves_and_goes_on_when_started_again(
+    update, images, unbroken, tmp_path, monkeypatch
+):
+    reason = StopRequest.reason
+    asked = []
+
+    def reason_at(self):
+        asked.append(self)
+        for number in (SIGTERM, SIGINT, SIGUSR1) if len(asked) == update else ():
+            os.kill(os.getpid(), number)
+        return reason(self)
+
+    monkeypatch.setattr(StopRequest, "reason", reason_at)
+    never = "--opts", "CHECKPOINT.UPDATES=0", "CHECKPOINT.EPOCHS=3", "TRAIN.EVAL_FREQ=3"
+    assert main.main(arguments(tmp_path, images, *never)) == 75
+    assert [path.name for path in checkpoint.steps(checkpoints(tmp_path))] == [f"step-{update}"]
+    status = json.loads((run_of(tmp_path) / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    monkeypatch.undo()
+    assert main.main(arguments(tmp_path, images)) == 0
+    last, reference = outcome(tmp_path), outcome(unbroken)
+    assert last["model.safetensors"] == reference["model.safetensors"]
+
+
+def test_time_limit(images, tmp_path):
+    assert main.main(arguments(tmp_path, images, "--opts", "TRAIN.MAX_SECONDS=1e-3")) == 75
+    assert main.main(arguments(tmp_path, images)) == 0
+
+
 def test_the_written_configuration_runs_again_unchanged(images, unbroken, tmp_path):
     written = unbroken / "dat_micro" / "run" / "config.yaml"
     assert main.main(["--cfg", str(written), "--output", str(tmp_path)]) == 0
@@ -87,7 +118,7 @@ def test_killed_and_resumed_on_many_processes(processes, images, tmp_path):
 
     killed = launch(processes, arguments(broken, images))
     wait_for(broken / "dat_micro" / "run" / "checkpoints" / "step-1", killed)
-    os.killpg(killed.pid, signal.SIGKILL)
+    os.killpg(killed.pid, SIGKILL)
     kill_workers(broken)
     killed.wait()
     assert len(checkpoint.steps(broken / "dat_micro" / "run" / "checkpoints")) < 6
@@ -110,7 +141,7 @@ def kill_workers(folder: Path) -> None:
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if str(folder).encode() in entry.read_bytes():
-                os.kill(int(entry.parent.name), signal.SIGKILL)
+                os.kill(int(entry.parent.name), SIGKILL)
         except (FileNotFoundError, ProcessLookupError):
             continue
 
