@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,13 +53,52 @@ class TrainState:
 # --- Write ----------------------------------------------------------------------------------------
 
 
-def save(folder: Path, state: TrainState, facts: dict) -> Path:
-    """Write `state` to `folder`/step-<update> with `facts` beside the counters in its state.json.
+class Saver:
+    """Writes checkpoints into `folder`, of which the newest `keep` and the best stay, while training goes on.
 
-    Raises StorageError, leaving the older checkpoints as they are.
+    A context manager, which ends when the last checkpoint is on the disk. A write that failed raises its StorageError
+    at the next save or at the end.
     """
-    target = folder / f"step-{state.update}"
-    temporary = folder / f".tmp-{target.name}"
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+        self.wait()
+
+    def save(self, state: TrainState, facts: dict) -> None:
+        """Copy `state` and `facts` now; they are written while training goes on."""
+        self.wait()
+        start = time.perf_counter()
+        files = snapshot(state, facts)
+        copied = time.perf_counter() - start
+        self._writing = self._thread.submit(
+            self._write, f"step-{state.update}", files, f"step-{state.best['update']}", copied
+        )
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, name: str, files: dict[str, bytes], best: str, copied: float) -> None:
+        start = time.perf_counter()
+        path = write(self.folder, name, files)
+        prune(self.folder, self.keep, best)
+        written = time.perf_counter() - start
+        logger.info(f"{path} saved: copied in {copied:.2f} s, written in {written:.2f} s meanwhile")
+
+
+def snapshot(state: TrainState, facts: dict) -> dict[str, bytes]:
+    """The files of a checkpoint of `state`, by name; `facts` stand beside the counters in state.json."""
     files = {
         "model.safetensors": _serialize(state.model.state_dict()),
         "optimizer.safetensors": _serialize(_optimizer_tensors(state)),
@@ -65,23 +106,30 @@ def save(folder: Path, state: TrainState, facts: dict) -> Path:
     }
     if state.ema is not None:
         files["ema.safetensors"] = _serialize(state.ema.module.state_dict())
-    files[MANIFEST] = json.dumps(
-        {
-            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in files.items()
-        },
-        indent=1,
-    ).encode()
+    return files
+
+
+def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
+    """Write `files` and their manifest as the checkpoint `folder`/`name`, whole or not at all.
+
+    Raises StorageError, leaving the older checkpoints as they are.
+    """
+    target, temporary = folder / name, folder / f".tmp-{name}"
+    manifest = {
+        file: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for file, content in files.items()
+    }
+    files = files | {MANIFEST: json.dumps(manifest, indent=1).encode()}
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, content in files.items():
-            with (temporary / name).open("wb") as file:
+        for file_name, content in files.items():
+            with (temporary / file_name).open("wb") as file:
                 file.write(content)
                 os.fsync(file.fileno())
         _sync_folder(temporary)
         if target.exists():  # damaged and passed over, or from before its epoch was closed
-            os.rename(target, folder / f".tmp-replaced-{target.name}")
+            os.rename(target, folder / f".tmp-replaced-{name}")
         os.rename(temporary, target)
         _sync_folder(folder)
     except OSError as error:
@@ -93,10 +141,10 @@ def save(folder: Path, state: TrainState, facts: dict) -> Path:
     return target
 
 
-def prune(folder: Path, keep: int, best_update: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, and what an earlier kill left half-written."""
+def prune(folder: Path, keep: int, best: str) -> None:
+    """Delete all but the newest `keep` checkpoints and the one named `best`, and what a kill left half-written."""
     for path in steps(folder)[keep:]:
-        if path.name != f"step-{best_update}":
+        if path.name != best:
             shutil.rmtree(path)
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path)

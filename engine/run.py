@@ -44,6 +44,7 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
     with (
         distributed.joined(cfg.DEVICE, cfg.THREADS) as process,
         RunFolder(_run_path(cfg), process).claimed() as folder,
+        checkpoint.Saver(folder.checkpoints, cfg.CHECKPOINT.KEEP) as saver,
         StopRequest(cfg.TRAIN.MAX_SECONDS).listening() as stop,
     ):
         config.check_world_size(cfg, process.world_size)
@@ -98,14 +99,12 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
 
         def save() -> None:
             if process.is_main:
-                _save(folder, state, facts, keep=cfg.CHECKPOINT.KEEP)
+                saver.save(state, facts)
 
         def at_boundary() -> None:
             reason = stop.reason()
-            inside_epoch = (
-                state.update % updates_per_epoch > 0
-            )  # its end is saved after the validation
-            if reason or (every and state.update % every == 0 and inside_epoch):
+            inside = state.update % updates_per_epoch > 0  # the end of an epoch is saved validated
+            if reason or (every and inside and state.update % every == 0):
                 save()
             if reason:
                 raise StopRequested(f"{reason}; saved. Start the same command again to go on.")
@@ -527,13 +526,6 @@ def _check_same_run(path: Path, facts: dict) -> None:
             logger.warning(
                 f"Changed since the checkpoint: {name} was {before.get(name)}, is {now[name]}"
             )
-
-
-def _save(folder: RunFolder, state: TrainState, facts: dict, keep: int) -> None:
-    start = time.perf_counter()
-    path = checkpoint.save(folder.checkpoints, state, facts)
-    checkpoint.prune(folder.checkpoints, keep, state.best["update"])
-    logger.info(f"{path} saved in {time.perf_counter() - start:.2f} s")
 
 
 # --- Small facts ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from engine.epoch import MAX_SKIPPED, Accuracy, _step, evaluate_epoch
 from engine.optimizer import Schedule, create_optimizer, parameter_groups
 from engine.pretrained import load_pretrained, read_weights
 from utils.distributed import Process
-from utils.errors import CheckpointError, DivergedError
+from utils.errors import CheckpointError, DivergedError, StorageError
 from utils.logging import MetricWriter
 from utils.rng import key, permutation
 
@@ -135,7 +136,7 @@ def test_restored_state_goes_on_with_the_same_bits(fp16, tmp_path):
     state = make_state(fp16)
     train_a_little(state)
     state.epoch, state.skipped, state.best = 2, 1, {"acc1": 50.0, "update": 2}
-    path = checkpoint.save(tmp_path, state, {"model": "toy"})
+    path = save(tmp_path, state, {"model": "toy"})
     other = make_state(fp16)
     train_a_little(other, 1)  # what it has must not shine through
     checkpoint.restore(path, other)
@@ -149,11 +150,15 @@ def test_restored_state_goes_on_with_the_same_bits(fp16, tmp_path):
 def test_hyperparameters_come_from_the_configuration(tmp_path):
     state = make_state(lr=0.1, weight_decay=0.5)
     train_a_little(state)
-    path = checkpoint.save(tmp_path, state, {})
+    path = save(tmp_path, state, {})
     other = make_state(lr=0.2, weight_decay=0.25)
     checkpoint.restore(path, other)
     assert [group["lr"] for group in other.optimizer.param_groups] == [0.2, 0.2]
     assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.25, 0.0]
+
+
+def save(folder: Path, state: TrainState, facts: dict) -> Path:
+    return checkpoint.write(folder, f"step-{state.update}", checkpoint.snapshot(state, facts))
 
 
 def make_checkpoints(folder: Path, updates: list[int]) -> list[Path]:
@@ -161,7 +166,7 @@ def make_checkpoints(folder: Path, updates: list[int]) -> list[Path]:
     train_a_little(state, 1)
     paths = []
     for state.update in updates:
-        paths.append(checkpoint.save(folder, state, {}))
+        paths.append(save(folder, state, {}))
     return paths
 
 
@@ -196,7 +201,7 @@ def test_all_damaged_is_an_error_and_none_is_not(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     make_checkpoints(tmp_path, [1, 2, 9, 10, 11])
     (tmp_path / ".tmp-step-12").mkdir()
-    checkpoint.prune(tmp_path, keep=2, best_update=2)
+    checkpoint.prune(tmp_path, keep=2, best="step-2")
     assert sorted(os.listdir(tmp_path)) == ["step-10", "step-11", "step-2"]
 
 
@@ -207,10 +212,33 @@ def test_failed_save_leaves_the_others_alone(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "rename", full)
-    with pytest.raises(checkpoint.StorageError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         make_checkpoints(tmp_path, [2])
     assert os.listdir(tmp_path) == [older.name]
     assert checkpoint.verify(older) is None
+
+
+def test_what_is_saved_is_the_state_at_that_moment(tmp_path, monkeypatch):
+    state = make_state()
+    train_a_little(state)
+    before = bits(state)
+    begin, write = threading.Event(), checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *args: begin.wait() and write(*args))
+    with checkpoint.Saver(tmp_path, keep=2) as saver:
+        saver.save(state, {})
+        train_a_little(state)  # while the disk is slow
+        begin.set()
+    other = make_state()
+    checkpoint.restore(checkpoint.newest(tmp_path), other)
+    assert bits(other) == before
+
+
+def test_failed_background_write_ends_the_run(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2)
+    saver.save(make_state(), {})
+    with pytest.raises(StorageError, match="step-0"), saver:
+        saver.save(make_state(), {})
 
 
 # --- Weights from elsewhere -----------------------------------------------------------------------

@@ -51,15 +51,14 @@ def test_the_same_command_gives_the_same_bits(images, unbroken, tmp_path):
 
 @pytest.mark.parametrize("update", range(1, 6))
 def test_stopped_at_any_update_and_resumed(update, images, unbroken, tmp_path, monkeypatch):
-    save = checkpoint.save
+    save = checkpoint.Saver.save
 
-    def save_and_die(folder, state, facts):
-        path = save(folder, state, facts)
+    def save_and_die(self, state, facts):
+        save(self, state, facts)
         if state.update == update:
             raise KeyboardInterrupt
-        return path
 
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    monkeypatch.setattr(checkpoint.Saver, "save", save_and_die)
     assert main.main(arguments(tmp_path, images)) == 130
     monkeypatch.undo()
     assert main.main(arguments(tmp_path, images)) == 0
