@@ -4,12 +4,15 @@
     S  shifted windows         the same
     N  neighbourhoods          NAT, arXiv 2204.07143
     D  deformable attention    DAT, arXiv 2201.00520; DAT++, arXiv 2309.01430
+    G  the whole map           ViT, arXiv 2010.11929
+    P  the map, reduced        PVT, arXiv 2102.12122
+    C  deformable convolution  DCNv2, arXiv 1811.11168
 
 Every mixer maps (B, H, W, C) to (B, H, W, C) for any H and W. Shapes in this file:
 
     B batch   H, W map   C channels   M heads   D = C / M channels of a head
     n window height · width           K number of windows
-    G offset groups   Hk, Wk sampling grid   N = H · W queries   S = Hk · Wk sampled keys
+    G offset groups   Hk, Wk grid of keys   N = H · W queries   S = Hk · Wk keys
 
 Coordinates are (y, x), normalised so that -1 and 1 are the centres of the border cells.
 """
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -31,6 +35,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     # Scaled after the product, as released: bilinear reads have kinks, so rounding shows in the gradients of offsets.
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
     return (scores + bias).softmax(dim=-1).to(v.dtype) @ v
+
+
+def attend_all(q: Tensor, kv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
+    """`attend` from every position of q (B, H, W, C) to all of kv (B, S, 2C); bias broadcast to (B, M, N, S)."""
+    k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, M, S, D)
+    z = q.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, M, N, D)
+    z = attend(z, k, v, bias).transpose(1, 2).flatten(2)  # (B, N, C)
+    return z.view(q.shape)
 
 
 @register_notrace_module  # its padding depends on the map
@@ -352,21 +364,9 @@ class DeformableAttention(nn.Module):
         """(B, H, W, C) to the same shape."""
         q = self.q(x)
         positions = self.positions(q)
-        bias = self.bias(positions, x.shape[1:3])  # (B, M, N, S)
-        kv = self.kv(sample(x, positions)).unflatten(-1, (2, self.num_heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, M, S, D)
-        q = q.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, N, D)
-        z = attend(q, k, v, bias).transpose(1, 2).flatten(2)  # (B, N, C)
-        return self.proj(z.view(x.shape))
-
-    def bias(self, positions: Tensor, size: tuple[int, int]) -> Tensor:
-        """The tables read at half the displacement from every query to every key, (B, M, N, S), float32."""
-        batch, groups = positions.shape[:2]
-        queries = grid(self.geometry.query, size, positions.device).flatten(0, 1)  # (N, 2)
-        keys = positions.flatten(2, 3).flatten(0, 1)  # (B·G, S, 2)
-        displacement = (queries[:, None] - keys[:, None]) / 2  # (B·G, N, S, 2)
-        table = self.displacement_bias_table.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
-        return bilinear(table, displacement).unflatten(0, (batch, groups)).flatten(1, 2)
+        queries = grid(self.geometry.query, x.shape[1:3], x.device)
+        bias = displacement_bias(self.displacement_bias_table, queries, positions)
+        return self.proj(attend_all(q, self.kv(sample(x, positions)), self.num_heads, bias))
 
 
 def grid(
@@ -375,6 +375,18 @@ def grid(
     """The points (H, W, 2) of `size` = (H, W), float32, where `axis(index, length)` places those of one axis."""
     y, x = (axis(torch.arange(n, device=device, dtype=torch.float32), n) for n in size)
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+
+
+def displacement_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
+    """The heads' tables (M, …) read at half the displacement from every query to every key, (B, M, N, S), float32.
+
+    Queries stand at (H, W, 2), keys at (B, G, Hk, Wk, 2).
+    """
+    batch, groups = positions.shape[:2]
+    keys = positions.flatten(2, 3).flatten(0, 1)  # (B·G, S, 2)
+    displacement = (queries.flatten(0, 1)[:, None] - keys[:, None]) / 2  # (B·G, N, S, 2)
+    tables = tables.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
+    return bilinear(tables, displacement).unflatten(0, (batch, groups)).flatten(1, 2)
 
 
 def bilinear(image: Tensor, points: Tensor) -> Tensor:
@@ -389,3 +401,66 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
     image = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (B, G, C/G, H, W)
     read = bilinear(image.flatten(0, 1), positions.flatten(0, 1))  # (B·G, C/G, Hk, Wk)
     return read.flatten(2).unflatten(0, (batch, groups)).flatten(1, 2).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------ the whole map
+
+
+@register_notrace_module
+class GlobalAttention(nn.Module):
+    """Attention of every query to the whole map (G), or to the map reduced r × r times by a convolution (P).
+
+    Alone it would not know where anything is. ViT and PVT add a position embedding outside of the mixer; here both have
+    the displacement bias of D, with a table of the same size, so that G and D differ only in what is read.
+    """
+
+    def __init__(self, dim: int, num_heads: int, table_size: tuple[int, int], reduction: int = 1):
+        super().__init__()
+        self.num_heads = num_heads
+        self.reduce = nn.Identity()
+        if reduction > 1:
+            conv = Conv2d(dim, dim, reduction, reduction)
+            self.reduce = nn.Sequential(conv, nn.LayerNorm(dim))
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        table = torch.zeros(num_heads, 2 * table_size[0] - 1, 2 * table_size[1] - 1)
+        self.displacement_bias_table = nn.Parameter(trunc_normal_(table, std=0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        reduced = self.reduce(x)  # (B, Hk, Wk, C)
+        queries = grid(DATGeometry.query, x.shape[1:3], x.device)
+        keys = grid(DATGeometry.reference, reduced.shape[1:3], x.device)
+        bias = displacement_bias(self.displacement_bias_table, queries, keys[None, None])
+        kv = self.kv(reduced.flatten(1, 2))
+        return self.proj(attend_all(self.q(x), kv, self.num_heads, bias))
+
+
+# --------------------------------------------------------------------------- deformable convolution
+
+
+@register_notrace_module
+class DeformableConvolution(nn.Module):
+    """3×3 convolution reading at nine predicted positions, each with a predicted weight, and a projection (C).
+
+    The heads are the convolution's groups, so that it costs about what attention does. As published, offsets begin at
+    0 and weights, a sigmoid, at one half.
+    """
+
+    def __init__(self, dim: int, num_heads: int, groups: int):
+        super().__init__()
+        self.positions = Conv2d(dim, 27 * groups, 3, padding=1)  # nine times (y, x), nine weights
+        nn.init.zeros_(self.positions.weight)
+        nn.init.zeros_(self.positions.bias)
+        self.conv = DeformConv2d(dim, dim, 3, padding=1, groups=num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        # In the weights' precision: coordinates are never computed in half precision.
+        theta = self.positions(x).permute(0, 3, 1, 2).to(self.conv.weight.dtype)
+        offsets, weights = theta.tensor_split((2 * theta.shape[1] // 3,), dim=1)
+        x = x.permute(0, 3, 1, 2).to(self.conv.weight.dtype)
+        x = self.conv(x, offsets, weights.sigmoid())
+        return self.proj(x.permute(0, 2, 3, 1))

@@ -30,6 +30,8 @@ from models.attention import (
     DATGeometry,
     DATPlusPlusGeometry,
     DeformableAttention,
+    DeformableConvolution,
+    GlobalAttention,
     NeighborhoodAttention,
     WindowAttention,
 )
@@ -45,10 +47,13 @@ class DATConfig:
     stages: Sequence[str] = ("LS", "LS", "LDLDLD", "LD")
     dims: Sequence[int] = (96, 192, 384, 768)
     heads: Sequence[int] = (3, 6, 12, 24)
-    # Deformable attention: offset groups, and kernel and stride of the offset convolution.
+    # Deformable attention and convolution: offset groups.
     groups: Sequence[int] = (1, 1, 3, 6)
+    # Deformable attention: kernel and stride of the offset convolution.
     offset_kernels: Sequence[int] = (9, 7, 5, 3)
     offset_strides: Sequence[int] = (1, 1, 1, 1)
+    # Spatial reduction (P): positions per key, along each axis.
+    reductions: Sequence[int] = (8, 4, 2, 1)
     window_size: int = 7
     # Pixels per position of the first stage; a power of two.
     patch_size: int = 4
@@ -74,7 +79,7 @@ class DATConfig:
                 )
             if dim % heads:
                 raise ConfigError(f"stage {stage}: {heads} heads do not divide dim {dim}")
-            if "D" in letters and heads % groups:
+            if set(letters) & set("DC") and heads % groups:
                 raise ConfigError(f"stage {stage}: {groups} groups do not divide {heads} heads")
 
 
@@ -101,12 +106,26 @@ def make_deformable(config: DATConfig, stage: int, size: tuple[int, int]) -> nn.
     )
 
 
+def make_global(config: DATConfig, stage: int, size: tuple[int, int], reduced: bool) -> nn.Module:
+    """G and P."""
+    reduction = config.reductions[stage] if reduced else 1
+    return GlobalAttention(config.dims[stage], config.heads[stage], size, reduction)
+
+
+def make_convolution(config: DATConfig, stage: int, size: tuple[int, int]) -> nn.Module:
+    """C."""
+    return DeformableConvolution(config.dims[stage], config.heads[stage], config.groups[stage])
+
+
 # letter → (config, stage, (H, W) of the map the model is made for) → module
 MIXERS = {
     "L": partial(make_window, shifted=False),
     "S": partial(make_window, shifted=True),
     "N": make_neighborhood,
     "D": make_deformable,
+    "G": partial(make_global, reduced=False),
+    "P": partial(make_global, reduced=True),
+    "C": make_convolution,
 }
 
 

@@ -1,14 +1,20 @@
-"""What did the authors call it? Names and shapes of the released DAT and DAT++ checkpoints, to ours and back.
+"""Which DAT is in a file, and what do its authors call it? Released DAT and DAT++ checkpoints, to ours and back.
 
 The tables below are the whole correspondence. A released 1×1 convolution is our Linear; released keys and values have a
 projection each, ours is one.
 """
 
+import functools
+import math
 import re
 from typing import NamedTuple
 
+import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.attention import relative_position_index, window_mask
 
 
 class Entry(NamedTuple):
@@ -46,6 +52,13 @@ MLP_PLUS_PLUS = [
 ]
 # Derived by every model itself: they carry nothing that was learned.
 DERIVED = re.compile(r"stages\.\d+\.attns\.\d+\.(relative_position_index|attn_mask)")
+# Tables whose size follows the window and those whose size follows the image.
+WINDOW_TABLES = ("relative_position_bias_table", "rpb")
+IMAGE_TABLES = ("displacement_bias_table",)
+TABLES = WINDOW_TABLES + IMAGE_TABLES
+
+
+# -------------------------------------------------------------------------------------------- names
 
 
 def correspondence(model: nn.Module) -> list[Entry]:
@@ -65,7 +78,7 @@ def correspondence(model: nn.Module) -> list[Entry]:
             entries += [
                 Entry(f"{ours}.norm1", (f"{stage}.layer_norms.{2 * j}.norm",)),
                 Entry(f"{ours}.norm2", (f"{stage}.layer_norms.{2 * j + 1}.norm",)),
-                *nested(f"{ours}.attn", f"{stage}.attns.{j}", ATTENTION[letter]),
+                *nested(f"{ours}.attn", f"{stage}.attns.{j}", ATTENTION.get(letter, [])),
                 *nested(f"{ours}.mlp", f"{stage}.mlps.{j}", MLP_PLUS_PLUS if plus_plus else MLP),
             ]
             if plus_plus:
@@ -116,12 +129,43 @@ def to_released(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     return released | rest
 
 
-def unwrap(file: dict) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint as DAT, Swin, timm or a detector wrote it, without wrappers' prefixes."""
-    for key in ("model", "state_dict"):
-        if isinstance(file.get(key), dict):
-            file = file[key]
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in file.items()}
+def derived(model: nn.Module) -> dict[str, Tensor]:
+    """What released files hold beside the weights, under released names: every window's index and mask."""
+    tensors = {}
+    for i, letters in enumerate(model.config.stages):
+        reduction = model.feature_info[i]["reduction"]
+        size = tuple(-(-extent // reduction) for extent in model.img_size)
+        for j, letter in enumerate(letters):
+            if letter not in "LS":
+                continue
+            attn = model.stages[i].blocks[j].attn
+            window, shift = (attn.window_size,) * 2, (attn.shift_size,) * 2
+            name = f"stages.{i}.attns.{j}"
+            tensors[f"{name}.relative_position_index"] = relative_position_index(attn.window_size)
+            if letter == "S":
+                tensors[f"{name}.attn_mask"] = window_mask(size, window, shift)
+    return tensors
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def unwrap(file: dict, *, ema: bool = False) -> dict[str, Tensor]:
+    """The weights in a file of DAT, Swin, timm, ConvNeXt or a detector, by name without wrappers' prefixes.
+
+    A file may hold the weights and their average: with `ema` the average, {} if there is none;
+    without, the average only where it is all there is.
+    """
+    averages = ("model_ema", "state_dict_ema")
+    keys = averages if ema else ("model", "state_dict", *averages)
+    found = [file[key] for key in keys if isinstance(file.get(key), dict)]
+    if not found:
+        found = [{}] if ema else [file]
+    state = {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
+        for name, value in found[0].items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     backbone = {
         name.removeprefix("backbone."): value
         for name, value in state.items()
@@ -130,7 +174,140 @@ def unwrap(file: dict) -> dict[str, Tensor]:
     return backbone or state
 
 
+def is_released(state_dict: dict[str, Tensor]) -> bool:
+    """Whether the names are those of the released code."""
+    return "patch_proj.0.weight" in state_dict
+
+
+def to_ours(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict`, released or ours, under our names."""
+    return from_released(state_dict, model) if is_released(state_dict) else state_dict
+
+
 def checkpoint_filter_fn(file: dict, model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint's content, ours or released, as state dict for `model` (timm calls it for pretrained files)."""
-    state = unwrap(file)
-    return from_released(state, model) if "patch_proj.0.weight" in state else state
+    return resize_tables(to_ours(unwrap(file), model), model)
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def resize_tables(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict`, under our names, with every bias table in the size that `model` has it."""
+    own = model.state_dict()
+    return {
+        name: resize_table(table, own[name]) if name.endswith(TABLES) and name in own else table
+        for name, table in state_dict.items()
+    }
+
+
+def resize_table(table: Tensor, own: Tensor) -> Tensor:
+    """`table` in the shape of `own`, by bicubic interpolation in float32; as it is if it is for other heads."""
+    grid, target = to_grid(table), to_grid(own)
+    if table.shape == own.shape or grid is None or len(grid) != len(target):
+        return table
+    # The entries are displacements from one end of the window or map to the other. With align_corners the ends stay
+    # the ends and displacement 0 stays in the middle; deformable attention reads its table under the same convention,
+    # so its bias stays the same function of the displacement. Without, every end would move by a part of an entry.
+    size = target.shape[1:]
+    grid = F.interpolate(grid[None].float(), size=size, mode="bicubic", align_corners=True)[0]
+    return grid.flatten(1).t() if own.ndim == 2 else grid
+
+
+def to_grid(table: Tensor) -> Tensor | None:
+    """A bias table as (heads, n, n'), which window attention keeps as (n², heads); None if it is neither."""
+    if table.ndim == 2 and (side := math.isqrt(len(table))) ** 2 == len(table):
+        return table.t().unflatten(1, (side, side))
+    return table if table.ndim == 3 else None
+
+
+# ------------------------------------------------------------------------------------- telling apart
+
+
+class Description(NamedTuple):
+    """What the tensors of a file tell of the DAT that they are."""
+
+    variants: tuple[str, ...]  # several where the image size is the only difference
+    num_classes: int  # 0: no classifier
+    window_size: int
+    img_size: tuple[int, int]  # height and width that the displacement tables are made for
+    released: bool  # under released names
+
+    @property
+    def variant(self) -> str:
+        """The variant; of several, the one for the smallest images."""
+        return self.variants[0]
+
+    def __str__(self) -> str:
+        return (
+            f"{' or '.join(self.variants)} with {self.num_classes} classes, windows of {self.window_size} "
+            f"and tables for {self.img_size[0]}×{self.img_size[1]} pixels"
+        )
+
+    def build(self) -> nn.Module:
+        """The model on the meta device: names and shapes without values."""
+        with torch.device("meta"):
+            return timm.create_model(
+                self.variant,
+                num_classes=self.num_classes,
+                img_size=self.img_size,
+                window_size=self.window_size,
+            )
+
+
+def identify(tensors: dict[str, Tensor]) -> Description | None:
+    """Which DAT `tensors` are, ours or released; None for other networks and for a DAT of no variant's layout.
+
+    Everything in the stages but the sizes of tables must be as the variant has it. Among variants that are alike in
+    this, the window decides.
+    """
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    fitting = {
+        name: model
+        for name, model in skeletons().items()
+        if outline(to_ours(shapes, model)) == outline(model.state_dict())
+    }
+    if not fitting:
+        return None
+    model = next(iter(fitting.values()))
+    state = to_ours(shapes, model)
+    window = window_size(state)
+    same_window = [n for n, m in fitting.items() if window_size(m.state_dict()) == window]
+    classifier = state.get("head.fc.weight", ())
+    return Description(
+        variants=tuple(same_window or fitting),
+        num_classes=len(classifier),
+        window_size=window,
+        img_size=table_img_size(state, model),
+        released=is_released(tensors),
+    )
+
+
+@functools.cache
+def skeletons() -> dict[str, nn.Module]:
+    """Every variant on the meta device."""
+    with torch.device("meta"):  # asked of timm, because models/dat.py imports this file
+        return {name: timm.create_model(name) for name in timm.list_models(module="dat")}
+
+
+def outline(state_dict: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in the stages; of tables, which are resized, the number of heads alone."""
+    shapes = {}
+    for name, tensor in state_dict.items():
+        if name.startswith("stages."):
+            grid = to_grid(tensor) if name.endswith(TABLES) else None
+            shapes[name] = tuple(tensor.shape) if grid is None else (len(grid),)
+    return shapes
+
+
+def window_size(state_dict: dict[str, Tensor]) -> int:
+    """The side of the windows or neighbourhoods that the first table is for."""
+    table = next(value for name, value in state_dict.items() if name.endswith(WINDOW_TABLES))
+    return (to_grid(table).shape[1] + 1) // 2
+
+
+def table_img_size(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[int, int]:
+    """The image size that the displacement tables are made for, in whole cells of the first stage that has them."""
+    name = next(name for name in state_dict if name.endswith(IMAGE_TABLES))
+    reduction = model.feature_info[int(name.split(".")[1])]["reduction"]
+    return tuple((extent + 1) // 2 * reduction for extent in state_dict[name].shape[1:])
