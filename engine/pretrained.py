@@ -2,104 +2,192 @@
 
 import collections
 import pickle
+import struct
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine import checkpoint
-from models.released import unwrap
+from models.dat import DAT
+from models.released import Description, identify, to_ours, unwrap
 from utils.errors import CheckpointError
 from utils.logging import logger
 
 # What the released DAT and Swin files hold besides tensors: a yacs CfgNode, read as the dict that it is.
 SAFE_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
+# How the readers of both formats fail on files with missing and flipped bytes, as tried on thousands of them.
+DAMAGE = (
+    safetensors.SafetensorError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 
 
-@dataclass
 class Report:
-    """What became of a file's tensors, by parameter name; `new_head` tells that the classifier was left as it was."""
+    """What became of a file's tensors, under the model's names, and of the model's: lists of names.
 
-    matched: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misshapen: list[str] = field(default_factory=list)
-    new_head: bool = False
+    `new` are the missing and misshapen ones of a classifier that may begin anew.
+    """
+
+    def __init__(self, file: dict[str, Tensor], model: dict[str, Tensor], resized: list[str]):
+        both = [name for name in model if name in file]
+        fits = [name for name in both if file[name].shape == model[name].shape]
+        self.matched = [name for name in fits if name not in resized]
+        self.resized = [name for name in fits if name in resized]
+        self.missing = [name for name in model if name not in file]
+        self.unexpected = [name for name in file if name not in model]
+        self.misshapen = [name for name in both if name not in fits]
+        self.new: list[str] = []
+        self._file, self._model = file, model
+
+    def share(self, word: str) -> float:
+        """The tensors under `word`, as a share of the model's parameters."""
+        sizes = {name: tensor.numel() for name, tensor in (self._file | self._model).items()}
+        return sum(sizes[n] for n in getattr(self, word)) / sum(sizes[n] for n in self._model)
 
     def __str__(self) -> str:
-        counts = [f"{len(self.matched)} tensors matched"]
-        for word in ("missing", "unexpected", "misshapen"):
-            if names := getattr(self, word):
-                counts.append(f"{len(names)} {word}: {checkpoint.some(names)}")
-        return "; ".join(counts) + ("; the classifier is new" if self.new_head else "")
+        parts = [f"{len(self.matched)} tensors matched ({self.share('matched'):.2%} of parameters)"]
+        for word in ("resized", "missing", "unexpected", "misshapen", "new"):
+            names = getattr(self, word)
+            shares = f"{len(names)} {word} ({self.share(word):.2%})"
+            if word == "misshapen":
+                shapes = {n: [list(t[n].shape) for t in (self._file, self._model)] for n in names}
+                names = [f"{n} is {file} instead of {model}" for n, (file, model) in shapes.items()]
+            if names:
+                parts.append(f"{shares}: {checkpoint.some(names)}")
+        return "; ".join(parts)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, a checkpoint or run of ours (the best), or a pickle of any trainer.
 
-    A pickle is opened with `weights_only=True`: code in it never runs. Raises CheckpointError naming the file.
+    With `ema` their average over the training. A pickle is opened with `weights_only=True`: code in it never runs.
+    Raises CheckpointError naming the file.
     """
     if not path.exists():
         raise CheckpointError(
-            f"{path} does not exist: --pretrained takes a weights file, a run or a checkpoint"
+            f"{path} does not exist: expected a file of weights, a run or a checkpoint"
         )
     if path.is_dir():
-        path = checkpoint.locate(path, best=True) / "model.safetensors"
+        step = checkpoint.locate(path, best=True)
+        file = step / ("ema.safetensors" if ema else "model.safetensors")
+        if not file.exists():
+            raise CheckpointError(f"{step} has no EMA: its run had TRAIN.EMA_DECAY 0")
+        return safetensors.torch.load_file(file)
+    content = _open(path)
+    tensors = unwrap(content, ema=ema) if isinstance(content, dict) else {}
+    if not tensors:
+        places = "'model_ema' or 'state_dict_ema'" if ema else "'model' or 'state_dict', or bare"
+        raise CheckpointError(f"{path} holds no such weights: expected a state dict under {places}")
+    return tensors
+
+
+def _open(path: Path) -> object:
+    """What the file at `path` holds."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is not a plain weights file and was not executed: {str(error).splitlines()[0]}"
         ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except DAMAGE as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is truncated or damaged ({reason})") from error
+
+
+def refuse_nonfinite(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite, naming the tensors that hold it."""
+    names = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if names:
         raise CheckpointError(
-            f"{path} is truncated or damaged: {error or 'it is empty'}"
-        ) from error
-    tensors = unwrap(content) if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise CheckpointError(
-            f"{path} holds no weights: expected a state dict, bare or under 'model' or 'state_dict'"
+            f"{path} holds NaN or infinite weights, in {checkpoint.some(names)}. "
+            "The run that wrote it had diverged: take an earlier checkpoint of it."
         )
-    return tensors
 
 
 def load_pretrained(model: nn.Module, path: Path, *, whole: bool) -> Report:
-    """Load the weights at `path` into `model`, renaming what the model's architecture knows to rename.
+    """Load the weights at `path` into the timm model `model`, renamed and resized as its architecture knows to.
 
-    With `whole` (evaluation) every tensor must fit; otherwise (a new training) a classifier of another size is left
-    at its initial values, which is said, and all else must fit. Raises CheckpointError with the report.
+    With `whole` (evaluation) every tensor must be there and the file must be for this variant. Otherwise (a new
+    training) a classifier that does not fit keeps its initial values; all else must fit. Raises CheckpointError with
+    the report and, for a DAT, the name of the model that the file is for.
     """
     tensors = read_weights(path)
-    rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if rename is not None:
-        tensors = rename(tensors, model)
+    fitted, resized = _fit(tensors, model, path)
     own = model.state_dict()
-    report = Report(
-        matched=[n for n in own if n in tensors and tensors[n].shape == own[n].shape],
-        missing=[n for n in own if n not in tensors],
-        unexpected=[n for n in tensors if n not in own],
-        misshapen=[n for n in own if n in tensors and tensors[n].shape != own[n].shape],
-    )
-    heads = model.pretrained_cfg["classifier"] if getattr(model, "pretrained_cfg", None) else ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    classifier = [n for n in report.misshapen if any(n.startswith(f"{head}.") for head in heads)]
-    if classifier and not whole:
-        report.misshapen = [n for n in report.misshapen if n not in classifier]
-        report.new_head = True
-    if report.missing or report.unexpected or report.misshapen:
-        raise CheckpointError(
-            f"{path} does not fit the model: {report}. Name the model it was made for with MODEL.NAME and MODEL.ARGS"
-            + (", and its number of classes." if classifier else ".")
-        )
-    own.update({name: tensors[name] for name in report.matched})
-    model.load_state_dict(own)
-    logger.info(f"{path}: {report}")
+    report = Report(fitted, own, resized)
+    anew = () if whole else _classifier(model)
+    report.new = [n for n in report.missing + report.misshapen if n.startswith(anew)]
+    unwanted = report.unexpected  # a model without a classifier wants none
+    if model.num_classes == 0:
+        unwanted = [n for n in unwanted if not n.startswith(anew)]
+    refused = [n for n in report.missing + report.misshapen if n not in report.new] + unwanted
+
+    found = identify(tensors) if refused or resized else None
+    # Windows are resized for a training only: evaluated, the result would be neither variant's.
+    misnamed = found and _asked(model) not in found.variants
+    if refused or (whole and misnamed):
+        remedy = _remedy(found, model)
+        raise CheckpointError(f"{path} does not fit {_asked(model)}. {remedy} In numbers: {report}")
+    loaded = {name: fitted[name] for name in report.matched + report.resized}
+    refuse_nonfinite(path, loaded)
+    model.load_state_dict(own | loaded)
+    logger.info(f"{path}{f', {found}' if found else ''}: {report}")
     return report
+
+
+def _fit(
+    tensors: dict[str, Tensor], model: nn.Module, path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """`tensors` under the names and in the sizes of `model`, and the names of those that were resized."""
+    if isinstance(model, DAT):
+        tensors = to_ours(tensors, model)
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if filter_fn is None:
+        return tensors, []
+    try:
+        fitted = filter_fn(dict(tensors), model)
+    except (AttributeError, LookupError, ValueError, RuntimeError, AssertionError) as error:
+        # timm's filters take the architecture for granted and stumble over another, each in its own way.
+        raise CheckpointError(
+            f"{path} does not fit {_asked(model)}: {error}. {_remedy(identify(tensors), model)}"
+        ) from error
+    # By count, because the same numbers in another layout are no other size.
+    counts = {name: tensor.numel() for name, tensor in tensors.items()}
+    resized = [n for n, t in fitted.items() if t.numel() != counts.get(n, t.numel())]
+    return fitted, resized
+
+
+def _classifier(model: nn.Module) -> tuple[str, ...]:
+    """How the names begin of what a new training may start anew; a detector's backbone ends before the norm."""
+    heads = model.pretrained_cfg["classifier"] or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    return tuple(f"{name}." for name in (*heads, "norm"))
+
+
+def _asked(model: nn.Module) -> str:
+    """The MODEL.NAME of `model`."""
+    return model.pretrained_cfg["architecture"]
+
+
+def _remedy(found: Description | None, model: nn.Module) -> str:
+    """What to do about a file that does not fit `model` and in which `identify` has found `found`."""
+    if found is None:
+        return "Name the model that it was made for with MODEL.NAME and MODEL.ARGS."
+    if _asked(model) in found.variants:
+        return f"The file is {found}: set MODEL.ARGS and the number of classes to match."
+    return f"The file is {found}: set MODEL.NAME {found.variant}, or take a --cfg that does."

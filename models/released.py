@@ -153,17 +153,16 @@ def derived(model: nn.Module) -> dict[str, Tensor]:
 def unwrap(file: dict, *, ema: bool = False) -> dict[str, Tensor]:
     """The weights in a file of DAT, Swin, timm, ConvNeXt or a detector, by name without wrappers' prefixes.
 
-    A file may hold the weights and their average: with `ema` the average, {} if there is none;
-    without, the average only where it is all there is.
+    Where a file holds the weights and their average, `ema` chooses the average, {} if there is none; without it, the
+    average is taken only where it is all there is.
     """
     averages = ("model_ema", "state_dict_ema")
     keys = averages if ema else ("model", "state_dict", *averages)
-    found = [file[key] for key in keys if isinstance(file.get(key), dict)]
-    if not found:
-        found = [{}] if ema else [file]
+    bare = {} if ema else file
+    weights = next((file[key] for key in keys if isinstance(file.get(key), dict)), bare)
     state = {
         re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
-        for name, value in found[0].items()
+        for name, value in weights.items()
         if isinstance(name, str) and isinstance(value, Tensor)
     }
     backbone = {
@@ -207,7 +206,7 @@ def resize_table(table: Tensor, own: Tensor) -> Tensor:
     if table.shape == own.shape or grid is None or len(grid) != len(target):
         return table
     # The entries are displacements from one end of the window or map to the other. With align_corners the ends stay
-    # the ends and displacement 0 stays in the middle; deformable attention reads its table under the same convention,
+    # the ends and displacement 0 stays in the middle. Deformable attention reads its table under the same convention,
     # so its bias stays the same function of the displacement. Without, every end would move by a part of an entry.
     size = target.shape[1:]
     grid = F.interpolate(grid[None].float(), size=size, mode="bicubic", align_corners=True)[0]
@@ -310,4 +309,5 @@ def table_img_size(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[int
     """The image size that the displacement tables are made for, in whole cells of the first stage that has them."""
     name = next(name for name in state_dict if name.endswith(IMAGE_TABLES))
     reduction = model.feature_info[int(name.split(".")[1])]["reduction"]
-    return tuple((extent + 1) // 2 * reduction for extent in state_dict[name].shape[1:])
+    extents = to_grid(state_dict[name]).shape[1:]
+    return tuple((extent + 1) // 2 * reduction for extent in extents)

@@ -1,25 +1,21 @@
-"""The parts of the engine: schedule, decay groups, checkpoint folder, foreign weights, skipped updates, records."""
+"""The parts of the engine: schedule, decay groups, checkpoint folder, skipped updates, records."""
 
 import json
 import os
-import pickle
 import threading
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import models
 from engine import checkpoint
 from engine.checkpoint import TrainState
 from engine.epoch import MAX_SKIPPED, Accuracy, _step, evaluate_epoch
 from engine.optimizer import Schedule, create_optimizer, parameter_groups
-from engine.pretrained import load_pretrained, read_weights
 from utils.distributed import Process
 from utils.errors import CheckpointError, DivergedError, StorageError
 from utils.logging import MetricWriter
@@ -239,81 +235,6 @@ def test_failed_background_write_ends_the_run(tmp_path):
     saver.save(make_state(), {})
     with pytest.raises(StorageError, match="step-0"), saver:
         saver.save(make_state(), {})
-
-
-# --- Weights from elsewhere -----------------------------------------------------------------------
-
-
-def micro(classes: int = 10) -> nn.Module:
-    return models.build("dat_micro", num_classes=classes, img_size=32, drop_path_rate=0.0)
-
-
-class Payload:
-    """A pickle that would run code."""
-
-    def __init__(self, canary: Path):
-        self.canary = canary
-
-    def __reduce__(self):
-        return Path.touch, (self.canary,)
-
-
-@pytest.mark.parametrize("wrapper", ["bare", "model", "state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_wrapped_weights_are_found(wrapper, prefix, tmp_path):
-    source, target = micro(), micro()
-    tensors = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
-    content = tensors if wrapper == "bare" else {wrapper: tensors, "epoch": 299}
-    torch.save(content, tmp_path / "w.pth")
-    report = load_pretrained(target, tmp_path / "w.pth", whole=True)
-    assert len(report.matched) == len(tensors)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
-    )
-
-
-def test_other_classes_mean_a_new_head_when_training_and_an_error_when_evaluating(tmp_path):
-    path = tmp_path / "w.safetensors"
-    safetensors.torch.save_file(micro(10).state_dict(), path)
-    target = micro(7)
-    head = target.get_classifier().weight.clone()
-    assert load_pretrained(target, path, whole=False).new_head
-    assert torch.equal(target.get_classifier().weight, head)
-    with pytest.raises(CheckpointError, match=r"head\.fc\.weight"):
-        load_pretrained(target, path, whole=True)
-
-
-def test_weights_that_do_not_fit_are_refused_with_their_names(tmp_path):
-    tensors = micro().state_dict()
-    tensors["stem.0.wait"] = tensors.pop("stem.0.weight")
-    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match=r"(?s)1 missing: stem\.0\.weight.*stem\.0\.wait"):
-        load_pretrained(micro(), tmp_path / "w.safetensors", whole=False)
-
-
-def test_pickled_code_does_not_run(tmp_path):
-    canary = tmp_path / "canary"
-    for content in ({"model": Payload(canary)}, Payload(canary)):
-        torch.save(content, tmp_path / "w.pth")
-        with pytest.raises(CheckpointError, match="not executed"):
-            read_weights(tmp_path / "w.pth")
-    (tmp_path / "w.pth").write_bytes(pickle.dumps(Payload(canary)))
-    with pytest.raises(CheckpointError, match=r"w\.pth"):
-        read_weights(tmp_path / "w.pth")
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_truncated_weights(suffix, tmp_path):
-    path = tmp_path / f"w.{suffix}"
-    save = torch.save if suffix == "pth" else safetensors.torch.save_file
-    save(micro().state_dict(), path)
-    content = path.read_bytes()
-    for size in (0, 10, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:size])
-        with pytest.raises(CheckpointError, match=rf"w\.{suffix}"):
-            read_weights(path)
 
 
 # --- Evaluation and records -----------------------------------------------------------------------
