@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	@echo "The run lies in $(RUN); look at it with: $(VENV)/bin/tensorboard --logdir output"
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
