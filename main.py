@@ -5,7 +5,6 @@ import os
 import sys
 
 import config
-
 from utils.errors import UserError
 
 
@@ -14,15 +13,21 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
         command = config.parse(arguments)
+        if command.mode == "train":
+            config.check_world_size(command.cfg, int(os.environ.get("WORLD_SIZE", 1)))
     except UserError as error:  # every process sees the same command line: one of them says so
         if rank == 0:
             print(error, file=sys.stderr)
         return error.exit_code
     from engine import run  # imports torch, which --help and a refused command need not wait for
 
-    action = {"train": run.train, "eval": run.evaluate, "throughput": run.throughput}[command.mode]
     try:
-        action(command.cfg, command.sources)
+        if command.mode == "train":
+            run.train(command.cfg, command.sources, config.dump(command.cfg))
+        elif command.mode == "eval":
+            run.evaluate(command.cfg, command.sources)
+        else:
+            run.throughput(command.cfg, command.sources)
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-import config
 import data
 import models
 from engine import checkpoint
@@ -39,15 +38,17 @@ REFERENCE_BATCH = 512  # the learning rates of a configuration are for so many i
 PROBED_IMAGES = 32  # whose sampling offsets are measured at every validation
 
 
-def train(cfg: CfgNode, sources: dict[str, str]) -> None:
-    """Train from the start, or from where the run's newest whole checkpoint left off, to the last epoch."""
+def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
+    """Train from the start, or from where the run's newest whole checkpoint left off, to the last epoch.
+
+    `sources` says where the values of `cfg` that are no defaults come from, `text` is all of it as YAML.
+    """
     with (
         distributed.joined(cfg.DEVICE, cfg.THREADS) as process,
         RunFolder(_run_path(cfg), process).claimed() as folder,
         checkpoint.Saver(folder.checkpoints, cfg.CHECKPOINT.KEEP) as saver,
         StopRequest(cfg.TRAIN.MAX_SECONDS).listening() as stop,
     ):
-        config.check_world_size(cfg, process.world_size)
         own_path = folder.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)
         _log_start(cfg, sources, process)
@@ -57,7 +58,7 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
         classes = train_set.classes
         updates_per_epoch = data.updates_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
         logger.info(f"Training on {train_set}; validating on {val_set}")
-        facts = _facts(cfg, train_set, updates_per_epoch)
+        facts = _facts(cfg.MODEL.NAME, text, train_set, updates_per_epoch)
         found = _find_checkpoint(cfg, folder)
         if found is not None:
             _check_same_run(found, facts)
@@ -89,7 +90,7 @@ def train(cfg: CfgNode, sources: dict[str, str]) -> None:
             logger.info(f"Resumed from {found}: epoch {state.epoch}, update {state.update}")
         distributed.barrier()  # all have read what the first one is about to write and prune
         if process.is_main:
-            write_atomically(folder.path / "config.yaml", config.dump(cfg))
+            write_atomically(folder.path / "config.yaml", text)
         writer = MetricWriter(own_path, state.update)
 
         # --- Epochs -------------------------------------------------------------------------------
@@ -470,10 +471,10 @@ def _protocol(cfg: CfgNode) -> str:
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
-def _facts(cfg: CfgNode, train_set: data.ImageDataset, updates_per_epoch: int) -> dict:
+def _facts(model: str, text: str, train_set: data.ImageDataset, updates_per_epoch: int) -> dict:
     """What a checkpoint tells beside the state: enough to understand it, and to notice a changed world."""
     return {
-        "model": cfg.MODEL.NAME,
+        "model": model,
         "classes": train_set.classes,
         "data": train_set.fingerprint,
         "updates_per_epoch": updates_per_epoch,
@@ -484,7 +485,7 @@ def _facts(cfg: CfgNode, train_set: data.ImageDataset, updates_per_epoch: int) -
         },
         "revision": _revision(),
         "threads": torch.get_num_threads(),
-        "config": yaml.safe_load(config.dump(cfg)),
+        "config": yaml.safe_load(text),
     }
 
 
