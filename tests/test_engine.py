@@ -12,6 +12,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import models  # noqa: F401  registers the variants
 from engine import checkpoint
 from engine.checkpoint import TrainState
 from engine.epoch import MAX_SKIPPED, Accuracy, _step, evaluate_epoch
@@ -21,7 +22,7 @@ from utils.errors import CheckpointError, DivergedError, StorageError
 from utils.logging import MetricWriter
 from utils.rng import key, permutation
 
-CPU = Process(0, 1, 0, 1, torch.device("cpu"))
+CPU = Process(0, 1, torch.device("cpu"))
 
 
 def make_state(fp16: bool = False, lr: float = 0.1, weight_decay: float = 0.01) -> TrainState:

@@ -289,7 +289,7 @@ def test_full_folder(images, tmp_path, capsys, monkeypatch):
 
 
 def test_two_runs_in_one_folder(images, tmp_path, capsys):
-    folder = RunFolder(run_of(tmp_path), Process(0, 1, 0, 1, torch.device("cpu")))
+    folder = RunFolder(run_of(tmp_path), Process(0, 1, torch.device("cpu")))
     with folder.claimed():
         refused(capsys, arguments(tmp_path, images), 6, f"process {os.getpid()}", "--tag")
         status = json.loads((run_of(tmp_path) / "status.json").read_text())

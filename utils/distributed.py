@@ -18,8 +18,6 @@ class Process:
 
     rank: int
     world_size: int
-    local_rank: int
-    local_world_size: int
     device: torch.device
 
     @property
@@ -41,12 +39,10 @@ def joined(device: str = "auto", threads: int = 0) -> Iterator[Process]:
     process = Process(
         rank=env["RANK"],
         world_size=env["WORLD_SIZE"],
-        local_rank=env["LOCAL_RANK"],
-        local_world_size=env["LOCAL_WORLD_SIZE"],
         device=torch.device(kind, env["LOCAL_RANK"]) if kind == "cuda" else torch.device(kind),
     )
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or max(1, cores // process.local_world_size))
+    torch.set_num_threads(threads or max(1, cores // env["LOCAL_WORLD_SIZE"]))
     if kind == "cuda":
         torch.cuda.set_device(process.device)
     if process.world_size > 1:
