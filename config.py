@@ -348,8 +348,8 @@ def check_world_size(cfg: CfgNode, world_size: int) -> None:
     start = f"start {_nearest_divisors(slots, world_size)} processes"
     if cfg.TRAIN.EXACT_WORLD_SIZE:  # the slots are a power of two, and so is what divides them
         raise ConfigError(
-            f"{world_size} processes are no power of two that is at most the {slots} slots of an update "
-            f"(TRAIN.EXACT_WORLD_SIZE); {start}"
+            "TRAIN.EXACT_WORLD_SIZE takes 1, 2, 4 … processes, at most as many as the slots of an update, "
+            f"got {world_size} for {slots} slots; {start}"
         )
     remedies = [start]
     sizes = _nearest_divisors(total // world_size, slot, even=_mixes(cfg.AUG))

@@ -47,7 +47,7 @@ class ExactReduction:
     """Slots are summed pairwise by their numbers, ((0 + 1) + (2 + 3)) + …, whichever process has them.
 
     Slots and processes are powers of two in number: a process's slots are a branch of that tree, and the mean is exact.
-    Each slot starts from the running statistics that the update began with, and slot 0's remain.
+    Of the running statistics, which no forward pass in training reads, slot 0's remain.
     """
 
     def __init__(self, model: nn.Module, slots: range, process: Process):
@@ -60,19 +60,18 @@ class ExactReduction:
     @contextmanager
     def slot(self, slot: int) -> Iterator[None]:
         """Around the forward and backward pass of a slot; after the last one the gradient is the mean of all."""
-        before = [tensor.clone() for tensor in self._statistics]
         self.net.zero_grad(set_to_none=True)
         yield
         if slot == self._slots[0]:
             self._sum = PairwiseSum()
-            self._first = [tensor.clone() for tensor in self._statistics]
+            self._first_statistics = [tensor.clone() for tensor in self._statistics]
         self._sum.add(parameters_to_vector(p.grad for p in self._parameters))
-        _assign(self._statistics, before)
         if slot == self._slots[-1]:
             gradient = distributed.pairwise_sum(self._sum.total())
             vector_to_parameters(gradient, (p.grad for p in self._parameters))
-            _assign(self._statistics, self._first)
-            distributed.broadcast(self._statistics)
+            for tensor, first in zip(self._statistics, self._first_statistics, strict=True):
+                tensor.copy_(first)
+            distributed.broadcast(self._statistics)  # of the process whose first slot is slot 0
 
     def mean_loss(self, losses: list[torch.Tensor]) -> torch.Tensor:
         """The mean loss of all slots of all processes; `losses` are those of this process, divided."""
@@ -115,8 +114,3 @@ def running_statistics(model: nn.Module) -> list[torch.Tensor]:
     """What forward passes change in `model`: the buffers of its BatchNorm layers."""
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
-
-
-def _assign(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)

@@ -125,9 +125,10 @@ def test_numbers_of_processes_change_no_bit(moves, images, unmoved, tmp_path):
 @pytest.mark.parametrize(("model", "processes"), [("dat_micro", 3), ("test_resnet", 4)])
 def test_killed_and_resumed_under_ddp(model, processes, images, tmp_path):
     for tag, kill_at in (("broken", 3), ("broken", 0), ("unbroken", 0)):
-        argv = arguments(tmp_path, images, tag=tag, text=RUNS[model])
+        # Twelve slots of an update: three and four processes have several each.
+        argv = arguments(tmp_path, images, "--batch-size", "2", tag=tag, text=RUNS[model])
         codes = run_group(processes, argv, at=kill_at, signal=SIGKILL)
-        assert codes == [-SIGKILL if kill_at else 0] * processes
+        assert all(codes) if kill_at else not any(codes)
     assert outcome(tmp_path, "broken", model) == outcome(tmp_path, "unbroken", model)
 
 
@@ -155,5 +156,5 @@ def test_the_level_follows_from_device_and_reduction():
 @pytest.mark.parametrize("processes", [3, 8])
 def test_processes_that_do_not_fit_the_tree_are_refused(processes, images, tmp_path):
     cfg = config.parse(exact(tmp_path, images, "dat_micro")).cfg
-    with pytest.raises(ConfigError, match=f"{processes} processes .*EXACT_WORLD_SIZE.*start [24]"):
+    with pytest.raises(ConfigError, match=rf"got {processes} for 4 slots; start (2 or )?4"):
         config.check_world_size(cfg, processes)
