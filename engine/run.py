@@ -61,7 +61,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         classes = train_set.classes
         updates_per_epoch = data.updates_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
         logger.info(f"Training on {train_set}; validating on {val_set}")
-        facts = _facts(cfg.MODEL.NAME, text, level, train_set, updates_per_epoch)
+        facts = _facts(cfg.MODEL.NAME, text, level, train_set, updates_per_epoch, process)
         found = _find_checkpoint(cfg, folder)
         if found is not None:
             _check_same_run(found, facts)
@@ -479,7 +479,12 @@ def _protocol(cfg: CfgNode) -> str:
 
 
 def _facts(
-    model: str, text: str, level: str, train_set: data.ImageDataset, updates_per_epoch: int
+    model: str,
+    text: str,
+    level: str,
+    train_set: data.ImageDataset,
+    updates_per_epoch: int,
+    process: Process,
 ) -> dict:
     """What a checkpoint tells beside the state: enough to understand it, and to notice a changed world."""
     return {
@@ -488,6 +493,7 @@ def _facts(
         "data": train_set.fingerprint,
         "updates_per_epoch": updates_per_epoch,
         "promise": level,
+        "processes": process.world_size,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

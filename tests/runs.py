@@ -73,7 +73,10 @@ _FORKS.set_forkserver_preload(["engine.run", "torch.utils.tensorboard"])  # impo
 def run_group(
     processes: int, argv: list[str], at: int = 0, signal: Signals = SIGTERM
 ) -> list[int | None]:
-    """Exit codes of main.py with `argv` on so many processes, each of which gets `signal` after its `at`th update."""
+    """Exit codes of main.py with `argv` on so many processes, without torchrun's own start of seconds.
+
+    Each gets `signal` when it asks for the `at`th time whether to stop.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     group = [
@@ -91,10 +94,10 @@ def run_group(
 def _member(rank: int, size: int, port: int, argv: list[str], at: int, signal: Signals) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    reason, updates = StopRequest.reason, itertools.count(1)
+    reason, questions = StopRequest.reason, itertools.count(1)
 
     def reason_after_signal(self: StopRequest) -> str | None:
-        if next(updates) == at:
+        if next(questions) == at:
             os.kill(os.getpid(), signal)
         return reason(self)
 
