@@ -2,7 +2,7 @@
 
 Each level adds to the one before. L0: the same command on the same machine gives the same bits. L1: also killed and
 resumed at any update, and with any number of loader workers. L2: another number of processes with the same global batch
-sees the same samples, augmented and mixed the same way. L3: and it computes the same bits. Nothing is promised
+sees the same samples, augmented and mixed the same way. L3: and, a power of two in number, computes the same bits. Nothing is promised
 about another processor, number of threads or version of torch.
 """
 
@@ -13,8 +13,8 @@ TEXTS = {
     "and mixed the same way; its bits differ, because CUDA's kernels add in any order",
     "L2": "repeated, killed and resumed at any update or with other loader workers, this run ends in the same bits; "
     "another number of processes sees the same samples, augmented and mixed the same way",
-    "L3": "repeated, killed and resumed at any update, with other loader workers or on another number of processes, "
-    "this run ends in the same bits",
+    "L3": "repeated, killed and resumed at any update, with other loader workers or on 1, 2, 4 … processes, this "
+    "run ends in the same bits",
 }
 
 

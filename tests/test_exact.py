@@ -40,7 +40,7 @@ EXACT = ("--opts", "TRAIN.EXACT_WORLD_SIZE=True", "TRAIN.GLOBAL_BATCH_SIZE=16", 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Two updates of 24 images an epoch or three of 16, and 12 validation images, which 8 processes do not divide."""
+    """Two updates of 24 images an epoch or three of 16, and three validation batches of 4."""
     return write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=3)
 
 
