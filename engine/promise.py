@@ -2,8 +2,8 @@
 
 Each level adds to the one before. L0: the same command on the same machine gives the same bits. L1: also killed and
 resumed at any update, and with any number of loader workers. L2: another number of processes with the same global batch
-sees the same samples, augmented and mixed the same way. L3: and, a power of two in number, computes the same bits. Nothing is promised
-about another processor, number of threads or version of torch.
+sees the same samples, augmented and mixed the same way. L3: 1, 2, 4 … processes also
+compute the same bits. Nothing is promised about another processor, number of threads or version of torch.
 """
 
 import torch
