@@ -199,6 +199,7 @@ SCHEMA = (
     Key("TRAIN.ADAM_EPS", 1e-8, POSITIVE, "AdamW's"),
     Key("TRAIN.EMA_DECAY", 0.0, DECAY, "share of the averaged weights kept by an update; 0: no average"),
     Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
+    Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
     Key("TRAIN.EVAL_FREQ", 1, at_least(1), "epochs from one evaluation to the next"),
 
     # ---- checkpoints ----
@@ -344,7 +345,13 @@ def check_world_size(cfg: CfgNode, world_size: int) -> None:
     slots = total // slot
     if slots % world_size == 0:
         return
-    remedies = [f"start {_nearest_divisors(slots, world_size)} processes"]
+    start = f"start {_nearest_divisors(slots, world_size)} processes"
+    if cfg.TRAIN.EXACT_WORLD_SIZE:  # the slots are a power of two, and so is what divides them
+        raise ConfigError(
+            "TRAIN.EXACT_WORLD_SIZE takes 1, 2, 4 … processes, at most as many as the slots of an update, "
+            f"got {world_size} for {slots} slots; {start}"
+        )
+    remedies = [start]
     sizes = _nearest_divisors(total // world_size, slot, even=_mixes(cfg.AUG))
     if total % world_size == 0 and sizes:
         remedies.append(f"set --batch-size to {sizes}")
@@ -371,6 +378,7 @@ def _conflicts(cfg: CfgNode, mode: str, sources: dict[str, str]) -> Iterator[Con
     yield from _weight_conflicts(cfg.CHECKPOINT, mode, sources)
     if mode == "train":
         yield from _batch_conflicts(cfg)
+        yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)
         yield from _augmentation_conflicts(cfg.AUG, cfg.DATA.IMG_SIZE)
 
@@ -396,6 +404,20 @@ def _batch_conflicts(cfg: CfgNode) -> Iterator[Conflict]:
         message = f"an update is a whole number of slots; set the update to {-(-total // slot) * slot} images"
         message += f", or the slot to {sizes}" if sizes else ""
         yield "DATA.BATCH_SIZE TRAIN.GLOBAL_BATCH_SIZE", message
+
+
+def _exactness_conflicts(cfg: CfgNode) -> Iterator[Conflict]:
+    if not cfg.TRAIN.EXACT_WORLD_SIZE:
+        return
+    slots, rest = divmod(cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE)
+    if not rest and slots & (slots - 1):
+        below = cfg.DATA.BATCH_SIZE << (slots.bit_length() - 1)
+        message = f"slots are summed in pairs, but {slots} is no power of two; set the update to {below} or "
+        message += f"{2 * below} images"
+        yield "TRAIN.EXACT_WORLD_SIZE TRAIN.GLOBAL_BATCH_SIZE DATA.BATCH_SIZE", message
+    if not cfg.THREADS:
+        message = "0 shares out the cores, and another number of threads gives other bits; set THREADS, such as 1"
+        yield "TRAIN.EXACT_WORLD_SIZE THREADS", message
 
 
 def _mixes(aug: CfgNode) -> bool:

@@ -21,12 +21,13 @@ from yacs.config import CfgNode
 
 import data
 import models
-from engine import checkpoint
+from engine import checkpoint, promise
 from engine.checkpoint import TrainState
 from engine.epoch import Accuracy, Recipe, autocast, evaluate_epoch, train_epoch
 from engine.folder import RunFolder
 from engine.optimizer import Schedule, create_optimizer
 from engine.pretrained import load_pretrained
+from engine.reduce import ExactReduction, FastReduction, Reduction
 from engine.stop import StopRequest
 from utils import distributed
 from utils.distributed import Process
@@ -52,13 +53,15 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         own_path = folder.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)
         _log_start(cfg, sources, process)
+        level = promise.level(process.device, exact_world_size=cfg.TRAIN.EXACT_WORLD_SIZE)
+        logger.info(f"Promise {level}: {promise.TEXTS[level]}")
 
         # --- Data ---------------------------------------------------------------------------------
         train_set, val_set = _open_data(cfg)
         classes = train_set.classes
         updates_per_epoch = data.updates_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
         logger.info(f"Training on {train_set}; validating on {val_set}")
-        facts = _facts(cfg.MODEL.NAME, text, train_set, updates_per_epoch)
+        facts = _facts(cfg.MODEL.NAME, text, level, train_set, updates_per_epoch, process)
         found = _find_checkpoint(cfg, folder)
         if found is not None:
             _check_same_run(found, facts)
@@ -70,10 +73,10 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         ema = ModelEmaV3(model, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
         tensors = 3 + bool(ema)  # weights, two moments and the average
         folder.require_space(tensors * sum(4 * p.numel() for p in model.parameters()))
-        net = _parallel(model, cfg.DATA.IMG_SIZE, process)
 
         # --- What an update does ------------------------------------------------------------------
         recipe = _recipe(cfg, updates_per_epoch, len(classes), process)
+        reduction = _reduction(cfg, model, recipe.slots, process)
         optimizer = create_optimizer(
             model,
             weight_decay=cfg.TRAIN.WEIGHT_DECAY,
@@ -113,7 +116,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         while state.epoch < cfg.TRAIN.EPOCHS:
             train_epoch(
                 state=state,
-                net=net,
+                reduction=reduction,
                 batches=batches,
                 recipe=recipe,
                 process=process,
@@ -317,6 +320,13 @@ def _build_model(cfg: CfgNode, num_classes: int, process: Process) -> nn.Module:
     return model.to(process.device)
 
 
+def _reduction(cfg: CfgNode, model: nn.Module, slots: range, process: Process) -> Reduction:
+    """How the gradients of `slots`, those of this process, and of all others become one."""
+    if cfg.TRAIN.EXACT_WORLD_SIZE:
+        return ExactReduction(model, slots, process)
+    return FastReduction(_parallel(model, cfg.DATA.IMG_SIZE, process), slots, process)
+
+
 def _parallel(model: nn.Module, img_size: int, process: Process) -> nn.Module:
     """`model` in DDP where there is more than one process.
 
@@ -329,9 +339,7 @@ def _parallel(model: nn.Module, img_size: int, process: Process) -> nn.Module:
     net = DistributedDataParallel(
         model,
         device_ids=[process.device] if process.device.type == "cuda" else None,
-        broadcast_buffers=any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
-        ),
+        broadcast_buffers=False,  # the reduction does, after an update instead of before it
         gradient_as_bucket_view=True,
     )
     net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()
@@ -408,7 +416,6 @@ def _score(cfg: CfgNode, loader: data.Loader, model: nn.Module, process: Process
         model=model,
         loader=loader,
         normalize=data.Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device=process.device),
-        batch_size=cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE,
         process=process,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
         print_freq=cfg.PRINT_FREQ,
@@ -471,13 +478,22 @@ def _protocol(cfg: CfgNode) -> str:
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
-def _facts(model: str, text: str, train_set: data.ImageDataset, updates_per_epoch: int) -> dict:
+def _facts(
+    model: str,
+    text: str,
+    level: str,
+    train_set: data.ImageDataset,
+    updates_per_epoch: int,
+    process: Process,
+) -> dict:
     """What a checkpoint tells beside the state: enough to understand it, and to notice a changed world."""
     return {
         "model": model,
         "classes": train_set.classes,
         "data": train_set.fingerprint,
         "updates_per_epoch": updates_per_epoch,
+        "promise": level,
+        "processes": process.world_size,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -11,6 +11,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader
 
 import models  # noqa: F401  registers the variants
 from engine import checkpoint
@@ -247,15 +248,11 @@ def test_evaluation_is_the_mean_over_images(batch_size):
     images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8)
     labels = torch.randint(0, 8, (23,))
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
-    batches = [
-        (images[i : i + batch_size], labels[i : i + batch_size], None)
-        for i in range(0, 23, batch_size)
-    ]
+    samples = [(images[i], labels[i], i) for i in range(23)]
     result = evaluate_epoch(
         model=model,
-        loader=batches,
+        loader=DataLoader(samples, batch_size),
         normalize=lambda images: images.float() / 255,
-        batch_size=batch_size,
         process=CPU,
         amp_dtype=torch.float32,
         print_freq=10,
