@@ -30,6 +30,7 @@ from engine.pretrained import load_pretrained
 from engine.stop import StopRequest
 from utils import distributed
 from utils.distributed import Process
+from utils.download import fetched
 from utils.errors import CheckpointError, ConfigError, DataError, StopRequested
 from utils.logging import MetricWriter, logger, start_logging, write_atomically
 from utils.rng import key, reseed
@@ -66,7 +67,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         # --- Model --------------------------------------------------------------------------------
         model = _build_model(cfg, len(classes), process)
         if cfg.CHECKPOINT.PRETRAINED and found is None:
-            load_pretrained(model, Path(cfg.CHECKPOINT.PRETRAINED), whole=False)
+            load_pretrained(model, fetched(cfg.CHECKPOINT.PRETRAINED), whole=False)
         ema = ModelEmaV3(model, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
         tensors = 3 + bool(ema)  # weights, two moments and the average
         folder.require_space(tensors * sum(4 * p.numel() for p in model.parameters()))
@@ -91,7 +92,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         distributed.barrier()  # all have read what the first one is about to write and prune
         if process.is_main:
             write_atomically(folder.path / "config.yaml", text)
-        writer = MetricWriter(own_path, state.update)
+        writer = MetricWriter(own_path, state.update, cfg.PRINT_FREQ)
 
         # --- Epochs -------------------------------------------------------------------------------
         batches = _train_batches(cfg, train_set, state, recipe, process)
@@ -100,7 +101,10 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
 
         def save() -> None:
             if process.is_main:
+                writer.flush()
                 saver.save(state, facts)
+            if saver.failures:
+                writer.timing(state.update, {"checkpoint/failures": saver.failures})
 
         def at_boundary() -> None:
             reason = stop.reason()
@@ -127,7 +131,13 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
                 improved = _validate(cfg, val_loader, state, writer, process)
             if last or improved or state.epoch % cfg.CHECKPOINT.EPOCHS == 0:
                 save()
-            folder.report("running", epoch=state.epoch, update=state.update, best=state.best)
+            folder.report(
+                "running",
+                epoch=state.epoch,
+                update=state.update,
+                best=state.best,
+                failed_saves=saver.failures,
+            )
         writer.close()
         logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at update {state.best['update']}")
         logger.info(f"The run is complete: {folder.path}")
@@ -151,7 +161,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
             source = checkpoint.locate(Path(run), best=True)
             classes = checkpoint.read_facts(source)["classes"]
         elif file:
-            source, classes = Path(file), _class_list(cfg)
+            source, classes = fetched(file), _class_list(cfg)
         else:
             raise CheckpointError(
                 f"--eval needs weights, and {_run_path(cfg)} is no run that has any. "
