@@ -30,9 +30,8 @@ from utils.logging import logger
 MANIFEST = "manifest.json"
 REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 FILES = REQUIRED | {"ema.safetensors"}
-STEP = re.compile(
-    r"step-(\d+)(-replaced-\d+)?"
-)  # an older one of the same update, until the newer is on the disk
+# "replaced": an older one of the same update, until the newer is on the disk.
+STEP = re.compile(r"step-(\d+)(-replaced-\d+)?")
 MAX_FAILURES = 3  # saves in a row that may fail before the run ends
 
 
@@ -138,14 +137,12 @@ class Saver:
         start = time.perf_counter()
         try:
             path = write(self.folder, name, files)
-            prune(path, self.keep, best)
         except StorageError as error:
             self.failures, self._error = self.failures + 1, error
-            logger.warning(
-                f"{error} Saves that failed in a row: {self.failures} of {MAX_FAILURES}."
-            )
+            logger.warning(f"{error} Failed saves in a row: {self.failures} of {MAX_FAILURES}.")
             return
         self.failures = 0
+        prune(path, self.keep, best)
         written = time.perf_counter() - start
         logger.info(f"{path} saved: copied in {copied:.2f} s, written in {written:.2f} s meanwhile")
 
@@ -205,8 +202,7 @@ def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
 def prune(written: Path, keep: int, best: str) -> None:
     """Delete the checkpoints beside `written` that are older than the newest `keep` whole ones and not named `best`.
 
-    Later updates than `written`'s are not counted and stay: the run that goes on here has left them. Raises
-    StorageError.
+    Later updates than `written`'s are not counted and stay: the run that goes on here has left them.
     """
     kept = 0
     try:
@@ -224,9 +220,7 @@ def prune(written: Path, keep: int, best: str) -> None:
             elif verify(path) is None:
                 kept += 1
     except OSError as error:
-        raise StorageError(
-            f"{written.parent}: what is no longer kept could not be deleted ({error.strerror})."
-        ) from error
+        logger.warning(f"{written.parent}: what is not kept cannot be deleted ({error.strerror})")
     reached("pruned")
 
 
@@ -328,11 +322,12 @@ def locate(path: Path, *, best: bool = False) -> Path:
     if (path / "checkpoints").is_dir():
         found = newest(path / "checkpoints")
         if best and found is not None:
-            at_best = found.parent / f"step-{read_facts(found)['best']['update']}"
-            if damage := verify(at_best):
-                logger.warning(f"{at_best}, the best, cannot be used: {damage}. {found} is")
-            else:
+            update = read_facts(found)["best"]["update"]
+            at_best = found.parent / f"step-{update}"
+            if (damage := verify(at_best)) is None:
                 found = at_best
+            elif update:
+                logger.warning(f"{at_best}, the best, is passed over for {found.name}: {damage}")
     else:
         found = path if path.name.startswith("step-") and path.is_dir() else None
         if found and (damage := verify(found)):

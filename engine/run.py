@@ -99,12 +99,22 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         val_loader = _val_loader(cfg, val_set, process)
         every = cfg.CHECKPOINT.UPDATES
 
+        def report() -> None:
+            folder.report(
+                "running",
+                epoch=state.epoch,
+                update=state.update,
+                best=state.best,
+                failed_saves=saver.failures,
+            )
+
         def save() -> None:
             if process.is_main:
                 writer.flush()
                 saver.save(state, facts)
-            if saver.failures:
-                writer.timing(state.update, {"checkpoint/failures": saver.failures})
+                if saver.failures:
+                    writer.timing(state.update, {"checkpoint/failures": saver.failures})
+            report()
 
         def at_boundary() -> None:
             reason = stop.reason()
@@ -131,13 +141,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
                 improved = _validate(cfg, val_loader, state, writer, process)
             if last or improved or state.epoch % cfg.CHECKPOINT.EPOCHS == 0:
                 save()
-            folder.report(
-                "running",
-                epoch=state.epoch,
-                update=state.update,
-                best=state.best,
-                failed_saves=saver.failures,
-            )
+            report()
         writer.close()
         logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at update {state.best['update']}")
         logger.info(f"The run is complete: {folder.path}")

@@ -106,7 +106,9 @@ def verify(args: argparse.Namespace) -> None:
         damage = checkpoint.verify(step)
         damaged += damage is not None
         print(f"{step}: {damage or 'whole'}")
-    if damaged or not steps:
+    if not steps:
+        raise CheckpointError(f"{args.path} has no checkpoints")
+    if damaged:
         raise CheckpointError(f"{args.path}: {damaged} of {len(steps)} checkpoints are damaged")
 
 

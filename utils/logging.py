@@ -86,8 +86,9 @@ class MetricWriter:
             return
         self._waiting[name] += (json.dumps({"update": update, **values}) + "\n").encode()
         self._append(name)
-        for tag, value in values.items():
-            self._draw(lambda board, tag=tag, value=value: board.add_scalar(tag, value, update))
+        self._draw(
+            lambda board: [board.add_scalar(t, value, update) for t, value in values.items()]
+        )
 
     def _draw(self, action: Callable) -> None:
         """Do `action` to TensorBoard's writer, which is given up when it fails: the records hold the same numbers."""
@@ -163,4 +164,6 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}. Make room there."
+        ) from error
