@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
+from utils.download import PINNED
 from utils.errors import ConfigError
 
 # --- Checks of one value --------------------------------------------------------------------------
@@ -79,6 +80,11 @@ SHARE_ABOVE_0 = Check("above 0, up to 1", lambda value: 0 < value <= 1, _share)
 NAME = Check("a model's name", lambda value: re.fullmatch(r"\w([\w.:/-]*\w)?", value))
 PATH = Check(PATH_TEXT, _literal_path)
 FILLED_PATH = Check(PATH_TEXT, lambda value: bool(value) and _literal_path(value))
+WEIGHTS = Check(
+    "a path, written out (no ~ or $), or https://…#sha256=<64 hex digits>",
+    lambda value: _literal_path(value) or PINNED.fullmatch(value),
+    lambda value: "; only https with the file's SHA-256 is downloaded" if "://" in value else "",
+)
 RUN_PATH = Check(
     f"{PATH_TEXT} to a run or checkpoint folder",
     lambda value: _literal_path(value) and not value.endswith(WEIGHT_FILES),
@@ -205,7 +211,7 @@ SCHEMA = (
     # ---- checkpoints ----
     Key("CHECKPOINT.RESUME", "", RUN_PATH, "run or checkpoint folder to go on from; goes before PRETRAINED"),
     Key("CHECKPOINT.AUTO_RESUME", True, ANY, "go on from the run folder's own newest checkpoint"),
-    Key("CHECKPOINT.PRETRAINED", "", PATH, "file of weights to start from"),
+    Key("CHECKPOINT.PRETRAINED", "", WEIGHTS, "weights to start from: a file, or https://…#sha256=<64 hex digits>"),
     Key("CHECKPOINT.EPOCHS", 1, at_least(1), "epochs from one save to the next"),
     Key("CHECKPOINT.UPDATES", 0, at_least(0), "updates from one save to the next; 0: by epochs alone"),
     Key("CHECKPOINT.KEEP", 3, at_least(2), "newest checkpoints kept besides the best"),
@@ -720,6 +726,9 @@ def _compose_file(path: str, where: str, draft: Draft) -> yaml.MappingNode | Non
     """The file's top mapping; None, after noting why, where there is none."""
     if not path.endswith((".yaml", ".yml")):
         draft.refuse(where, f"{path}: expected a .yaml file; configurations are never run as code")
+        return None
+    if Path(path).is_char_device() or Path(path).is_fifo():
+        draft.refuse(where, f"{path}: is a device, whose text may never end; expected a file")
         return None
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

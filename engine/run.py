@@ -31,6 +31,7 @@ from engine.reduce import ExactReduction, FastReduction, Reduction
 from engine.stop import StopRequest
 from utils import distributed
 from utils.distributed import Process
+from utils.download import fetched
 from utils.errors import CheckpointError, ConfigError, DataError, StopRequested
 from utils.logging import MetricWriter, logger, start_logging, write_atomically
 from utils.rng import key, reseed
@@ -69,7 +70,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         # --- Model --------------------------------------------------------------------------------
         model = _build_model(cfg, len(classes), process)
         if cfg.CHECKPOINT.PRETRAINED and found is None:
-            load_pretrained(model, Path(cfg.CHECKPOINT.PRETRAINED), whole=False)
+            load_pretrained(model, fetched(cfg.CHECKPOINT.PRETRAINED), whole=False)
         ema = ModelEmaV3(model, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
         tensors = 3 + bool(ema)  # weights, two moments and the average
         folder.require_space(tensors * sum(4 * p.numel() for p in model.parameters()))
@@ -94,16 +95,29 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         distributed.barrier()  # all have read what the first one is about to write and prune
         if process.is_main:
             write_atomically(folder.path / "config.yaml", text)
-        writer = MetricWriter(own_path, state.update)
+        writer = MetricWriter(own_path, state.update, cfg.PRINT_FREQ)
 
         # --- Epochs -------------------------------------------------------------------------------
         batches = _train_batches(cfg, train_set, state, recipe, process)
         val_loader = _val_loader(cfg, val_set, process)
         every = cfg.CHECKPOINT.UPDATES
 
+        def report() -> None:
+            folder.report(
+                "running",
+                epoch=state.epoch,
+                update=state.update,
+                best=state.best,
+                failed_saves=saver.failures,
+            )
+
         def save() -> None:
             if process.is_main:
+                writer.flush()
                 saver.save(state, facts)
+                if saver.failures:
+                    writer.timing(state.update, {"checkpoint/failures": saver.failures})
+            report()
 
         def at_boundary() -> None:
             reason = stop.reason()
@@ -130,7 +144,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
                 improved = _validate(cfg, val_loader, state, writer, process)
             if last or improved or state.epoch % cfg.CHECKPOINT.EPOCHS == 0:
                 save()
-            folder.report("running", epoch=state.epoch, update=state.update, best=state.best)
+            report()
         writer.close()
         logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at update {state.best['update']}")
         logger.info(f"The run is complete: {folder.path}")
@@ -154,7 +168,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
             source = checkpoint.locate(Path(run), best=True)
             classes = checkpoint.read_facts(source)["classes"]
         elif file:
-            source, classes = Path(file), _class_list(cfg)
+            source, classes = fetched(file), _class_list(cfg)
         else:
             raise CheckpointError(
                 f"--eval needs weights, and {_run_path(cfg)} is no run that has any. "

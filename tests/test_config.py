@@ -1,5 +1,6 @@
 """Covers config.py: refusals with place and remedy, precedence, BASE files, round trips, the shipped configurations."""
 
+import os
 import random
 import subprocess
 import sys
@@ -117,7 +118,9 @@ WRONG_FILES = [
     ("TRAIN:\n  EMA_DECAY: 0.0001", "run.yaml:2: TRAIN.EMA_DECAY: got 0.0001", "would be 0.9999"),
     ("CHECKPOINT:\n  KEEP: 1", "run.yaml:2: CHECKPOINT.KEEP: got 1, expected an integer of at least 2", ""),
     ("CHECKPOINT:\n  RESUME: w.pth", "run.yaml:2: CHECKPOINT.RESUME: got 'w.pth'", "weights go to --pretrained"),
-    ("CHECKPOINT:\n  PRETRAINED: https://x/w.pth", "run.yaml:2: CHECKPOINT.PRETRAINED: got 'https:", "URL"),
+    ("CHECKPOINT:\n  PRETRAINED: https://x/w.pth", "run.yaml:2: CHECKPOINT.PRETRAINED: got 'https:", "#sha256=<64 hex"),
+    ("CHECKPOINT:\n  PRETRAINED: https://x/w#sha256=ab", "run.yaml:2: CHECKPOINT.PRETRAINED: got 'https:", "SHA-256"),
+    ("CHECKPOINT:\n  RESUME: https://x/run", "run.yaml:2: CHECKPOINT.RESUME: got 'https:", "URL"),
     ("OUTPUT: ~/runs", "run.yaml:1: OUTPUT: got '~/runs', expected a path, written out", ""),
     ("OUTPUT: ''", "run.yaml:1: OUTPUT: got '', expected a path", "folder of all runs"),
     ("TAG: a/b", "run.yaml:1: TAG: got 'a/b', expected a folder's name", ""),
@@ -219,6 +222,10 @@ WRONG_WORDS = [
     ("--eval --opts CHECKPOINT.AUTO_RESUME False", "--opts: CHECKPOINT.AUTO_RESUME False", "--pretrained FILE"),
     ("--resume run --pretrained w.pth", "--pretrained: CHECKPOINT.PRETRAINED 'w.pth'", "drop one"),
     ("--eval --resume run --pretrained w.pth", "--pretrained: CHECKPOINT.PRETRAINED 'w.pth'", "drop one"),
+    ("--pretrained https://host/w.pth", "--pretrained: CHECKPOINT.PRETRAINED: got 'https://host", "#sha256=<64"),
+    ("--pretrained http://host/w.pth#sha256=" + "0" * 64, "--pretrained: CHECKPOINT.PRETRAINED: got", "only https"),
+    ("--pretrained file:///w.pth", "--pretrained: CHECKPOINT.PRETRAINED: got 'file:///w.pth'", "only https"),
+    ("--pretrained ftp://host/w.pth", "--pretrained: CHECKPOINT.PRETRAINED: got 'ftp://host", "only https"),
     ("--opts TRAIN.EPOCHS", "--opts: TRAIN.EPOCHS: has no value", "TRAIN.EPOCHS=VALUE"),
     ("--opts TRAIN.EPOCHS SEED 3", "--opts: TRAIN.EPOCHS: has no value", "TRAIN.EPOCHS VALUE"),
     ("--opts TRAIN.EPOCH 3", "--opts: TRAIN.EPOCH: unknown key", "did you mean TRAIN.EPOCHS"),
@@ -238,6 +245,14 @@ def test_a_wrong_command_line_is_refused_with_its_flag(words, begin, also):
     assert len(message.splitlines()) == 1, message
     assert message.startswith(begin)
     assert also in message
+
+
+def test_a_device_is_not_read_to_its_end():
+    Path("zero.yaml").symlink_to("/dev/zero")
+    os.mkfifo("pipe.yaml")
+    for name in ("zero.yaml", "pipe.yaml"):
+        message = refusal(yaml=f"BASE: {name}")
+        assert message.startswith(f"run.yaml:1: BASE: {name}: is a device")
 
 
 @pytest.mark.parametrize(
@@ -333,6 +348,7 @@ def test_mangled_files_are_read_or_refused_and_nothing_else():
         ("AUG.AUTO_AUGMENT", "''", ""),
         ("AUG.AUTO_AUGMENT", "rand-m7-n3-mstd1-p0.5-inc1-tweights", "rand-m7-n3-mstd1-p0.5-inc1-tweights"),
         ("AUG.AUTO_AUGMENT", "augmix-m5-w4-d2-b1", "augmix-m5-w4-d2-b1"),
+        ("CHECKPOINT.PRETRAINED", "https://host/w.pth#sha256=" + "0a" * 32, "https://host/w.pth#sha256=" + "0a" * 32),
         ("TAG", "007", "007"),
         ("TAG", "2026-11-22", "2026-11-22"),
         ("TAG", "no", "no"),
