@@ -248,7 +248,7 @@ def test_evaluation_is_the_mean_over_images(batch_size):
     labels = torch.randint(0, 8, (23,))
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
     batches = [
-        (images[i : i + batch_size], labels[i : i + batch_size], None)
+        (images[i : i + batch_size], labels[i : i + batch_size], None, [])
         for i in range(0, 23, batch_size)
     ]
     result = evaluate_epoch(
