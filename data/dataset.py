@@ -198,7 +198,7 @@ class ImageDataset(Dataset):
     def _image(self, index: int) -> Image.Image:
         data = b""
         try:
-            data = self._read(index)
+            data = self.read(index)
             return decode(data, upright=self.upright)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -208,7 +208,7 @@ class ImageDataset(Dataset):
                 f"{size} bytes, the first are {data[:16]!r}"
             ) from error
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """The bytes of an image, after a few more tries if the disk or server did not answer."""
         for pause in PAUSES:
             try:
