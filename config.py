@@ -161,6 +161,7 @@ SCHEMA = (
     Key("DATA.STD", [0.229, 0.224, 0.225], SPREADS, "standard deviations of the same values"),
     Key("DATA.NUM_WORKERS", 8, at_least(0), "loader processes of each process; 0: load in the process itself"),
     Key("DATA.EXIF", "ignore", one_of("ignore", "apply"), "the rotation it asks for; published results ignore it"),
+    Key("DATA.VERIFY", "", PATH, "index of tools/doctor.py --sha, compared with every image read; empty: sizes alone"),
     Key("DATA.MAX_BAD_SAMPLES", -1, at_least(-1),
         "unreadable training files replaced before the run ends; -1: 0.01 % of the images, at least 10"),
 

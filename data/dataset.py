@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data.checksums import read_checksums
 from data.decode import UNREADABLE, decode
 from data.files import open_split
 from utils.errors import DataError
@@ -81,6 +82,7 @@ class ImageDataset(Dataset):
     transform: PIL picture to uint8 tensor [3, H, W].
     seed: of the augmentation and of substitutes; only training uses it.
     upright: turn images as their EXIF data asks for.
+    checksums: index of tools/doctor.py --sha with which the bytes of each image are compared.
     skip_bad: in evaluation, an image that cannot be read is black and its label is `NO_LABEL`.
 
     Raises DataError for a split that is not there, has no class folders, an empty class, a class
@@ -98,6 +100,7 @@ class ImageDataset(Dataset):
         classes: Sequence[str] | None = None,
         allow_missing: bool = False,
         upright: bool = False,
+        checksums: str | Path | None = None,
         skip_bad: bool = False,
     ):
         self.source = open_split(root, split)
@@ -111,6 +114,9 @@ class ImageDataset(Dataset):
         self._check_classes(set(owners), allow_missing)
         position = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([position[owner] for owner in owners], dtype=np.int32)
+        self.checksums = None
+        if checksums is not None:
+            self.checksums = read_checksums(checksums, split, self.source.names.tolist())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -199,6 +205,8 @@ class ImageDataset(Dataset):
         data = b""
         try:
             data = self.read(index)
+            if self.checksums is not None:
+                self._check(index, data)
             return decode(data, upright=self.upright)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -207,6 +215,10 @@ class ImageDataset(Dataset):
                 f"cannot be read as an image ({type(error).__name__}: {reason}), "
                 f"{size} bytes, the first are {data[:16]!r}"
             ) from error
+
+    def _check(self, index: int, data: bytes) -> None:
+        if hashlib.sha256(data).digest() != self.checksums[index].tobytes():
+            raise ValueError("the SHA-256 is not the one that the index of DATA.VERIFY has")
 
     def read(self, index: int) -> bytes:
         """The bytes of an image, after a few more tries if the disk or server did not answer."""

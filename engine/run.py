@@ -252,6 +252,7 @@ def _open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Ima
         classes=classes,
         allow_missing=cfg.DATA.VAL_SUBSET and split == "val",
         upright=cfg.DATA.EXIF == "apply",
+        checksums=cfg.DATA.VERIFY or None,
         skip_bad=cfg.TEST.SKIP_BAD,
     )
 

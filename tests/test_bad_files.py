@@ -122,7 +122,7 @@ def test_a_run_on_all_of_them(every_kind, tmp_path, capfd):
     root, expected = every_kind
     bad = {name for name, outcome in expected.items() if outcome == BAD}
     options = ["TRAIN.EPOCHS=2", "TRAIN.GLOBAL_BATCH_SIZE=4", "CHECKPOINT.UPDATES=0",
-               "TRAIN.EMA_DECAY=0", "TEST.SKIP_BAD=True", "PRINT_FREQ=50"]  # fmt: skip
+               "TRAIN.EMA_DECAY=0", "TRAIN.EVAL_FREQ=2", "TEST.SKIP_BAD=True", "PRINT_FREQ=50"]  # fmt: skip
     argv = [*arguments(tmp_path, root, "--workers", "1"), "--opts", *options]
     assert main.main([*argv, "DATA.MAX_BAD_SAMPLES=200"]) == 0
     records = read_records(tmp_path / "dat_micro/run/bad_samples.jsonl")

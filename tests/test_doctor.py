@@ -8,12 +8,16 @@ import os
 import resource
 import shutil
 
+import numpy as np
 import pytest
 from images import write_image_folder, write_zip
 from runs import arguments
 
+import main
+from data import ImageDataset
 from tools import doctor
 from tools.bad_files import ANY, BAD, make_bad_images
+from utils.errors import DataError
 
 
 @pytest.fixture
@@ -76,6 +80,10 @@ def test_every_bad_image_is_counted(examine, root):
     assert "→ restore them from the source of the data, or remove them" in text
     assert "2 links lead nowhere" in text
     assert "WARN odd shapes" in text
+    assert "1 JPEG CMYK" in text
+    assert "EXIF asks to turn 1 images" in text
+    assert "4 images have several frames" in text
+    assert "3 files have another format" in text
     code, text = examine("--pixels", "--opts", "DATA.MAX_BAD_SAMPLES=60")
     assert f"WARN unreadable {bad} of" in text
     (root / "val/class_0/000.jpg").write_bytes(b"<html>")
@@ -120,6 +128,44 @@ def test_a_repaired_file_is_looked_at_again(examine, root, tmp_path):
     file.write_bytes(content)
     code, text = examine()
     assert (code, "unreadable" in text, len(records(tmp_path))) == (0, False, 36)
+
+
+def test_its_index_shows_a_flipped_byte_to_the_run(examine, root, tmp_path):
+    """Nobody else would see it: most flipped bytes of a JPEG decode, to another picture."""
+    index = tmp_path / "doctor/set.jsonl"
+    assert examine("--sha")[0] == 0
+    file = root / "train/class_1/003.jpg"
+    content = bytearray(file.read_bytes())
+    content[-200] ^= 16
+    file.write_bytes(content)
+
+    def bad(split, **options):
+        data = ImageDataset(root, split, transform=np.asarray, train=split == "train", **options)
+        samples = [data[0, i] if split == "train" else data[i] for i in range(len(data))]
+        return [file for sample in samples for file in sample.bad]
+
+    assert bad("train") == bad("val", checksums=index) == []
+    (found,) = bad("train", checksums=index)
+    assert found.path == str(file)
+    assert "SHA-256" in found.reason
+    argv = arguments(tmp_path, root, "--opts", f"DATA.VERIFY={index}", "DATA.MAX_BAD_SAMPLES=0")
+    assert main.main(argv) == 3
+
+
+def test_an_index_that_does_not_fit(examine, root, tmp_path):
+    index = tmp_path / "doctor/set.jsonl"
+    examine()
+    for content, words in (
+        (index.read_text(), "has no SHA-256 of 24 of the 24 train images"),
+        ("[]\n", "not an index of images"),
+        ("nothing", "not an index of images"),
+        (None, "cannot be read as an index"),
+    ):
+        index.unlink(missing_ok=True)
+        if content is not None:
+            index.write_text(content)
+        with pytest.raises(DataError, match=words):
+            ImageDataset(root, "train", transform=np.asarray, checksums=index)
 
 
 def test_the_same_image_in_both_splits_or_under_two_labels(examine, root):

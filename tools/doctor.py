@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -165,6 +166,7 @@ class Examination(Dataset):
             image = open_image(data)
             record |= {"format": image.format, "mode": image.mode, "pixels": image.size}
             record["turned"] = orientation(image) in TURNS
+            record["animated"] = _is_animated(image)
             if self.pixels:
                 decode(data)
                 record["decoded"] = True
@@ -172,6 +174,13 @@ class Examination(Dataset):
             reason = getattr(error, "strerror", None) or str(error)
             record["problem"] = f"{type(error).__name__}: {reason}, {record['size']} bytes"
         return record
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except UNREADABLE:  # there is a second frame, and it is damaged
+        return True
 
 
 @dataclass
@@ -182,6 +191,7 @@ class Tally:
     kinds: Counter = field(default_factory=Counter)  # by format and mode
     misnamed: int = 0
     turned: int = 0
+    animated: int = 0
     odd: list[str] = field(default_factory=list)
     huge: list[str] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)  # by split
@@ -201,6 +211,7 @@ class Tally:
         usual = {"JPG": "JPEG", "TIF": "TIFF", "PGM": "PPM"}.get(suffix, suffix)
         self.misnamed += usual != record["format"].replace("MPO", "JPEG")
         self.turned += record["turned"]
+        self.animated += record["animated"]
         width, height = record["pixels"]
         shown = f"{path} ({width}×{height})"
         if min(width, height) < TINY or max(width, height) > NARROW * min(width, height):
@@ -301,6 +312,9 @@ def judge(tally: Tally, index: Path, pixels: bool, sha: bool, allowed: int) -> I
         text = f"EXIF asks to turn {tally.turned:,} images"
         remedy = "published results ignore it; DATA.EXIF=apply turns them"
         yield Finding("OK", "rotation", text, remedy)
+    if tally.animated:
+        text = f"{tally.animated:,} images have several frames: the first one is used"
+        yield Finding("OK", "animation", text)
     if tally.odd:
         text = f"{len(tally.odd):,} images are below {TINY} pixels or over {NARROW} times as long as wide"
         remedy = "look at them; they are used as they are"
