@@ -4,7 +4,7 @@ from data.dataset import NO_LABEL, BadFile, ImageDataset, read_class_list
 from data.decode import decoder_fingerprint
 from data.loader import EvalBatch, Loader, TrainBatch, eval_loader, train_loader
 from data.mixing import Normalize, SlotTransform
-from data.report import BadSamples
+from data.report import BadSamples, allowed_files
 from data.stream import ShardSampler, SlotSampler, updates_per_epoch
 from data.transforms import eval_transform, train_transform
 
@@ -20,6 +20,7 @@ __all__ = [
     "SlotSampler",
     "SlotTransform",
     "TrainBatch",
+    "allowed_files",
     "decoder_fingerprint",
     "eval_loader",
     "eval_transform",

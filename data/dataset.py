@@ -131,8 +131,20 @@ class ImageDataset(Dataset):
         )
 
     def path(self, index: int) -> str:
-        """Where image `index` lies; inside an archive, as if that were a folder."""
-        return os.path.join(self.source.path, os.fsdecode(self.source.names[index]))
+        """Where image `index` lies, for people; inside an archive, as if that were a folder."""
+        name = self.source.names[index].decode(errors="backslashreplace")
+        return os.path.join(self.source.path, name)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image, after a few more tries if the disk or server did not answer."""
+        for pause in PAUSES:
+            try:
+                return self.source.read(index)
+            except OSError as error:
+                if error.errno not in TRANSIENT:
+                    raise
+                time.sleep(pause)
+        return self.source.read(index)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -206,7 +218,9 @@ class ImageDataset(Dataset):
         try:
             data = self.read(index)
             if self.checksums is not None:
-                self._check(index, data)
+                digest = hashlib.sha256(data).digest()
+                if digest != self.checksums[index].tobytes():
+                    raise ValueError("its SHA-256 is another than in the index of DATA.VERIFY")
             return decode(data, upright=self.upright)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -215,21 +229,6 @@ class ImageDataset(Dataset):
                 f"cannot be read as an image ({type(error).__name__}: {reason}), "
                 f"{size} bytes, the first are {data[:16]!r}"
             ) from error
-
-    def _check(self, index: int, data: bytes) -> None:
-        if hashlib.sha256(data).digest() != self.checksums[index].tobytes():
-            raise ValueError("the SHA-256 is not the one that the index of DATA.VERIFY has")
-
-    def read(self, index: int) -> bytes:
-        """The bytes of an image, after a few more tries if the disk or server did not answer."""
-        for pause in PAUSES:
-            try:
-                return self.source.read(index)
-            except OSError as error:
-                if error.errno not in TRANSIENT:
-                    raise
-                time.sleep(pause)
-        return self.source.read(index)
 
 
 def read_class_list(path: str | Path) -> list[str]:

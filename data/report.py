@@ -11,6 +11,11 @@ from utils.logging import logger, write_atomically
 SHOWN = 20  # files that a message lists
 
 
+def allowed_files(limit: int, num_samples: int) -> int:
+    """How many different files may be bad: `limit`, or if that is -1 one in 10,000 and at least 10."""
+    return max(10, num_samples // 10_000) if limit < 0 else limit
+
+
 class BadSamples:
     """The damaged files that the processes of a run have met, sample by sample, in `path`.
 
@@ -42,8 +47,8 @@ class BadSamples:
             listed = "\n  ".join(paths[:SHOWN])
             raise DataError(
                 f"{len(paths)} training images cannot be read, {self.limit} are allowed: restore "
-                f"or remove them, or raise DATA.MAX_BAD_SAMPLES. {self.path} tells why; they are\n"
-                f"  {listed}"
+                f"them and delete {self.path}, which tells why and counts them, or raise "
+                f"DATA.MAX_BAD_SAMPLES.\n  {listed}"
             )
 
     def _merged(self, bad: list[BadFile]) -> set[BadFile]:

@@ -286,9 +286,7 @@ def _train_batches(
         num_workers=cfg.DATA.NUM_WORKERS,
         pin_memory=process.device.type == "cuda",
     )
-    limit = cfg.DATA.MAX_BAD_SAMPLES
-    if limit < 0:
-        limit = max(10, len(train_set) // 10_000)
+    limit = data.allowed_files(cfg.DATA.MAX_BAD_SAMPLES, len(train_set))
     bad_samples = data.BadSamples(folder.path / "bad_samples.jsonl", limit)
     for batch in loader:
         bad_samples.add(batch.bad)

@@ -253,9 +253,11 @@ def test_commands_that_say_too_little(capsys, root, tmp_path):
     assert doctor.main(argv) == 0
     assert "Machine" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    argv = ["--data-path", str(root), "--index", str(tmp_path / "file/i.jsonl")]
-    assert doctor.main(argv) == 2
-    assert "--index" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("my notes\n")
+    for index in ("file/i.jsonl", "notes.txt"):
+        assert doctor.main(["--data-path", str(root), "--index", str(tmp_path / index)]) == 2
+        assert "--index" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "my notes\n"
 
 
 def test_a_machine_that_is_too_small(examine, monkeypatch):

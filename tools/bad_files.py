@@ -82,6 +82,7 @@ def _cut_or_foreign() -> dict[str, tuple[bytes, str]]:
         "pickle.jpg": b"cposix\nsystem\n(S'false'\ntR.",
         "postscript.jpg": encode(picture, "EPS"),  # Pillow's reader would start Ghostscript
         "targa.jpg": encode(picture, "TGA"),
+        "not_utf8_\udcff.jpg": b"<html>",
         "svg.jpg": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
     }
     cut = {name: (content[:end], BAD) for name, (content, end) in half.items()}
@@ -417,4 +418,4 @@ if __name__ == "__main__":
     target = parser.parse_args().folder
     for made in (make_bad_images(target / "images"), make_bad_archives(target / "archives")):
         for kind, outcome in made.items():
-            print(f"{kind:<28}{outcome}")
+            print(f"{kind!a:<28}{outcome}")

@@ -18,7 +18,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +34,12 @@ from yacs.config import CfgNode
 
 import config
 import models
-from data import ImageDataset, read_class_list, updates_per_epoch
+from data import ImageDataset, allowed_files, read_class_list, updates_per_epoch
 from data.decode import TURNS, UNREADABLE, decode, open_image, orientation
 from data.files import Folder
 from engine.run import REFERENCE_BATCH
 from utils.errors import ConfigError, DataError, UserError
+from utils.logging import write_atomically
 
 CHUNK = 64  # files that are examined before they are noted
 SHOWN = 5  # examples of a finding
@@ -53,7 +54,7 @@ class Finding(NamedTuple):
     topic: str
     text: str
     remedy: str = ""
-    examples: list[str] | tuple = ()
+    examples: Sequence[str] = ()
 
 
 # --- The images' tree -----------------------------------------------------------------------------
@@ -271,9 +272,9 @@ def _keep_valid(
             dataset.source.names.tolist(), dataset.source.where[:, 0].tolist(), strict=True
         )
     }
-    temporary = index.with_name(f".{index.name}.{os.getpid()}")
-    with index.open() as old, temporary.open("w") as new:
-        for line in old:
+    lines = []
+    try:
+        for line in index.read_text().splitlines(keepends=True):
             if not line.endswith("\n"):  # cut off by a kill
                 break
             record = json.loads(line)
@@ -282,8 +283,10 @@ def _keep_valid(
             if deep and "problem" not in record and sizes.get(name) == record["size"]:
                 known.add(name)
                 tally.add(record)
-                new.write(line)
-    os.replace(temporary, index)
+                lines.append(line)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{index}: no index of images; name another with --index") from error
+    write_atomically(index, "".join(lines))
     return known
 
 
@@ -490,6 +493,7 @@ class Report:
     """Prints findings as they come and counts them."""
 
     def __init__(self):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
         self.count: Counter = Counter()
         self._coloured = sys.stdout.isatty()
         self._width = max(80, min(120, shutil.get_terminal_size((110, 24)).columns))
@@ -587,9 +591,8 @@ def examine_all(args: argparse.Namespace, command: config.Command | None, report
         output = Path(cfg.OUTPUT if cfg else config.KEYS["OUTPUT"].default)
         index = args.index or output / "doctor" / f"{root.resolve().name}.jsonl"
         tally = examine(datasets, index, args.pixels, args.sha, args.jobs)
-        allowed = cfg.DATA.MAX_BAD_SAMPLES if cfg else -1
-        if allowed < 0:
-            allowed = max(10, len(datasets.get("train", ())) // 10_000)
+        limit = cfg.DATA.MAX_BAD_SAMPLES if cfg else config.KEYS["DATA.MAX_BAD_SAMPLES"].default
+        allowed = allowed_files(limit, len(datasets.get("train", ())))
         report.show(judge(tally, index, args.pixels, args.sha, allowed))
 
     if cfg:
