@@ -99,7 +99,7 @@ class Folder(Source):
                 raise ValueError(f"has {status.st_size} bytes, had {listed} when it was listed")
             if status.st_size > MAX_BYTES:
                 raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
-            return file.read()
+            return file.read(status.st_size)
 
 
 class Zip(Source):

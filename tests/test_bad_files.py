@@ -19,13 +19,24 @@ import torch
 from images import write_image_folder
 from PIL import Image, ImageFile
 from runs import arguments
+from torch import nn
 from torchvision.transforms import PILToTensor
 
 import data.dataset
 import data.decode
 import main
-from data import NO_LABEL, BadFile, BadSamples, ImageDataset, decoder_fingerprint
+from data import (
+    NO_LABEL,
+    BadFile,
+    BadSamples,
+    ImageDataset,
+    ShardSampler,
+    decoder_fingerprint,
+    eval_loader,
+    eval_transform,
+)
 from data.decode import decode
+from engine.epoch import evaluate_epoch
 from tools.bad_files import (
     ANY,
     BAD,
@@ -40,6 +51,7 @@ from tools.bad_files import (
     sound_tar,
     sound_zip,
 )
+from utils.distributed import Process
 from utils.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -78,6 +90,13 @@ def link_or_pipe(source, target):
 # --- Every kind of image file ---------------------------------------------------------------------
 
 
+REASONS = {
+    "pipe.jpg": "a pipe or device instead of a file",
+    "link_to_a_device.jpg": "a pipe or device instead of a file",
+    "seventy_megabytes.jpg": "larger than 64 MiB",
+}
+
+
 def test_every_kind_is_read_substituted_or_ignored(every_kind):
     root, expected = every_kind
     assert sum(outcome == BAD for outcome in expected.values()) >= 35
@@ -94,6 +113,7 @@ def test_every_kind_is_read_substituted_or_ignored(every_kind):
             assert sample.bad[0][:1] + sample.bad[0][2:] == (train.path(index), 3, index)
             again = train[3, index]
             assert again.bad == sample.bad
+            assert REASONS.get(name, "") in sample.bad[0].reason
             assert torch.equal(again.image, sample.image)
     assert met.isdisjoint(name for name, outcome in expected.items() if outcome == IGNORED)
     assert met.issuperset(name for name, outcome in expected.items() if outcome != IGNORED)
@@ -115,6 +135,31 @@ def test_an_evaluation_stops_at_each_or_counts_it_as_wrong(every_kind):
         elif expected.get(name) != ANY:
             assert sample.label == strict[index].label == strict.labels[index]
             assert sample.bad == []
+
+
+def test_what_cannot_be_read_is_wrong_and_has_no_loss(tmp_path):
+    write_image_folder(tmp_path, classes=3, train=1, val=3)
+    (tmp_path / "val/class_1/001.jpg").write_bytes(b"")
+    val = ImageDataset(tmp_path, "val", transform=eval_transform(32), skip_bad=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
+    result = evaluate_epoch(
+        model=model,
+        loader=eval_loader(val, ShardSampler(9, batch_size=4), num_workers=0),
+        normalize=lambda images: images.float() / 255,
+        batch_size=4,
+        process=Process(0, 1, torch.device("cpu")),
+        amp_dtype=torch.float32,
+        print_freq=10,
+    )
+    sound = [val[index] for index in range(9) if index != 4]
+    labels = torch.tensor([sample.label for sample in sound])
+    with torch.no_grad():
+        logits = model(torch.stack([sample.image for sample in sound]).float() / 255)
+    assert (result.images, result.unreadable) == (9, 1)
+    assert result.top1 == (logits.argmax(1) == labels).sum()
+    assert result.top5 == 8  # all three classes are among the first five
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
 
 
 def test_a_run_on_all_of_them(every_kind, tmp_path, capfd):
