@@ -403,8 +403,10 @@ def test_exif_rotation_is_applied_on_request():
 
 
 def test_damaged_exif_leaves_a_picture_as_it_is():
-    content = encode(Image.new("RGB", (3, 2)), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert decode(content, upright=True).size == (3, 2)
+    for exif in (b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0M\xff\0*\0\0\0\x08"):
+        for kind in ("JPEG", "PNG", "WEBP"):
+            content = encode(Image.new("RGB", (3, 2)), kind, exif=exif)
+            assert decode(content, upright=True).size == (3, 2)
 
 
 def test_truncated_images_are_never_painted_grey(monkeypatch):

@@ -507,13 +507,13 @@ class Report:
         for level, topic, text, remedy, examples in findings:
             self.count[level] += 1
             head = f"  {self._paint(f'{level:<4}', COLOURS[level])}  {topic:<15} "
-            print(head + f"\n{'':24}".join(textwrap.wrap(text, self._width - 24)))
+            print(head + f"\n{'':24}".join(self._wrap(text)))
             for example in examples[:SHOWN]:
                 short = textwrap.shorten(example, self._width - 26, placeholder=" …")
                 print(f"{'':24}· {short}")
             if len(examples) > SHOWN:
                 print(f"{'':24}  and {len(examples) - SHOWN:,} more")
-            for number, line in enumerate(textwrap.wrap(remedy, self._width - 26)):
+            for number, line in enumerate(self._wrap(remedy)):
                 print(f"{'':24}{'  ' if number else '→ '}{line}")
 
     def verdict(self) -> int:
@@ -527,6 +527,11 @@ class Report:
         }
         print(f"\n{self._paint(words[level], COLOURS[level])} {ok} OK, {warn} WARN, {fail} FAIL")
         return DataError.exit_code if fail else 0
+
+    def _wrap(self, text: str) -> list[str]:
+        # A path that is broken at its hyphens could not be copied.
+        width = self._width - 26
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
     def _paint(self, text: str, colour: str) -> str:
         return f"\033[{colour}m{text}\033[0m" if self._coloured else text
