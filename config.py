@@ -166,7 +166,10 @@ SCHEMA = (
     Key("DATA.MEAN", [0.485, 0.456, 0.406], COLOURS, "of the red, green and blue values, scaled to 0 … 1"),
     Key("DATA.STD", [0.229, 0.224, 0.225], SPREADS, "standard deviations of the same values"),
     Key("DATA.NUM_WORKERS", 8, at_least(0), "loader processes of each process; 0: load in the process itself"),
-    Key("DATA.MAX_BAD_SAMPLES", 10, at_least(0), "unreadable training images replaced before the run ends"),
+    Key("DATA.EXIF", "ignore", one_of("ignore", "apply"), "the rotation it asks for; published results ignore it"),
+    Key("DATA.VERIFY", "", PATH, "index of tools/doctor.py --sha, compared with every image read; empty: sizes alone"),
+    Key("DATA.MAX_BAD_SAMPLES", -1, at_least(-1),
+        "unreadable training files replaced before the run ends; -1: 0.01 % of the images, at least 10"),
 
     # ---- model ----
     Key("MODEL.NAME", "dat_tiny", NAME, "any name that timm knows, ours included"),
@@ -220,6 +223,7 @@ SCHEMA = (
     Key("TEST.PROTOCOL", "official", one_of("official", "standard"),
         "official: squash to IMG_SIZE / CROP_PCT squared, crop; standard: shorter side to that size, crop"),
     Key("TEST.CROP_PCT", 0.875, SHARE_ABOVE_0, "side of the centre crop / side of the resized image"),
+    Key("TEST.SKIP_BAD", False, ANY, "an unreadable image counts as wrong instead of ending the evaluation"),
     Key("TEST.BATCH_SIZE", 0, at_least(0), "images forwarded at once; 0: DATA.BATCH_SIZE"),
 )
 # fmt: on
@@ -268,6 +272,7 @@ FOREIGN = {
     "--accumulation-steps": _ACCUMULATION,
     "--grad-accum-steps": _ACCUMULATION,
     "--use-checkpoint": "--opts MODEL.GRAD_CHECKPOINTING True",
+    "--skip-bad": "--opts TEST.SKIP_BAD True",
     "--amp": "--amp-dtype float16, bfloat16 or float32",
     "--use-bf16": "--amp-dtype bfloat16",
     "--disable_amp": "--amp-dtype float32",

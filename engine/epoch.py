@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from data import NO_LABEL
 from engine.checkpoint import TrainState
 from engine.optimizer import Schedule
 from engine.reduce import Reduction
@@ -177,7 +178,8 @@ class Accuracy:
     images: int
     top1: int
     top5: int
-    loss: float
+    loss: float  # of the images that could be read
+    unreadable: int = 0  # of the images, counted as wrong
 
     @property
     def acc1(self) -> float:
@@ -210,7 +212,7 @@ def evaluate_epoch(
     order of the images, so that their sum does not depend on that number either.
     """
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=process.device)
+    counts = torch.zeros(4, dtype=torch.int64, device=process.device)
     losses = torch.zeros(len(loader.dataset), dtype=torch.float64, device=process.device)
     time_meter = AverageMeter()
     since = time.perf_counter()
@@ -221,33 +223,32 @@ def evaluate_epoch(
         leave=False,
         dynamic_ncols=True,
     )
-    for index, (images, labels, positions) in enumerate(progress, start=1):
+    for index, (images, labels, positions, bad) in enumerate(progress, start=1):
+        for file in bad:
+            logger.warning(f"{file.path} {file.reason}: counts as wrong")
         labels = labels.to(process.device, non_blocking=True)
         with autocast(process.device, amp_dtype):
             logits = model(normalize(images)).float()
-        loss = F.cross_entropy(logits, labels, reduction="none")
+        loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
         losses[positions.to(process.device)] = loss.double()
         guesses = logits.topk(min(5, logits.shape[1])).indices
         right = guesses == labels[:, None]
-        counts += torch.stack(
-            (
-                torch.tensor(len(images), device=process.device),
-                right[:, 0].sum(),
-                right.any(1).sum(),
-            )
-        )
+        sizes = torch.tensor((len(images), len(bad)), device=process.device)
+        counts += torch.cat((sizes, torch.stack((right[:, 0].sum(), right.any(1).sum()))))
         if index % print_freq == 0:
-            n, top1, top5 = counts.tolist()
+            n, unreadable, top1, top5 = counts.tolist()
             time_meter.update((time.perf_counter() - since) / print_freq, print_freq)
             since = time.perf_counter()
             logger.info(
                 f"Test: [{index}/{len(loader)}]\tTime {time_meter.val:.3f} ({time_meter.avg:.3f})\t"
-                f"Loss {losses.sum() / n:.4f}\tAcc@1 {100 * top1 / n:.3f}\tAcc@5 {100 * top5 / n:.3f}\t"
+                f"Loss {losses.sum() / max(1, n - unreadable):.4f}\t"
+                f"Acc@1 {100 * top1 / n:.3f}\tAcc@5 {100 * top5 / n:.3f}\t"
                 f"Mem {_memory(process.device):.0f}MB"
             )
     model.train()
-    n, top1, top5 = all_reduce_sum(counts).tolist()
-    return Accuracy(n, top1, top5, all_reduce_sum(losses).sum().item() / n)
+    n, unreadable, top1, top5 = all_reduce_sum(counts).tolist()
+    loss = all_reduce_sum(losses).sum().item() / max(1, n - unreadable)
+    return Accuracy(n, top1, top5, loss, unreadable)
 
 
 def _memory(device: torch.device) -> float:

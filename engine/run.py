@@ -32,7 +32,7 @@ from engine.stop import StopRequest
 from utils import distributed
 from utils.distributed import Process
 from utils.download import fetched
-from utils.errors import CheckpointError, ConfigError, DataError, StopRequested
+from utils.errors import CheckpointError, ConfigError, StopRequested
 from utils.logging import MetricWriter, logger, start_logging, write_atomically
 from utils.rng import key, reseed
 
@@ -98,7 +98,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         writer = MetricWriter(own_path, state.update, cfg.PRINT_FREQ)
 
         # --- Epochs -------------------------------------------------------------------------------
-        batches = _train_batches(cfg, train_set, state, recipe, process)
+        batches = _train_batches(cfg, train_set, state, recipe, process, folder)
         val_loader = _val_loader(cfg, val_set, process)
         every = cfg.CHECKPOINT.UPDATES
 
@@ -268,6 +268,9 @@ def _open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Ima
         seed=cfg.SEED,
         classes=classes,
         allow_missing=cfg.DATA.VAL_SUBSET and split == "val",
+        upright=cfg.DATA.EXIF == "apply",
+        checksums=cfg.DATA.VERIFY or None,
+        skip_bad=cfg.TEST.SKIP_BAD,
     )
 
 
@@ -281,6 +284,7 @@ def _train_batches(
     state: TrainState,
     recipe: Recipe,
     process: Process,
+    folder: RunFolder,
 ) -> Iterator[data.TrainBatch]:
     """This process's slots from `state.update` to the end of the run; too many bad images are a DataError."""
     sampler = data.SlotSampler(
@@ -299,18 +303,10 @@ def _train_batches(
         num_workers=cfg.DATA.NUM_WORKERS,
         pin_memory=process.device.type == "cuda",
     )
-    bad = 0
+    limit = data.allowed_files(cfg.DATA.MAX_BAD_SAMPLES, len(train_set))
+    bad_samples = data.BadSamples(folder.path / "bad_samples.jsonl", limit)
     for batch in loader:
-        for path, reason in batch.bad:
-            logger.warning(
-                f"{path} cannot be read and is replaced by another image of its class: {reason}"
-            )
-        bad += len(batch.bad)
-        if bad > cfg.DATA.MAX_BAD_SAMPLES:
-            raise DataError(
-                f"{bad} training images could not be read, the last {batch.bad[-1][0]}. "
-                "Restore them, remove them, or raise DATA.MAX_BAD_SAMPLES."
-            )
+        bad_samples.add(batch.bad)
         yield batch
 
 
@@ -480,6 +476,11 @@ def _log_accuracy(result: Accuracy, name: str) -> None:
     logger.info(
         f"Accuracy of the network on the {result.images} test images: {result.acc1:.2f}%{suffix}"
     )
+    if result.unreadable:
+        logger.warning(
+            f"{result.images - result.unreadable} of {result.images} images were evaluated, "
+            f"{result.unreadable} cannot be read and count as wrong"
+        )
 
 
 def _protocol(cfg: CfgNode) -> str:

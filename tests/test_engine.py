@@ -248,7 +248,7 @@ def test_evaluation_is_the_mean_over_images(batch_size):
     images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8)
     labels = torch.randint(0, 8, (23,))
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
-    samples = [(images[i], labels[i], i) for i in range(23)]
+    samples = [(images[i], labels[i], i, []) for i in range(23)]
     result = evaluate_epoch(
         model=model,
         loader=DataLoader(samples, batch_size),
