@@ -53,8 +53,13 @@ class RunFolder:
                 os.close(lock)
 
     def report(self, state: str, **facts: object) -> None:
-        """Write status.json: `state`, the time and `facts`. A process that fails says so itself, whichever it is."""
-        if not self._process.is_main and state == "running":
+        """Write status.json: `state`, the time and `facts`. A process that fails says so itself, whichever it is.
+
+        The first one does: the others fail because it is gone.
+        """
+        if state == "running" and not self._process.is_main:
+            return
+        if state != "running" and self._has_ended():
             return
         facts = {
             "state": state,
@@ -67,6 +72,12 @@ class RunFolder:
         except OSError as error:
             if state == "running":
                 raise StorageError(f"{self.path}: {error.strerror}") from error
+
+    def _has_ended(self) -> bool:
+        try:
+            return json.loads((self.path / "status.json").read_text())["state"] != "running"
+        except (OSError, ValueError):
+            return False
 
     def require_space(self, size: int) -> None:
         """Raise StorageError unless two checkpoints of `size` bytes fit: a new one beside the last."""

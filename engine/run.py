@@ -22,15 +22,18 @@ from yacs.config import CfgNode
 import data
 import models
 from engine import checkpoint
+from engine.boundary import Boundary
 from engine.checkpoint import TrainState
+from engine.divergence import Divergence
 from engine.epoch import Accuracy, Recipe, autocast, evaluate_epoch, train_epoch
 from engine.folder import RunFolder
 from engine.optimizer import Schedule, create_optimizer
 from engine.pretrained import load_pretrained
-from engine.stop import StopRequest
+from engine.stop import Interruptible, StopRequest
+from engine.watchdog import Watchdog
 from utils import distributed
 from utils.distributed import Process
-from utils.errors import CheckpointError, ConfigError, DataError, StopRequested
+from utils.errors import CheckpointError, ConfigError, DataError, DivergedError
 from utils.logging import MetricWriter, logger, start_logging, write_atomically
 from utils.rng import key, reseed
 
@@ -38,16 +41,16 @@ REFERENCE_BATCH = 512  # the learning rates of a configuration are for so many i
 PROBED_IMAGES = 32  # whose sampling offsets are measured at every validation
 
 
-def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
+def train(cfg: CfgNode, sources: dict[str, str], text: str, stop: StopRequest) -> None:
     """Train from the start, or from where the run's newest whole checkpoint left off, to the last epoch.
 
     `sources` says where the values of `cfg` that are no defaults come from, `text` is all of it as YAML.
     """
     with (
-        distributed.joined(cfg.DEVICE, cfg.THREADS) as process,
+        distributed.joined(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process,
         RunFolder(_run_path(cfg), process).claimed() as folder,
         checkpoint.Saver(folder.checkpoints, cfg.CHECKPOINT.KEEP) as saver,
-        StopRequest(cfg.TRAIN.MAX_SECONDS).listening() as stop,
+        Watchdog(cfg.TRAIN.HANG_SECONDS, folder, process.rank) as watchdog,
     ):
         own_path = folder.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)
@@ -93,40 +96,54 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
             write_atomically(folder.path / "config.yaml", text)
         writer = MetricWriter(own_path, state.update)
 
+        # --- Between updates ----------------------------------------------------------------------
+        sampler = _slot_sampler(cfg, train_set, recipe, process)
+        boundary = Boundary(
+            state=state,
+            facts=facts,
+            saver=saver,
+            save_every=cfg.CHECKPOINT.UPDATES,
+            updates_per_epoch=updates_per_epoch,
+            stop=stop,
+            divergence=Divergence(
+                cfg.TRAIN.MAX_SKIPPED, folder.path, facts, train_set, sampler, process
+            ),
+            watchdog=watchdog,
+            writer=writer,
+            process=process,
+        )
+
         # --- Epochs -------------------------------------------------------------------------------
-        batches = _train_batches(cfg, train_set, state, recipe, process)
-        val_loader = _val_loader(cfg, val_set, process)
-        every = cfg.CHECKPOINT.UPDATES
-
-        def save() -> None:
-            if process.is_main:
-                saver.save(state, facts)
-
-        def at_boundary() -> None:
-            reason = stop.reason()
-            inside = state.update % updates_per_epoch > 0  # the end of an epoch is saved validated
-            if reason or (every and inside and state.update % every == 0):
-                save()
-            if reason:
-                raise StopRequested(f"{reason}; saved. Start the same command again to go on.")
-
+        batches = watchdog.watch(_train_batches(cfg, train_set, state, recipe, process))
+        val_loader = Interruptible(
+            _val_loader(cfg, val_set, process),
+            stop,
+            at_batch=watchdog.beat,
+            at_end=boundary.end_if_asked,
+        )
+        stop.wait_for_boundaries()
         while state.epoch < cfg.TRAIN.EPOCHS:
-            train_epoch(
-                state=state,
-                net=net,
-                batches=batches,
-                recipe=recipe,
-                process=process,
-                writer=writer,
-                at_boundary=at_boundary,
-            )
-            state.epoch += 1
-            last = state.epoch == cfg.TRAIN.EPOCHS
+            try:
+                train_epoch(
+                    state=state,
+                    net=net,
+                    batches=batches,
+                    recipe=recipe,
+                    process=process,
+                    writer=writer,
+                    at_boundary=boundary,
+                )
+            except DivergedError as error:
+                boundary.go_back(error)
+                batches = watchdog.watch(_train_batches(cfg, train_set, state, recipe, process))
+                continue
+            last = state.epoch + 1 == cfg.TRAIN.EPOCHS
             improved = False
-            if last or state.epoch % cfg.TRAIN.EVAL_FREQ == 0:
+            if last or (state.epoch + 1) % cfg.TRAIN.EVAL_FREQ == 0:
                 improved = _validate(cfg, val_loader, state, writer, process)
+            state.epoch += 1
             if last or improved or state.epoch % cfg.CHECKPOINT.EPOCHS == 0:
-                save()
+                boundary.save()
             folder.report("running", epoch=state.epoch, update=state.update, best=state.best)
         writer.close()
         logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at update {state.best['update']}")
@@ -138,7 +155,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
 
     A run's folder stands for its best checkpoint. Raises CheckpointError without weights that fit in full.
     """
-    with distributed.joined(cfg.DEVICE, cfg.THREADS) as process:
+    with distributed.joined(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         _log_start(cfg, sources, process)
 
@@ -182,7 +199,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
 
 def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Print how many images a second the model classifies, on random images; needs no data."""
-    with distributed.joined(cfg.DEVICE, cfg.THREADS) as process:
+    with distributed.joined(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         _log_start(cfg, sources, process)
         model = _build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process).eval()
@@ -258,6 +275,25 @@ def _class_list(cfg: CfgNode) -> list[str] | None:
     return data.read_class_list(cfg.DATA.CLASS_LIST) if cfg.DATA.CLASS_LIST else None
 
 
+def _slot_sampler(
+    cfg: CfgNode,
+    train_set: data.ImageDataset,
+    recipe: Recipe,
+    process: Process,
+    start_update: int = 0,
+) -> data.SlotSampler:
+    return data.SlotSampler(
+        len(train_set),
+        batch_size=cfg.DATA.BATCH_SIZE,
+        slots=recipe.global_batch // cfg.DATA.BATCH_SIZE,
+        start_update=start_update,
+        total_updates=recipe.epochs * recipe.updates_per_epoch,
+        seed=cfg.SEED,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+
+
 def _train_batches(
     cfg: CfgNode,
     train_set: data.ImageDataset,
@@ -266,21 +302,12 @@ def _train_batches(
     process: Process,
 ) -> Iterator[data.TrainBatch]:
     """This process's slots from `state.update` to the end of the run; too many bad images are a DataError."""
-    sampler = data.SlotSampler(
-        len(train_set),
-        batch_size=cfg.DATA.BATCH_SIZE,
-        slots=recipe.global_batch // cfg.DATA.BATCH_SIZE,
-        start_update=state.update,
-        total_updates=recipe.epochs * recipe.updates_per_epoch,
-        seed=cfg.SEED,
-        rank=process.rank,
-        world_size=process.world_size,
-    )
     loader = data.train_loader(
         train_set,
-        sampler,
+        _slot_sampler(cfg, train_set, recipe, process, state.update),
         num_workers=cfg.DATA.NUM_WORKERS,
         pin_memory=process.device.type == "cuda",
+        timeout=cfg.TRAIN.HANG_SECONDS / 2,
     )
     bad = 0
     for batch in loader:
@@ -400,6 +427,7 @@ def _val_loader(cfg: CfgNode, val_set: data.ImageDataset, process: Process) -> d
         sampler,
         num_workers=cfg.DATA.NUM_WORKERS,
         pin_memory=process.device.type == "cuda",
+        timeout=cfg.TRAIN.HANG_SECONDS / 2,
     )
 
 
@@ -420,7 +448,7 @@ def _validate(
 ) -> bool:
     """Evaluate the model and its EMA, record the accuracies; whether the better one is the best of the run so far."""
     weights = {"val": state.model} | ({"val_ema": state.ema.module} if state.ema else {})
-    values, best = {"epoch": state.epoch}, 0.0
+    values, best = {"epoch": state.epoch + 1}, 0.0
     for name, model in weights.items():
         result = _score(cfg, loader, model, process)
         _log_accuracy(result, name)

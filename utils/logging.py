@@ -1,4 +1,4 @@
-"""Where a run's words and numbers go: console, log.txt, metrics.jsonl, timing.jsonl, TensorBoard, status.json."""
+"""Where a run's words and numbers go: console, log.txt, metrics.jsonl, timing.jsonl, skipped.jsonl, TensorBoard."""
 
 import json
 import logging
@@ -39,22 +39,30 @@ def start_logging(name: str, rank: int, folder: Path | None = None) -> None:
 class MetricWriter:
     """Numbers of a run by update: deterministic ones to metrics.jsonl, times to timing.jsonl, all to TensorBoard.
 
+    And to skipped.jsonl the images of updates that were not applied.
+
     Records beyond `update` are cut off first, so that a resumed run's files have each update once and, for the
     deterministic ones, the bytes of a run that was never stopped. On any process but the first (`folder` None) nothing
     is written.
     """
 
     def __init__(self, folder: Path | None, update: int):
+        self.folder = folder
         self.files = {}
-        if folder is None:
+        self.rewind(update)
+
+    def rewind(self, update: int) -> None:
+        """Go on after `update`: the records beyond it are cut off."""
+        self.close()
+        if self.folder is None:
             return
         from torch.utils.tensorboard import (
             SummaryWriter,
         )  # costs a second, paid by one process only
 
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
-        for name in ("metrics", "timing"):
-            path = folder / f"{name}.jsonl"
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=update + 1)
+        for name in ("metrics", "timing", "skipped"):
+            path = self.folder / f"{name}.jsonl"
             _cut_records(path, update)
             self.files[name] = path.open("a", buffering=1)  # a line at a time reaches the file
 
@@ -65,6 +73,12 @@ class MetricWriter:
     def timing(self, update: int, values: dict[str, float]) -> None:
         """Record values that depend on the machine."""
         self._write("timing", update, values)
+
+    def skipped(self, update: int, slots: list[list[str]]) -> None:
+        """Record the paths of an update's images, by slot: it was not applied."""
+        if self.files:
+            record = json.dumps({"update": update, "slots": slots})
+            self.files["skipped"].write(record + "\n")
 
     def _write(self, name: str, update: int, values: dict[str, float]) -> None:
         if not self.files:

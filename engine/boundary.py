@@ -1,0 +1,71 @@
+"""What happens between two updates? The state is saved when due; where all agree, the run ends or goes back."""
+
+from dataclasses import dataclass
+
+from engine import checkpoint
+from engine.checkpoint import Saver, TrainState
+from engine.divergence import Divergence, last_sound
+from engine.stop import StopRequest
+from engine.watchdog import Watchdog
+from utils import distributed
+from utils.distributed import Process
+from utils.errors import DivergedError, StopRequested
+from utils.logging import MetricWriter, logger
+
+
+@dataclass
+class Boundary:
+    """Called after every update, on every process."""
+
+    state: TrainState
+    facts: dict  # what a checkpoint tells beside the state
+    saver: Saver
+    save_every: int  # updates; 0: only after epochs
+    updates_per_epoch: int
+    stop: StopRequest
+    divergence: Divergence
+    watchdog: Watchdog
+    writer: MetricWriter
+    process: Process
+    gone_back: bool = False
+
+    def __call__(self) -> None:
+        """Tell of a skipped update, end the run if it was asked to, save if it is time."""
+        if self.state.skipped:
+            self.divergence.note(self.state, self.writer)
+        self.end_if_asked()
+        inside = self.state.update % self.updates_per_epoch > 0  # an epoch's end is saved validated
+        if self.save_every and inside and self.state.update % self.save_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, in the background."""
+        if self.process.is_main:
+            self.saver.save(self.state, self.facts)
+
+    def end_if_asked(self) -> None:
+        """Raise StopRequested, the state being saved, where any process was asked to stop."""
+        reason = self.stop.reason()
+        if reason is None:
+            return
+        self.save()
+        self.watchdog.stop()
+        self.saver.wait()
+        self.writer.close()
+        distributed.barrier()  # a launcher kills the others as soon as one has ended
+        raise StopRequested(f"{reason}; saved. Start the same command again to go on.")
+
+    def go_back(self, error: DivergedError) -> None:
+        """Restore the last checkpoint without skipped updates; raise `error` where there is none, or the second time.
+
+        The updates after it are the same again. They succeed where the machine was at fault, or fp16's loss scale.
+        """
+        self.saver.wait()
+        distributed.barrier()  # the first process has written what all read
+        sound = None if self.gone_back else last_sound(self.saver.folder)
+        if sound is None:
+            raise error
+        logger.warning(f"{error} Once, the run goes back to {sound}.")
+        checkpoint.restore(sound, self.state)
+        self.writer.rewind(self.state.update)
+        self.gone_back = True
