@@ -221,6 +221,28 @@ def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     )
 
 
+def reopen(
+    cfg: CfgNode, path: Path, process: Process
+) -> tuple[TrainState, Recipe, data.ImageDataset, data.SlotSampler]:
+    """The state saved at `path` and what trains its next update, all slots of it in this one process.
+
+    Raises DataError where the images are not those of then.
+    """
+    facts = checkpoint.read_facts(path)
+    train_set = _open_split(cfg, "train", facts["classes"])
+    if train_set.fingerprint != facts["data"]:
+        raise DataError(
+            f"{train_set.source.path} does not hold the images that {path} was trained on"
+        )
+    model = _build_model(cfg, len(facts["classes"]), process)
+    recipe = _recipe(cfg, facts["updates_per_epoch"], len(facts["classes"]), process)
+    optimizer = create_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=False)
+    state = TrainState(model, None, optimizer, scaler)
+    checkpoint.restore(path, state)
+    return state, recipe, train_set, _slot_sampler(cfg, train_set, recipe, process, state.update)
+
+
 # --- Data -----------------------------------------------------------------------------------------
 
 

@@ -43,10 +43,11 @@ def arguments(folder: Path, data: Path, *more: str, tag: str = "run") -> list[st
     ]
 
 
-def launch(processes: int, argv: list[str]) -> subprocess.Popen:
-    """Start main.py with `argv` under torchrun, in a process group of its own."""
+def launch(processes: int, argv: list[str], program: str = "main.py") -> subprocess.Popen:
+    """Start main.py, or a `program` like it, with `argv` under torchrun, in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "main.py", *argv]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    command += ["--nproc-per-node", str(processes), program, *argv]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -58,9 +59,9 @@ def launch(processes: int, argv: list[str]) -> subprocess.Popen:
     )
 
 
-def outcome(folder: Path, tag: str = "run") -> dict[str, object]:
+def outcome(folder: Path, tag: str = "run", model: str = "dat_micro") -> dict[str, object]:
     """What a run leaves that must not depend on how often it was stopped."""
-    run = folder / "dat_micro" / tag
+    run = folder / model / tag
     last = checkpoint.steps(run / "checkpoints")[0]
     files = {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
     state = json.loads((last / "state.json").read_text())
