@@ -49,11 +49,15 @@ class Boundary:
         if reason is None:
             return
         self.save()
-        self.watchdog.stop()
-        self.saver.wait()
-        self.writer.close()
-        distributed.barrier()  # a launcher kills the others as soon as one has ended
+        self.finish()
         raise StopRequested(f"{reason}; saved. Start the same command again to go on.")
+
+    def finish(self) -> None:
+        """Wait until what was saved is on the disk: a launcher may kill the others when one process has ended."""
+        self.watchdog.stop()
+        self.writer.close()
+        self.saver.wait()
+        distributed.barrier()
 
     def go_back(self, error: DivergedError) -> None:
         """Restore the last checkpoint without skipped updates; raise `error` where there is none, or the second time.

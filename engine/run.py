@@ -145,7 +145,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str, stop: StopRequest) -
             if last or improved or state.epoch % cfg.CHECKPOINT.EPOCHS == 0:
                 boundary.save()
             folder.report("running", epoch=state.epoch, update=state.update, best=state.best)
-        writer.close()
+        boundary.finish()
         logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at update {state.best['update']}")
         logger.info(f"The run is complete: {folder.path}")
 

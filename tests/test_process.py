@@ -287,7 +287,7 @@ import os, time
 import data
 class Slow(data.ImageDataset):
     def __getitem__(self, item):
-        os.write(1, b"%d\n" % os.getpid())
+        os.write(1, b"%d\\n" % os.getpid())
         time.sleep(60)
 dataset = Slow({str(images)!r}, "train", transform=None, train=True)
 sampler = data.SlotSampler(52, batch_size=4, slots=1, total_updates=13)
@@ -303,3 +303,27 @@ next(iter(data.train_loader(dataset, sampler, num_workers=2)))
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+# --- Slurm ----------------------------------------------------------------------------------------
+
+STUBS = {
+    "srun": """shift 2; SLURM_PROCID=5 SLURM_LOCALID=1 "$@" """,
+    "scontrol": """[ "$1" = show ] && printf 'node7\\nnode8\\n' || echo "$@" >> scontrol.log""",
+    "python": """echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $*"; exit "$CODE" """,
+}
+
+
+@pytest.mark.parametrize("code", [0, 1, 75, 76, 137])
+def test_slurm_puts_a_stopped_run_back_into_the_queue_and_no_other(code, tmp_path):
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": str(code), "SLURM_JOB_ID": "1234"}
+    env |= {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
+    command = ["bash", str(ROOT / "tools" / "slurm.sh"), "--cfg", "a b.yaml"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == "5 8 1 4 node7 main.py --cfg a b.yaml\n"
+    log = tmp_path / "scontrol.log"
+    assert (log.read_text() if log.exists() else "") == ("requeue 1234\n" if code == 75 else "")
