@@ -51,6 +51,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str, stop: StopRequest) -
         RunFolder(_run_path(cfg), process).claimed() as folder,
         checkpoint.Saver(folder.checkpoints, cfg.CHECKPOINT.KEEP) as saver,
         Watchdog(cfg.TRAIN.HANG_SECONDS, folder, process.rank) as watchdog,
+        distributed.losses_told(),
     ):
         own_path = folder.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)

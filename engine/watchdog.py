@@ -9,7 +9,7 @@ from engine.folder import RunFolder
 from utils.logging import logger
 
 HANG_EXIT_CODE = 76
-GRACE = 3.0  # seconds in which the processes that wait for this one write their stacks too
+GRACE = 2.0  # seconds in which the processes that wait for this one write their stacks too
 
 
 class Watchdog:

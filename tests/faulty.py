@@ -63,4 +63,4 @@ if __name__ == "__main__":
     code = main.main(sys.argv[1:])
     weights = b"".join(p.detach().numpy().tobytes() for p in built[-1].parameters())
     print(f"rank {RANK} weights {hashlib.sha256(weights).hexdigest()}", flush=True)
-    sys.exit(code)
+    main.leave(code)

@@ -147,6 +147,22 @@ def test_running_statistics_that_are_not_finite_count_as_many_skipped(images, tm
     assert (run_of(tmp_path) / "diverged-1").is_dir()
 
 
+def test_the_replayed_update_is_the_trained_one(images, tmp_path, capsys):
+    """With augmentation, mixing and drop path, and then the same loss and gradient."""
+    argv = [*arguments(tmp_path, images), "--amp-dtype", "float32"]
+    assert main.main([*argv, "--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0"]) == 0
+    folder = run_of(tmp_path, "dat_micro")
+    assert replay.main([str(folder / "checkpoints" / "step-1")]) == 0
+    assert "Everything is finite" in capsys.readouterr().out
+    found = json.loads((folder / "checkpoints" / "step-1" / "replay.json").read_text())
+    recorded = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
+    assert recorded["update"] == found["update"] == 2
+    losses = [slot["loss"] for slot in found["slots"]]
+    assert sum(losses) / 6 == pytest.approx(recorded["train/loss"], rel=1e-5)
+    squares = [g["elements"] * (g["mean"] ** 2 + g["std"] ** 2) for g in found["gradients"]]
+    assert sum(squares) ** 0.5 == pytest.approx(recorded["train/grad_norm"], rel=1e-4)
+
+
 def test_replay_of_what_is_not_there_and_of_other_images(images, tmp_path, capsys):
     assert replay.main([str(tmp_path / "diverged-1")]) == 4
     argv = faulty_arguments(tmp_path, images, "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0")
@@ -262,14 +278,14 @@ def test_progress_is_no_hang(tmp_path, monkeypatch):
     assert not codes
 
 
-@pytest.mark.parametrize("fault", ["kill", "hang"])
+@pytest.mark.parametrize("fault", ["kill", "kill while the loop computes", "hang"])
 def test_a_worker_that_fails_is_named_with_its_image(fault, images, monkeypatch):
     dataset = data.ImageDataset(images, "train", transform=data.train_transform(32), train=True)
     read = files.Folder.read
 
     def fail(self, index):
         if index == 7:
-            if fault == "kill":
+            if fault != "hang":
                 os.kill(os.getpid(), SIGKILL)
             threading.Event().wait()
         return read(self, index)
@@ -277,7 +293,8 @@ def test_a_worker_that_fails_is_named_with_its_image(fault, images, monkeypatch)
     monkeypatch.setattr(files.Folder, "read", fail)
     sampler = data.SlotSampler(52, batch_size=4, slots=1, total_updates=13)
     with pytest.raises(DataError, match=r"007\.jpg \(sample 7\)"):
-        list(data.train_loader(dataset, sampler, num_workers=2, timeout=1))
+        for _ in data.train_loader(dataset, sampler, num_workers=2, timeout=1):
+            time.sleep(1 if "while" in fault else 0)
 
 
 def test_workers_end_with_their_process(images):

@@ -114,9 +114,14 @@ def verdict(found: dict) -> str:
                 f"All outputs are finite; the gradient of {row['name']} is the first that is not."
             )
     return (
-        "Everything is finite in float32: either the training's number format is too narrow for the "
-        "largest outputs below, or the machine was at fault."
+        "Everything is finite in float32: either the largest outputs are too large for the training's "
+        "number format, or the machine was at fault."
     )
+
+
+def severity(row: dict) -> tuple[int, float]:
+    """What a row of numbers is sorted by: values that are not finite, then the largest one."""
+    return row["nonfinite"], max(-row["min"], row["max"])
 
 
 def print_tables(found: dict) -> None:
@@ -126,16 +131,16 @@ def print_tables(found: dict) -> None:
         print(
             f"{slot['slot']:>5} {slot['loss']:>12.5g} {slot['grad_norm']:>12.5g}  {slot['images'][0]}"
         )
-    outputs = [
-        {**row, "name": f"{row['name']} (slot {slot['slot']})"}
-        for slot in found["slots"]
-        for row in slot["outputs"]
-    ]
+    worst: dict[str, dict] = {}
+    for slot in found["slots"]:
+        for row in slot["outputs"]:
+            if row["name"] not in worst or severity(row) > severity(worst[row["name"]]):
+                worst[row["name"]] = {**row, "slot": slot["slot"]}
+    outputs = [{**row, "name": f"{name} (slot {row['slot']})"} for name, row in worst.items()]
     for title, rows in (("outputs", outputs), ("gradients", found["gradients"])):
         columns = ("nonfinite", "min", "max", "mean", "std")
         print("\n" + "".join(f"{column:>12}" for column in columns) + f"  {title}")
-        rows = sorted(rows, key=lambda r: (-r["nonfinite"], -max(-r["min"], r["max"])))
-        for row in rows[:SHOWN]:
+        for row in sorted(rows, key=severity, reverse=True)[:SHOWN]:
             print("".join(f"{row[column]:>12.5g}" for column in columns) + f"  {row['name']}")
 
 

@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from utils.errors import ProcessLost
+
 FOREVER = timedelta(days=365)
 
 
@@ -56,6 +58,20 @@ def joined(device: str = "auto", threads: int = 0, timeout: float = 0.0) -> Iter
     finally:
         if process.world_size > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Raise ProcessLost, one sentence, where a collective fails because another process is gone or hangs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise ProcessLost(
+            "Another process of this run has ended or hangs: the launcher, or that process itself, says which and why. "
+            f"Then start the same command again. Noticed by: {error}"
+        ) from error
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
