@@ -37,7 +37,7 @@ class Noted(Dataset):
         if worker is None:
             return self.dataset[item]
         index = item if isinstance(item, int) else item[1]
-        self.notes[worker.id] = torch.tensor([os.getpid(), index, time.monotonic()])
+        self.notes[worker.id, 1:] = torch.tensor([index, time.monotonic()], dtype=torch.float64)
         sample = self.dataset[item]
         self.notes[worker.id, 1] = IDLE
         return sample
@@ -71,7 +71,8 @@ class Noted(Dataset):
 
 
 def start_worker(number: int) -> None:
-    """Make worker `number` end with its process, and with nothing else."""
+    """Make worker `number`, of a loader of `Noted`, end with its process and with nothing else."""
+    get_worker_info().dataset.notes[number, 0] = os.getpid()
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     os.setpgrp()  # a signal to all, as Ctrl-C, is for the process that decides
 

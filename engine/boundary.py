@@ -1,7 +1,9 @@
 """What happens between two updates? The state is saved when due; where all agree, the run ends or goes back."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from data import EvalBatch, Loader
 from engine import checkpoint
 from engine.checkpoint import Saver, TrainState
 from engine.divergence import Divergence, last_sound
@@ -73,3 +75,26 @@ class Boundary:
         checkpoint.restore(sound, self.state)
         self.writer.rewind(self.state.update)
         self.gone_back = True
+
+
+class Interruptible:
+    """The batches of an evaluation, cut short where this process is asked to stop.
+
+    After the last one, which every process reaches, although they may have different numbers of them, all agree on
+    whether the run ends: the evaluation is then done again when it goes on.
+    """
+
+    def __init__(self, loader: Loader, boundary: Boundary):
+        self.dataset = loader.dataset
+        self._loader = loader
+        self._boundary = boundary
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        for batch in self._boundary.watchdog.watch(self._loader):
+            yield batch
+            if self._boundary.stop.asked:
+                break
+        self._boundary.end_if_asked()

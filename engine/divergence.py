@@ -4,8 +4,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from data import ImageDataset, SlotSampler
 from engine import checkpoint
 from engine.checkpoint import TrainState
@@ -28,12 +26,12 @@ class Divergence:
     def note(self, state: TrainState, writer: MetricWriter) -> None:
         """Record the images of the update that was just skipped; every process has to call it.
 
-        After `limit` in a row, or where a buffer such as BatchNorm's is not finite any more, the state before the
+        After `limit` in a row, or where it left NaN in a buffer such as BatchNorm's statistics, the state before the
         update is written to `diverged-<update>`, a folder like a checkpoint, and DivergedError raised.
         """
         update = state.update - 1
         writer.skipped(state.update, images_of(update, self.dataset, self.sampler))
-        ruined = all_reduce_max(int(not _finite_buffers(state.model)))
+        ruined = all_reduce_max(int(any(b.isnan().any() for b in state.model.buffers())))
         if state.skipped < self.limit and not ruined:
             return
         name = f"diverged-{update}"
@@ -60,7 +58,3 @@ def last_sound(folder: Path) -> Path | None:
         if damage is None and checkpoint.read_facts(path)["skipped"] == 0:
             return path
     return None
-
-
-def _finite_buffers(model: torch.nn.Module) -> bool:
-    return all(buffer.isfinite().all() for buffer in model.buffers())

@@ -22,14 +22,14 @@ from yacs.config import CfgNode
 import data
 import models
 from engine import checkpoint
-from engine.boundary import Boundary
+from engine.boundary import Boundary, Interruptible
 from engine.checkpoint import TrainState
 from engine.divergence import Divergence
 from engine.epoch import Accuracy, Recipe, autocast, evaluate_epoch, train_epoch
 from engine.folder import RunFolder
 from engine.optimizer import Schedule, create_optimizer
 from engine.pretrained import load_pretrained
-from engine.stop import Interruptible, StopRequest
+from engine.stop import StopRequest
 from engine.watchdog import Watchdog
 from utils import distributed
 from utils.distributed import Process
@@ -116,12 +116,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str, stop: StopRequest) -
 
         # --- Epochs -------------------------------------------------------------------------------
         batches = watchdog.watch(_train_batches(cfg, train_set, state, recipe, process))
-        val_loader = Interruptible(
-            _val_loader(cfg, val_set, process),
-            stop,
-            at_batch=watchdog.beat,
-            at_end=boundary.end_if_asked,
-        )
+        val_loader = Interruptible(_val_loader(cfg, val_set, process), boundary)
         stop.wait_for_boundaries()
         while state.epoch < cfg.TRAIN.EPOCHS:
             try:

@@ -5,7 +5,7 @@ Imports no torch: main.py listens before the seconds that the import takes.
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -73,31 +73,3 @@ class StopRequest:
             raise StopRequested(
                 f"{name} was received before the first update. Start the same command again."
             )
-
-
-class Interruptible:
-    """The batches of `loader`, cut short where this process is asked to stop.
-
-    `at_batch` is called at each of them, `at_end` after the last one, which every process reaches: there all of them
-    can agree on whether to stop, although they may have different numbers of batches.
-    """
-
-    def __init__(
-        self, loader, stop: StopRequest, at_batch: Callable[[], None], at_end: Callable[[], None]
-    ):
-        self.dataset = loader.dataset
-        self._loader = loader
-        self._stop = stop
-        self._at_batch = at_batch
-        self._at_end = at_end
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator:
-        for batch in self._loader:
-            self._at_batch()
-            yield batch
-            if self._stop.asked:
-                break
-        self._at_end()

@@ -4,6 +4,7 @@ python -m pytest tests/test_process.py
 """
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
 
@@ -292,30 +294,29 @@ def test_a_worker_that_fails_is_named_with_its_image(fault, images, monkeypatch)
 
     monkeypatch.setattr(files.Folder, "read", fail)
     sampler = data.SlotSampler(52, batch_size=4, slots=1, total_updates=13)
+    batches = data.train_loader(dataset, sampler, num_workers=2, timeout=1)
     with pytest.raises(DataError, match=r"007\.jpg \(sample 7\)"):
-        for _ in data.train_loader(dataset, sampler, num_workers=2, timeout=1):
-            time.sleep(1 if "while" in fault else 0)
+        deque(time.sleep("while" in fault) for _ in batches)
 
 
-def test_workers_end_with_their_process(images):
+def test_workers_end_with_their_process(images, monkeypatch):
     """Also one that is inside of an image, and does not look whether its parent lives."""
-    code = f"""
-import os, time
-import data
-class Slow(data.ImageDataset):
-    def __getitem__(self, item):
-        os.write(1, b"%d\\n" % os.getpid())
+    read, write = os.pipe()
+
+    def stuck(self, item):
+        os.write(write, b"%d\n" % os.getpid())
         time.sleep(60)
-dataset = Slow({str(images)!r}, "train", transform=None, train=True)
-sampler = data.SlotSampler(52, batch_size=4, slots=1, total_updates=13)
-next(iter(data.train_loader(dataset, sampler, num_workers=2)))
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    workers = {int(process.stdout.readline()) for _ in range(2)}
+
+    monkeypatch.setattr(data.ImageDataset, "__getitem__", stuck)
+    dataset = data.ImageDataset(images, "train", transform=None, train=True)
+    sampler = data.SlotSampler(52, batch_size=4, slots=1, total_updates=13)
+    loader = data.train_loader(dataset, sampler, num_workers=2)
+    process = multiprocessing.get_context("fork").Process(target=lambda: next(iter(loader)))
+    process.start()
+    with os.fdopen(read) as pids:
+        workers = {int(pids.readline()) for _ in range(2)}
     process.kill()
-    process.wait()
+    process.join()
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline
