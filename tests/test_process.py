@@ -283,19 +283,21 @@ def test_progress_is_no_hang(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", ["kill", "kill while the loop computes", "hang"])
 def test_a_worker_that_fails_is_named_with_its_image(fault, images, monkeypatch):
     dataset = data.ImageDataset(images, "train", transform=data.train_transform(32), train=True)
+    sampler = data.SlotSampler(52, batch_size=4, slots=1, total_updates=13)
+    sick = sampler.slot(1, 0)[0][1]  # read ahead, while the first batch is computed with
     read = files.Folder.read
 
     def fail(self, index):
-        if index == 7:
+        if index == sick:
+            time.sleep(0.5 if "while" in fault else 0)
             if fault != "hang":
                 os.kill(os.getpid(), SIGKILL)
             threading.Event().wait()
         return read(self, index)
 
     monkeypatch.setattr(files.Folder, "read", fail)
-    sampler = data.SlotSampler(52, batch_size=4, slots=1, total_updates=13)
-    batches = data.train_loader(dataset, sampler, num_workers=2, timeout=1)
-    with pytest.raises(DataError, match=r"007\.jpg \(sample 7\)"):
+    batches = data.train_loader(dataset, sampler, num_workers=2, timeout=3)
+    with pytest.raises(DataError, match=rf"{name_of(sick)} \(sample {sick}\)"):
         deque(time.sleep("while" in fault) for _ in batches)
 
 
