@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from yacs.config import CfgNode
@@ -153,7 +152,7 @@ def configuration(path: Path, data_path: str | None) -> CfgNode:
     if damage := checkpoint.verify(path):
         raise CheckpointError(f"{path}: {damage}")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(checkpoint.read_facts(path)["config"], file)
+        json.dump(checkpoint.read_facts(path)["config"], file)  # which YAML can read
         file.flush()
         argv = ["--cfg", file.name, "--amp-dtype", "float32"]
         return config.parse(argv + (["--data-path", data_path] if data_path else [])).cfg
