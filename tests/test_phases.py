@@ -19,18 +19,34 @@ from engine.phases import PHASES, Phases, shares, verdict
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is told to go on."""
+    """A clock, of the process and of a CUDA stream, that stands still until it is told to go on."""
     now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = now[0]
+
+        def synchronize(self):
+            self.reached = True
+
+        def elapsed_time(self, end):
+            assert end.reached
+            return 1000 * (end.time - self.time)
 
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     return sleep
 
 
-def test_every_second_is_in_one_phase(clock):
-    phases = Phases(torch.device("cpu"))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_second_is_in_one_phase(clock, device):
+    phases = Phases(torch.device(device))
     for _ in range(2):
         with phases("data_wait"):
             clock(3)

@@ -134,8 +134,10 @@ def test_the_head_is_what_was_asked_for(architecture):
     created.load_state_dict(model.state_dict(), strict=False)
     assert torch.equal(created(images), features)
     model.reset_classifier(0, "max")
+    assert (model.num_classes, model.global_pool) == (0, "max")
     assert torch.equal(model(images), features.amax((1, 2)))
-    model.reset_classifier(4, "avg")
+    model.reset_classifier(4)
+    assert (model.num_classes, model.global_pool) == (4, "max")
     assert model(images).shape == (2, 4)
 
 
