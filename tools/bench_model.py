@@ -3,6 +3,7 @@
 import argparse
 import functools
 import multiprocessing
+import os
 import re
 import statistics
 import time
@@ -155,6 +156,7 @@ class Subject:
         """The share of every kind of operation in the time of `step`."""
         cuda = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks on every use
         with profile(activities=activities) as profiler:
             step()
         times = Counter()
