@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Train into a folder that is deleted, print the phases and the verdict; returns the numbers.
+    """Train into a folder that is deleted; the phases and the verdict.
 
     Saves and evaluations between epochs do not count. Raises ConfigError where too few updates were made.
     """
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def summarize(records: list[dict]) -> dict:
-    """The phases of all records of a timing.jsonl but the first, which warms up; printed and returned."""
+    """The phases of all records of a timing.jsonl but the first, which warms up."""
     if len(records) < 2:
         raise ConfigError(
             f"the loop made {len(records)} records, expected 2 or more: raise --seconds, or lower --print-freq "
@@ -66,19 +66,20 @@ def summarize(records: list[dict]) -> dict:
         slowness.append(1 / record["time/images_per_s"])
         seconds.update({phase: record[f"time/{phase}"] * slowness[-1] for phase in PHASES})
     share = shares(seconds)
-    overhead = sum(share[phase] for phase in OVERHEAD)
-    speed = len(slowness) / sum(slowness)
-    for phase in PHASES:
-        print(f"{phase:12}{share[phase]:>8.2%}")
-    print(f"{'overhead':12}{overhead:>8.2%}  ({', '.join(OVERHEAD)})")
-    print(f"{speed:.1f} images/s; {verdict(seconds)}")
     return {
-        "images_per_s": speed,
+        "images_per_s": len(slowness) / sum(slowness),
         "shares": share,
-        "overhead": overhead,
+        "overhead": sum(share[phase] for phase in OVERHEAD),
         "verdict": verdict(seconds),
         "records": len(slowness),
     }
+
+
+def table(result: dict) -> str:
+    """The numbers of `run` for people."""
+    lines = [f"{phase:12}{share:>8.2%}" for phase, share in result["shares"].items()]
+    lines.append(f"{'overhead':12}{result['overhead']:>8.2%}  ({', '.join(OVERHEAD)})")
+    return "\n".join([*lines, f"{result['images_per_s']:.1f} images/s; {result['verdict']}"])
 
 
 def write_images(root: Path, count: int) -> None:

@@ -214,15 +214,15 @@ def facts(name: str, subject: Subject, args: argparse.Namespace) -> dict:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Time both models and the machine's limit in turns, print the tables; returns the numbers. Raises ConfigError."""
+    """Time both models and the machine's limit in turns. Raises ConfigError."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: there is no CUDA device here, expected cpu")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     subjects = {name: Subject(name, args) for name in (args.model, args.peer)}
     limit, limit_gflop = matrix_product(getattr(torch, args.dtype), device)
-    result = {"model": args.model, "peer": args.peer, "batch": args.batch, "dtype": args.dtype}
-    result |= {"size": args.size, "threads": args.threads, "device": args.device, "models": {}}
+    conditions = ("model", "peer", "dtype", "batch", "size", "threads", "device")
+    result = {name: getattr(args, name) for name in conditions} | {"models": {}}
 
     for name, subject in subjects.items():
         result["models"][name] = facts(name, subject, args)
@@ -241,18 +241,17 @@ def run(args: argparse.Namespace) -> dict:
                 "of_limit": gflops / ceiling,
                 "kinds": subject.kinds(steps[name]),
             }
-    print_tables(result)
     return result
 
 
-def print_tables(result: dict) -> None:
+def table(result: dict) -> str:
     """The numbers of `run` for people."""
     names = list(result["models"])
     conditions = ("dtype", "batch", "size", "threads", "device")
-    print(", ".join(f"{word} {result[word]}" for word in conditions))
+    lines = [", ".join(f"{word} {result[word]}" for word in conditions)]
 
     def row(label: str, cells: list[str], end: str = "") -> None:
-        print(f"{label:24}" + "".join(f"{cell:>32}" for cell in cells) + f"  {end}")
+        lines.append(f"{label:24}" + "".join(f"{cell:>32}" for cell in cells) + f"  {end}")
 
     row("", names)
     for phase in ("eval", "train"):
@@ -276,6 +275,7 @@ def print_tables(result: dict) -> None:
         for name in [*KINDS, "other"]:
             kinds = [result[phase]["models"][model]["kinds"] for model in names]
             row(f"  {name}", [f"{k[name]:.1%}" for k in kinds])
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def in_words(values: dict[str, float], digits: int) -> str:

@@ -54,8 +54,9 @@ def build(args: argparse.Namespace) -> nn.Module:
 # --- Measured -------------------------------------------------------------------------------------
 
 
-def work(rank: int, world_size: int, threads: int, store: str, args: argparse.Namespace,
-         pipe: Connection) -> None:  # fmt: skip
+def work(
+    rank: int, world_size: int, threads: int, store: str, args: argparse.Namespace, pipe: Connection
+) -> None:
     """One process: an update at every message that comes through `pipe`, its seconds back."""
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -131,7 +132,7 @@ def measure(args: argparse.Namespace) -> dict:
 def needs(accelerators: int, gradient_bytes: float, macs: float, args: argparse.Namespace) -> dict:
     """What an update of the global batch needs so that neither network nor images hold the accelerators up.
 
-    A ring over M machines sends 2 (M − 1) / M times the gradient through each one's link.
+    A ring over m machines sends 2 (m − 1) / m times the gradient through each one's link.
     """
     speed = accelerators * args.tflops * 1e12 / (6 * macs)  # images/s; forward and backward: 3 · 2
     seconds = args.global_batch / speed
@@ -160,26 +161,39 @@ def on_paper(args: argparse.Namespace) -> list[dict]:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure, calculate, print both; returns the numbers. Raises ConfigError."""
+    """Measure and calculate. Raises ConfigError."""
     if args.batch % args.processes:
         raise ConfigError(
             f"--processes {args.processes} do not divide --batch {args.batch}: each gets as many images"
         )
-    paper = on_paper(args)
-    measured = measure(args)
-    print(f"{args.model}, {args.dtype}, {args.batch} images of {args.size} px an update, gloo")
-    for name, processes in (("many", args.processes), ("one", 1)):
-        threads = args.threads * args.processes // processes
-        print(f"  {processes} × {threads} threads: {in_words(measured[name], 1)} images/s")
-    print(f"  ratio {in_words(measured['ratio'], 3)}")
-    print(f"\non paper: {args.global_batch} images an update, {args.tflops:g} TFLOP/s sustained by an accelerator, "
-          f"{NODE} of them in a machine, float32 gradients sent during {OVERLAP:.0%} of an update, "
-          f"{args.images_per_core:g} images/s a core, {args.kilobytes:g} kB an image")  # fmt: skip
-    print(
-        "accelerators  images each  images/s  update ms  | each machine: Gbit/s  cores  reads GB/s"
-    )
-    for row in paper:
-        print(f"{row['accelerators']:>12}  {row['images_per_accelerator']:>11.0f}  {row['images_per_s']:>8.0f}"
-              f"  {row['update_ms']:>9.1f}  {row['network_gbit_per_s']:>22.1f}  {row['cores']:>5.0f}"
-              f"  {row['read_gb_per_s']:>10.2f}")  # fmt: skip
-    return {"measured": measured, "paper": paper, "arguments": vars(args) | {"json": None}}
+    conditions = {name: value for name, value in vars(args).items() if name != "json"}
+    return {"conditions": conditions, "paper": on_paper(args), "measured": measure(args)}
+
+
+def table(result: dict) -> str:
+    """The numbers of `run` for people."""
+    given, measured = argparse.Namespace(**result["conditions"]), result["measured"]
+    lines = [
+        f"{given.model}, {given.dtype}, {given.batch} images of {given.size} px an update, gloo"
+    ]
+    for name, processes in (("many", given.processes), ("one", 1)):
+        threads = given.threads * given.processes // processes
+        lines.append(f"  {processes} × {threads} threads: {in_words(measured[name], 1)} images/s")
+    lines += [
+        f"  ratio {in_words(measured['ratio'], 3)}",
+        "",
+        f"on paper: {given.global_batch} images an update, {given.tflops:g} TFLOP/s sustained by an accelerator, "
+        f"{NODE} of them in a machine,",
+        f"float32 gradients sent during {OVERLAP:.0%} of an update, {given.images_per_core:g} images/s a core, "
+        f"{given.kilobytes:g} kB an image",
+        "",
+        f"{'accelerators':>12}{'images/s':>12}{'images each':>13}{'update ms':>11}   each machine:"
+        f"{'Gbit/s':>9}{'cores':>7}{'reads GB/s':>12}",
+    ]
+    for row in result["paper"]:
+        lines.append(
+            f"{row['accelerators']:>12}{row['images_per_s']:>12,.0f}"
+            f"{row['images_per_accelerator']:>13.0f}{row['update_ms']:>11.1f}{'':16}"
+            f"{row['network_gbit_per_s']:>9.1f}{row['cores']:>7.0f}{row['read_gb_per_s']:>12.2f}"
+        )
+    return "\n".join(lines)

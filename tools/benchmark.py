@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         result = SUBJECTS[args.subject].run(args)
+        print(SUBJECTS[args.subject].table(result))
         if args.json:
             write(args.json, result)
     except UserError as error:
