@@ -179,7 +179,7 @@ def test_checkpointing_computes_the_blocks_again(architecture):
     blocks = [block for stage in model.stages for block in stage.blocks]
     calls = []
     for block in blocks:
-        block.register_forward_hook(lambda *_: calls.append(1))
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
     for enable, times in ((True, 2), (False, 1)):
         model.set_grad_checkpointing(enable)
         calls.clear()
