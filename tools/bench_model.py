@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -160,9 +161,10 @@ class Subject:
         with profile(activities=activities) as profiler:
             step()
         times = Counter()
-        for event in profiler.key_averages():
-            time_spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-            times[kind(event.key)] += time_spent
+        operations = [e for e in profiler.key_averages() if e.device_type == DeviceType.CPU]
+        for event in operations:  # a kernel's time is given to the operation that started it
+            spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+            times[kind(event.key)] += spent
         return {name: times[name] / times.total() for name in [*KINDS, "other"]}
 
 
