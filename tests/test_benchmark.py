@@ -22,6 +22,14 @@ from tools import bench_loop, bench_model, bench_scaling, benchmark
 TINY = ["--size", "32", "--batch", "2", "--rounds", "2", "--threads", "1"]
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """What a benchmark sets is not for the tests after it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 # --- model ----------------------------------------------------------------------------------------
 
 
