@@ -28,6 +28,7 @@ import data
 from engine import checkpoint, run
 from engine.divergence import images_of
 from engine.epoch import _accumulate
+from engine.phases import Phases
 from engine.reduce import FastReduction
 from utils import distributed
 from utils.errors import CheckpointError, UserError
@@ -77,12 +78,12 @@ def replay(cfg: CfgNode, path: Path) -> dict:
         batches = iter(data.train_loader(train_set, sampler, num_workers=0))
         parameters = dict(state.model.named_parameters())
         gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        rows, slots = observe(state.model), []
+        rows, slots, phases = observe(state.model), [], Phases(process.device)
         for slot in recipe.slots:
             rows.clear()
             alone = dataclasses.replace(recipe, slots=range(slot, slot + 1))
             reduction = FastReduction(state.model, alone.slots, process)
-            (loss,), _ = _accumulate(state, reduction, batches, alone, process)
+            (loss,) = _accumulate(state, reduction, batches, alone, process, phases)
             own = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             for name, gradient in own.items():
                 gradients[name] += gradient / len(recipe.slots)
