@@ -60,7 +60,7 @@ class ImageDataset(Dataset):
 
     classes: the class list that decides the labels, in order; by default the sorted folder names.
     allow_missing: declares the split a subset, so that classes may have no images.
-    transform: PIL picture to uint8 tensor [3, H, W].
+    transform: PIL picture to uint8 tensor [3, H, W]; with another input if it has its own `decode`.
     seed: of the augmentation and of substitutes; only training uses it.
 
     Raises DataError for a split that is not there, has no class folders, an empty class, a class
@@ -80,6 +80,7 @@ class ImageDataset(Dataset):
     ):
         self.source = open_split(root, split)
         self.transform = transform
+        self.decode = getattr(transform, "decode", decode)
         self.train = train
         self.seed = seed
         self.classes = sorted(self.source.folders) if classes is None else list(classes)
@@ -167,11 +168,11 @@ class ImageDataset(Dataset):
             word = key(self.seed, "substitute", epoch, index, attempt)
             yield int(others[word % len(others)])
 
-    def _image(self, index: int) -> Image.Image:
+    def _image(self, index: int) -> Image.Image | torch.Tensor:
         data = b""
         try:
             data = self.source.read(index)
-            return decode(data)
+            return self.decode(data)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
             size = len(data) or self.source.where[index, 0]

@@ -14,6 +14,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.nn.functional import interpolate
 from torchvision import transforms
 
+from data.decode import decode_pixels
 from utils.errors import ConfigError
 
 
@@ -53,6 +54,7 @@ def train_transform(
         use_prefetcher=True,
         separate=True,
     )
+    kind = transforms.Compose
     if padding:
         crop.transforms[:1] = [
             transforms.Resize(img_size, interpolation=str_to_interp_mode(interpolation)),
@@ -60,10 +62,11 @@ def train_transform(
         ]
     elif interpolation in ("bilinear", "bicubic"):
         crop.transforms[0] = RandomResizedCrop(img_size, scale, ratio, interpolation)
+        kind = PixelTransform
     replaced = REPLACED | (REPLACED_IF_BICUBIC if interpolation == "bicubic" else {})
     for op in _augment_ops(augment):
         op.aug_fn = replaced.get(op.aug_fn, op.aug_fn)
-    return transforms.Compose([*crop.transforms, *augment.transforms, *to_tensor.transforms])
+    return kind([*crop.transforms, *augment.transforms, *to_tensor.transforms])
 
 
 def eval_transform(
@@ -124,6 +127,12 @@ class ResizedCenterCrop:
         return self.img_size, (first * length / resized, last * length / resized), 0
 
 
+class PixelTransform(transforms.Compose):
+    """A transform that begins with pixels, uint8 [height, width, 3], and says how to get them."""
+
+    decode = staticmethod(decode_pixels)
+
+
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
     """timm's crop, resized by torch in a quarter of Pillow's time.
 
@@ -131,13 +140,14 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
     and not 32.
     """
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        """A picture of any size to one of `self.size`."""
-        top, left, height, width = self.get_params(picture, self.scale, self.ratio)
-        crop = picture.crop((left, top, left + width, top + height))
-        # As a view with the strides of a batch in channels-last order, in which pictures lie: with
+    def __call__(self, pixels: torch.Tensor) -> Image.Image:
+        """Pixels uint8 [height, width, 3] to a picture of `self.size`."""
+        image = pixels.permute(2, 0, 1)
+        top, left, height, width = self.get_params(image, self.scale, self.ratio)
+        crop = pixels[top : top + height, left : left + width].contiguous()
+        # A view with the strides of a batch in channels-last order, in which pictures lie: with
         # others torch copies to and from planes, which takes longer than the resizing.
-        pixels = torch.from_numpy(np.array(crop)).view(1, height, width, 3).permute(0, 3, 1, 2)
+        pixels = crop.view(1, height, width, 3).permute(0, 3, 1, 2)
         mode = self.interpolation.value
         resized = interpolate(pixels, self.size, mode=mode, antialias=True)
         return Image.fromarray(resized.permute(0, 2, 3, 1)[0].numpy())

@@ -30,6 +30,10 @@ PICTURE = Image.fromarray(
 ).resize((400, 300), Image.Resampling.BICUBIC)
 
 
+def pixels_of(picture):
+    return torch.from_numpy(np.array(picture))
+
+
 def resize(picture, size, resample=BICUBIC):
     """Along x, then along y: what Pillow's one call did until 12."""
     return picture.resize((size[0], picture.height), resample).resize(size, resample)
@@ -116,7 +120,7 @@ def test_posterize_is_timms_and_black_for_no_bits():
 def test_no_picture_stops_the_augmentation(policy):
     before = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
     transform = train_transform(8, auto_augment=policy)
-    picture, black = PICTURE.resize((16, 16)), 0
+    picture, black = pixels_of(PICTURE.resize((16, 16))), 0
     for number in range(2000 if policy.startswith("rand") else 400):
         reseed(key(0, policy, number))
         black += not transform(picture).any()
@@ -136,7 +140,10 @@ def test_the_crop_is_timms_resized_with_other_rounding(interpolation):
         )
         kept = picture.crop((left, top, left + width, top + height))
         reseed(number)
-        ours, theirs = np.asarray(crop(picture)), np.asarray(resize(kept, (224, 224), resample))
+        ours, theirs = (
+            np.asarray(crop(pixels_of(picture))),
+            np.asarray(resize(kept, (224, 224), resample)),
+        )
         difference = np.abs(ours.astype(int) - theirs)
         assert difference.max() <= 2
         assert difference.mean() < 0.05
@@ -163,7 +170,7 @@ def test_every_decision_is_timms(monkeypatch):
     def record(name):
         return lambda image, *args, **kwargs: calls.append((name, args)) or image
 
-    def decisions(transform):
+    def decisions(transform, picture):
         calls.clear()
         crop, *_, augment, _ = transform.transforms
         for op in augment.ops:
@@ -180,7 +187,8 @@ def test_every_decision_is_timms(monkeypatch):
     picture = picture.convert("RGB")  # dark on the left
     policy = {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic"}
     theirs = create_transform(8, is_training=True, use_prefetcher=True, **policy)
-    assert decisions(train_transform(8, **policy)) == decisions(theirs)
+    ours = decisions(train_transform(8, **policy), pixels_of(picture))
+    assert ours == decisions(theirs, picture)
 
 
 def test_the_augmentation_follows_the_laws_of_the_papers():
@@ -213,12 +221,15 @@ def test_the_augmentation_follows_the_laws_of_the_papers():
 
 
 def test_transforms_can_be_sent_to_other_processes():
-    for transform in (train_transform(8), eval_transform(8)):
+    for transform, picture in (
+        (train_transform(8), pixels_of(PICTURE)),
+        (eval_transform(8), PICTURE),
+    ):
         copy = pickle.loads(pickle.dumps(transform))
         reseed(0)
-        pixels = transform(PICTURE)
+        pixels = transform(picture)
         reseed(0)
-        assert torch.equal(copy(PICTURE), pixels)
+        assert torch.equal(copy(picture), pixels)
 
 
 def batch(seed=0, size=6):
@@ -229,12 +240,13 @@ def batch(seed=0, size=6):
 
 def test_normalize_is_torchvisions():
     images, _ = batch()
-    images = images.contiguous(memory_format=torch.channels_last)
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     expected = v2.functional.normalize(images / 255, mean, std)
-    result = Normalize(mean, std, device=CPU)(images)
-    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
-    assert result.is_contiguous(memory_format=torch.channels_last)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        images = images.contiguous(memory_format=layout)
+        result = Normalize(mean, std, device=CPU)(images)
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+        assert result.is_contiguous(memory_format=layout)
     assert images.dtype == torch.uint8, "the batch itself is left alone"
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import timm.data
 import torch
 from timm.data import auto_augment
-from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+from data.decode import decode, decode_pixels
 from data.files import open_split
 from data.transforms import posterize
 from tools import pack
@@ -33,7 +33,7 @@ AUGMENT = "rand-m9-mstd0.5-inc1"
 MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.0}
 SHORTER_SIDE, QUALITY = 288, 90  # of the pack that is encoded anew
 PEER = "timm with prefetcher"
-CEILINGS = ("Pillow", "torchvision")
+CEILINGS = ("Pillow", "libjpeg-turbo")
 
 Pass = Callable[[], Iterable]  # one pass over the images, as batches
 
@@ -59,13 +59,11 @@ def run(args: argparse.Namespace) -> dict:
         count = _sample(args.data_path, folder, args.images)
         if count < args.batch_size:
             raise DataError(f"{args.data_path} has {count} images, a batch {args.batch_size}")
-        pack.pack(folder, plain, "train", 0, QUALITY, args.workers)
-        pack.pack(folder, small, "train", SHORTER_SIDE, QUALITY, args.workers)
+        pack.pack(folder, plain, "train", 0, QUALITY, max(1, args.workers))
+        pack.pack(folder, small, "train", SHORTER_SIDE, QUALITY, max(1, args.workers))
         passes = {
-            "decoding, Pillow": _decoding(
-                data.ImageDataset(folder, "train", transform=_nothing), args
-            ),
-            "decoding, torchvision": _decoding(TorchvisionDecoding(folder), args),
+            "decoding, Pillow": _decoding(_only_decoding(folder, decode), args),
+            "decoding, libjpeg-turbo": _decoding(_only_decoding(folder, decode_pixels), args),
             f"training, {PEER}": _timm_training(folder, args, prefetcher=True),
             "training, timm": _timm_training(folder, args, prefetcher=False),
             "training, ours": _training(folder, args),
@@ -107,7 +105,7 @@ def table(result: dict) -> str:
     lines = [
         f"{result['images']} images, {result['workers']} workers, batches of "
         f"{result['batch_size']}; medians of the rounds (lowest … highest)",
-        f"{'':34}{'images/s':>24}{'times ' + PEER:>32}{'of decoding, Pillow, torchvision':>36}",
+        f"{'':34}{'images/s':>24}{'times ' + PEER:>32}{'of decoding, Pillow, libjpeg-turbo':>36}",
     ]
     for name, speed in result["images_per_second"].items():
         times = result["times_timm"].get(name)
@@ -231,25 +229,18 @@ def _timm_evaluation(
 # --- Decoding alone -------------------------------------------------------------------------------
 
 
-class TorchvisionDecoding(Dataset):
-    """Every file of a folder decoded by torchvision's libjpeg-turbo, and nothing kept."""
-
-    def __init__(self, root: Path):
-        self.source = open_split(root, "train")
-
-    def __len__(self) -> int:
-        return len(self.source.names)
-
-    def __getitem__(self, index: int) -> int:
-        content = torch.frombuffer(bytearray(self.source.read(index)), dtype=torch.uint8)
-        return decode_image(content, ImageReadMode.RGB).shape[0]
+def _only_decoding(root: Path, how: Callable[[bytes], object]) -> data.ImageDataset:
+    """Every file of a folder read and decoded, and nothing kept."""
+    dataset = data.ImageDataset(root, "train", transform=_nothing)
+    dataset.decode = how
+    return dataset
 
 
 def _nothing(picture: object) -> torch.Tensor:
     return torch.zeros(1)
 
 
-def _decoding(dataset: Dataset, args: argparse.Namespace) -> Pass:
+def _decoding(dataset: data.ImageDataset, args: argparse.Namespace) -> Pass:
     images = range(len(dataset) // args.batch_size * args.batch_size)
     loader = DataLoader(
         dataset,
