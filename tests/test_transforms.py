@@ -87,6 +87,19 @@ def test_evaluation_of_real_pictures_is_exact():
         assert torch.equal(transform(picture), expected)
 
 
+@pytest.mark.parametrize("protocol", ["official", "standard"])
+@pytest.mark.parametrize("size", [(500, 375), (300, 451), (40, 50)])
+def test_fast_evaluation_is_the_exact_one_with_other_rounding(protocol, size):
+    fast = eval_transform(224, protocol=protocol, exact=False)(pixels_of(PICTURE.resize(size)))
+    exact = eval_transform(224, protocol=protocol)(PICTURE.resize(size))
+    difference = (fast.int() - exact.int()).abs()
+    assert fast.dtype == torch.uint8
+    assert difference.max() <= 2
+    assert difference.float().mean() < 0.05
+    other = eval_transform(224, interpolation="lanczos", exact=False)
+    assert torch.equal(other(PICTURE), eval_transform(224, interpolation="lanczos")(PICTURE))
+
+
 def test_unknown_protocol_is_refused():
     with pytest.raises(ConfigError, match="'offical': expected official or standard"):
         eval_transform(224, protocol="offical")
