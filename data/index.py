@@ -52,8 +52,8 @@ def load_listing(split: Path) -> Listing | None:
             with np.load(path) as arrays:
                 listing = Listing(**arrays)
             times = [change_time(split, os.fsdecode(folder)) for folder in listing.folders.tolist()]
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
-            continue
+        except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile):
+            continue  # not there, or damaged: zipfile takes a flipped bit for an encryption's flag
         if times == listing.times.tolist():
             return listing
     return None

@@ -101,13 +101,17 @@ def test_a_file_overwritten_in_place_is_read_anew(split):
     assert Folder(split).read(0) == b"new"
 
 
-@pytest.mark.parametrize("harm", [b"", b"PK\3\4 no zip", "flipped", "cut"])
+@pytest.mark.parametrize("harm", [b"", b"PK\3\4 no zip", "flipped", "cut", "flag of encryption"])
 def test_a_damaged_cache_is_passed_over(split, monkeypatch, harm):
     expected = content(Folder(split))
     cache = split.parent / ".train.index.npz"
     whole = cache.read_bytes()
     half = len(whole) // 2
-    harms = {"cut": whole[:half], "flipped": whole[:300] + bytes([whole[300] ^ 1]) + whole[301:]}
+    harms = {
+        "cut": whole[:half],
+        "flipped": whole[:300] + bytes([whole[300] ^ 1]) + whole[301:],
+        "flag of encryption": whole.replace(b"PK\1\2-\3-\0\0", b"PK\1\2-\3-\0\1"),
+    }
     cache.write_bytes(harms.get(harm, harm))
     assert listed(split, monkeypatch) == (expected, True)
     assert listed(split, monkeypatch) == (expected, False)
