@@ -56,9 +56,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder, plain, small = (Path(scratch) / name for name in ("folder", "plain", "small"))
-        count = _sample(args.data_path, folder, args.images)
-        if count < args.batch_size:
-            raise DataError(f"{args.data_path} has {count} images, a batch {args.batch_size}")
+        count = _sample(args.data_path, folder, args.images, args.batch_size)
         pack.pack(folder, plain, "train", 0, QUALITY, max(1, args.workers))
         pack.pack(folder, small, "train", SHORTER_SIDE, QUALITY, max(1, args.workers))
         passes = {
@@ -78,7 +76,7 @@ def run(args: argparse.Namespace) -> dict:
                 f"{phase}, ours": _evaluation(folder, args, protocol),
                 f"{phase}, ours, not exact": _evaluation(folder, args, protocol, exact=False),
             }
-        speeds = _in_turns(passes, count - count % args.batch_size, args.rounds)
+        speeds = _in_turns(passes, count, args.rounds)
     return {
         "workers": args.workers,
         "batch_size": args.batch_size,
@@ -117,19 +115,22 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _sample(root: Path, folder: Path, count: int) -> int:
-    """Write up to `count` images of the dataset as files, `folder`/train and the same as val; how many."""
+def _sample(root: Path, folder: Path, count: int, batch_size: int) -> int:
+    """Write up to `count` images, whole batches, as files: `folder`/train and the same as val; how many."""
     try:
         source = open_split(root, "train")
     except DataError:
         source = open_split(root, "val")
-    chosen = np.unique(np.linspace(0, len(source.names) - 1, count).astype(int))
+    count = min(count, len(source.names)) // batch_size * batch_size
+    if not count:
+        raise DataError(f"{source.path} has {len(source.names)} images; a batch is {batch_size}")
+    chosen = np.linspace(0, len(source.names) - 1, count).astype(int)
     for index in chosen.tolist():
         path = folder / "train" / os.fsdecode(source.names[index])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(source.read(index))
     (folder / "val").symlink_to("train")
-    return len(chosen)
+    return count
 
 
 def _in_turns(passes: dict[str, Pass], images: int, rounds: int) -> dict[str, np.ndarray]:
@@ -174,8 +175,7 @@ def _evaluation(root: Path, args: argparse.Namespace, protocol: str, *, exact: b
     dataset = data.ImageDataset(
         root, "val", transform=data.eval_transform(SIZE, protocol=protocol, exact=exact)
     )
-    images = len(dataset) // args.batch_size * args.batch_size
-    sampler = data.ShardSampler(images, batch_size=args.batch_size)
+    sampler = data.ShardSampler(len(dataset), batch_size=args.batch_size)
     loader = data.eval_loader(dataset, sampler, num_workers=args.workers)
     normalize = data.Normalize(device=CPU)
     return lambda: (normalize(batch.images) for batch in loader)
@@ -242,11 +242,9 @@ def _nothing(picture: object) -> torch.Tensor:
 
 
 def _decoding(dataset: data.ImageDataset, args: argparse.Namespace) -> Pass:
-    images = range(len(dataset) // args.batch_size * args.batch_size)
     loader = DataLoader(
         dataset,
         args.batch_size,
-        sampler=images,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
         collate_fn=len,
