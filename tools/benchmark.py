@@ -2,6 +2,7 @@
 """How fast is it, beside what, and how far from what the machine could do?
 
     python tools/benchmark.py model dat_tiny swin_tiny_patch4_window7_224 --dtype bfloat16
+    python tools/benchmark.py data ../shared/data/imagenet_samples/val --workers 2
     python tools/benchmark.py loop --cfg configs/dat_tiny.yaml --data-path /imagenet
     python tools/benchmark.py scaling dat_tiny --processes 2 --threads 1
 
@@ -14,10 +15,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools import bench_loop, bench_model, bench_scaling
+from tools import bench_data, bench_loop, bench_model, bench_scaling
 from utils.errors import StorageError, UserError
 
-SUBJECTS = {"model": bench_model, "loop": bench_loop, "scaling": bench_scaling}
+SUBJECTS = {
+    "model": bench_model,
+    "data": bench_data,
+    "loop": bench_loop,
+    "scaling": bench_scaling,
+}
 
 
 def main(arguments: list[str]) -> int:
