@@ -13,6 +13,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torchvision
 import yaml
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -21,7 +22,7 @@ from yacs.config import CfgNode
 
 import data
 import models
-from engine import checkpoint
+from engine import checkpoint, world
 from engine.checkpoint import TrainState
 from engine.epoch import Accuracy, Recipe, autocast, evaluate_epoch, train_epoch
 from engine.folder import RunFolder
@@ -58,10 +59,10 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         classes = train_set.classes
         updates_per_epoch = data.updates_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
         logger.info(f"Training on {train_set}; validating on {val_set}")
-        facts = _facts(cfg.MODEL.NAME, text, train_set, updates_per_epoch)
+        facts = _facts(text, train_set, val_set, updates_per_epoch, process)
         found = _find_checkpoint(cfg, folder)
         if found is not None:
-            _check_same_run(found, facts)
+            world.check(found, facts, cfg.CHECKPOINT.ACCEPT)
 
         # --- Model --------------------------------------------------------------------------------
         model = _build_model(cfg, len(classes), process)
@@ -471,21 +472,32 @@ def _protocol(cfg: CfgNode) -> str:
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
-def _facts(model: str, text: str, train_set: data.ImageDataset, updates_per_epoch: int) -> dict:
+def _facts(
+    text: str,
+    train_set: data.ImageDataset,
+    val_set: data.ImageDataset,
+    updates_per_epoch: int,
+    process: Process,
+) -> dict:
     """What a checkpoint tells beside the state: enough to understand it, and to notice a changed world."""
+    settings = yaml.safe_load(text)
     return {
-        "model": model,
+        "model": settings["MODEL"]["NAME"],
         "classes": train_set.classes,
         "data": train_set.fingerprint,
+        "val_data": val_set.fingerprint,
         "updates_per_epoch": updates_per_epoch,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
             "timm": timm.__version__,
         },
         "revision": _revision(),
-        "threads": torch.get_num_threads(),
-        "config": yaml.safe_load(text),
+        "device": world.device_name(process.device),
+        # What a GPU computes does not depend on the threads beside it.
+        "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
+        "config": settings,
     }
 
 
@@ -506,27 +518,6 @@ def _find_checkpoint(cfg: CfgNode, folder: RunFolder) -> Path | None:
         )
     logger.info(f"This run has begun already: it goes on from its own {own.name}, not from {named}")
     return own
-
-
-def _check_same_run(path: Path, facts: dict) -> None:
-    """Refuse a checkpoint whose position would mean something else here; say what else has changed since."""
-    saved = checkpoint.read_facts(path)
-    for name, remedy in (
-        ("model", "set MODEL.NAME to it"),
-        ("classes", "point --data-path to the data it was trained on"),
-        ("updates_per_epoch", "restore the training images and TRAIN.GLOBAL_BATCH_SIZE"),
-    ):
-        if saved[name] != facts[name]:
-            raise CheckpointError(
-                f"{path} cannot be resumed: its {name} is {_short(saved[name])} and here it is {_short(facts[name])}. "
-                f"Either {remedy}, or start a new run from its weights: --pretrained {path} --tag NAME."
-            )
-    before, now = _flat(saved), _flat(facts)
-    for name in sorted(before.keys() | now.keys()):
-        if name in now and before.get(name) != now[name]:
-            logger.warning(
-                f"Changed since the checkpoint: {name} was {before.get(name)}, is {now[name]}"
-            )
 
 
 # --- Small facts ----------------------------------------------------------------------------------
@@ -566,18 +557,3 @@ def _revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
-    return flat
-
-
-def _short(value: object) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list) else str(value)
