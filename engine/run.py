@@ -6,7 +6,6 @@ The only file beside main.py and config.py that reads the configuration: all oth
 import functools
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -493,7 +492,7 @@ def _facts(
             "torchvision": torchvision.__version__,
             "timm": timm.__version__,
         },
-        "revision": _revision(),
+        "revision": world.revision(),
         "device": world.device_name(process.device),
         # What a GPU computes does not depend on the threads beside it.
         "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
@@ -530,7 +529,7 @@ def _run_path(cfg: CfgNode) -> Path:
 def _log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
     logger.info(
         f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each, "
-        f"torch {torch.__version__}, timm {timm.__version__}, code {_revision()}"
+        f"torch {torch.__version__}, timm {timm.__version__}, code {world.revision()}"
     )
     if cfg.AMP_DTYPE == "float16" and process.device.type == "cpu":
         logger.warning("float16 is slow on a CPU: --amp-dtype bfloat16 or float32 is not")
@@ -540,20 +539,3 @@ def _log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
         settings.setdefault(source.partition(":")[0], []).append(f"{name} {value}")
     for source, values in settings.items():
         logger.info(f"{source}: {', '.join(values)}")
-
-
-def _revision() -> str:
-    """The commit of this code, marked where files differ from it; "unknown" outside of a repository."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

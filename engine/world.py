@@ -5,6 +5,7 @@ the keys of the configuration go by their own names. A run of several processes 
 """
 
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -76,6 +77,23 @@ def device_name(device: torch.device) -> str:
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     kind = names[0] if names else platform.machine()
     return f"{kind}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def revision() -> str:
+    """The commit of this code, marked where files differ from it; "unknown" outside of a repository."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _by_name(facts: dict) -> dict[str, object]:
