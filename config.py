@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
+from utils.download import PINNED
 from utils.errors import ConfigError
 
 # --- Checks of one value --------------------------------------------------------------------------
@@ -79,6 +80,11 @@ SHARE_ABOVE_0 = Check("above 0, up to 1", lambda value: 0 < value <= 1, _share)
 NAME = Check("a model's name", lambda value: re.fullmatch(r"\w([\w.:/-]*\w)?", value))
 PATH = Check(PATH_TEXT, _literal_path)
 FILLED_PATH = Check(PATH_TEXT, lambda value: bool(value) and _literal_path(value))
+WEIGHTS = Check(
+    "a path, written out (no ~ or $), or https://…#sha256=<64 hex digits>",
+    lambda value: _literal_path(value) or PINNED.fullmatch(value),
+    lambda value: "; only https with the file's SHA-256 is downloaded" if "://" in value else "",
+)
 RUN_PATH = Check(
     f"{PATH_TEXT} to a run or checkpoint folder",
     lambda value: _literal_path(value) and not value.endswith(WEIGHT_FILES),
@@ -164,7 +170,10 @@ SCHEMA = (
     Key("DATA.MEAN", [0.485, 0.456, 0.406], COLOURS, "of the red, green and blue values, scaled to 0 … 1"),
     Key("DATA.STD", [0.229, 0.224, 0.225], SPREADS, "standard deviations of the same values"),
     Key("DATA.NUM_WORKERS", 8, at_least(0), "loader processes of each process; 0: load in the process itself"),
-    Key("DATA.MAX_BAD_SAMPLES", 10, at_least(0), "unreadable training images replaced before the run ends"),
+    Key("DATA.EXIF", "ignore", one_of("ignore", "apply"), "the rotation it asks for; published results ignore it"),
+    Key("DATA.VERIFY", "", PATH, "index of tools/doctor.py --sha, compared with every image read; empty: sizes alone"),
+    Key("DATA.MAX_BAD_SAMPLES", -1, at_least(-1),
+        "unreadable training files replaced before the run ends; -1: 0.01 % of the images, at least 10"),
 
     # ---- model ----
     Key("MODEL.NAME", "dat_tiny", NAME, "any name that timm knows, ours included"),
@@ -203,13 +212,14 @@ SCHEMA = (
     Key("TRAIN.ADAM_EPS", 1e-8, POSITIVE, "AdamW's"),
     Key("TRAIN.EMA_DECAY", 0.0, DECAY, "share of the averaged weights kept by an update; 0: no average"),
     Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
+    Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
     Key("TRAIN.EVAL_FREQ", 1, at_least(1), "epochs from one evaluation to the next"),
 
     # ---- checkpoints ----
     Key("CHECKPOINT.RESUME", "", RUN_PATH, "run or checkpoint folder to go on from; goes before PRETRAINED"),
     Key("CHECKPOINT.AUTO_RESUME", True, ANY, "go on from the run folder's own newest checkpoint"),
     Key("CHECKPOINT.ACCEPT", "", NAMES, "what changed on purpose since the checkpoint: names that a refusal lists"),
-    Key("CHECKPOINT.PRETRAINED", "", PATH, "file of weights to start from"),
+    Key("CHECKPOINT.PRETRAINED", "", WEIGHTS, "weights to start from: a file, or https://…#sha256=<64 hex digits>"),
     Key("CHECKPOINT.EPOCHS", 1, at_least(1), "epochs from one save to the next"),
     Key("CHECKPOINT.UPDATES", 0, at_least(0), "updates from one save to the next; 0: by epochs alone"),
     Key("CHECKPOINT.KEEP", 3, at_least(2), "newest checkpoints kept besides the best"),
@@ -218,6 +228,7 @@ SCHEMA = (
     Key("TEST.PROTOCOL", "official", one_of("official", "standard"),
         "official: squash to IMG_SIZE / CROP_PCT squared, crop; standard: shorter side to that size, crop"),
     Key("TEST.CROP_PCT", 0.875, SHARE_ABOVE_0, "side of the centre crop / side of the resized image"),
+    Key("TEST.SKIP_BAD", False, ANY, "an unreadable image counts as wrong instead of ending the evaluation"),
     Key("TEST.BATCH_SIZE", 0, at_least(0), "images forwarded at once; 0: DATA.BATCH_SIZE"),
 )
 # fmt: on
@@ -267,6 +278,7 @@ FOREIGN = {
     "--accumulation-steps": _ACCUMULATION,
     "--grad-accum-steps": _ACCUMULATION,
     "--use-checkpoint": "--opts MODEL.GRAD_CHECKPOINTING True",
+    "--skip-bad": "--opts TEST.SKIP_BAD True",
     "--amp": "--amp-dtype float16, bfloat16 or float32",
     "--use-bf16": "--amp-dtype bfloat16",
     "--disable_amp": "--amp-dtype float32",
@@ -350,7 +362,13 @@ def check_world_size(cfg: CfgNode, world_size: int) -> None:
     slots = total // slot
     if slots % world_size == 0:
         return
-    remedies = [f"start {_nearest_divisors(slots, world_size)} processes"]
+    start = f"start {_nearest_divisors(slots, world_size)} processes"
+    if cfg.TRAIN.EXACT_WORLD_SIZE:  # the slots are a power of two, and so is what divides them
+        raise ConfigError(
+            "TRAIN.EXACT_WORLD_SIZE takes 1, 2, 4 … processes, at most as many as the slots of an update, "
+            f"got {world_size} for {slots} slots; {start}"
+        )
+    remedies = [start]
     sizes = _nearest_divisors(total // world_size, slot, even=_mixes(cfg.AUG))
     if total % world_size == 0 and sizes:
         remedies.append(f"set --batch-size to {sizes}")
@@ -377,6 +395,7 @@ def _conflicts(cfg: CfgNode, mode: str, sources: dict[str, str]) -> Iterator[Con
     yield from _weight_conflicts(cfg.CHECKPOINT, mode, sources)
     if mode == "train":
         yield from _batch_conflicts(cfg)
+        yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)
         yield from _augmentation_conflicts(cfg.AUG, cfg.DATA.IMG_SIZE)
 
@@ -402,6 +421,20 @@ def _batch_conflicts(cfg: CfgNode) -> Iterator[Conflict]:
         message = f"an update is a whole number of slots; set the update to {-(-total // slot) * slot} images"
         message += f", or the slot to {sizes}" if sizes else ""
         yield "DATA.BATCH_SIZE TRAIN.GLOBAL_BATCH_SIZE", message
+
+
+def _exactness_conflicts(cfg: CfgNode) -> Iterator[Conflict]:
+    if not cfg.TRAIN.EXACT_WORLD_SIZE:
+        return
+    slots, rest = divmod(cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE)
+    if not rest and slots & (slots - 1):
+        below = cfg.DATA.BATCH_SIZE << (slots.bit_length() - 1)
+        message = f"slots are summed in pairs, but {slots} is no power of two; set the update to {below} or "
+        message += f"{2 * below} images"
+        yield "TRAIN.EXACT_WORLD_SIZE TRAIN.GLOBAL_BATCH_SIZE DATA.BATCH_SIZE", message
+    if not cfg.THREADS:
+        message = "0 shares out the cores, and another number of threads gives other bits; set THREADS, such as 1"
+        yield "TRAIN.EXACT_WORLD_SIZE THREADS", message
 
 
 def _mixes(aug: CfgNode) -> bool:
@@ -704,6 +737,9 @@ def _compose_file(path: str, where: str, draft: Draft) -> yaml.MappingNode | Non
     """The file's top mapping; None, after noting why, where there is none."""
     if not path.endswith((".yaml", ".yml")):
         draft.refuse(where, f"{path}: expected a .yaml file; configurations are never run as code")
+        return None
+    if Path(path).is_char_device() or Path(path).is_fifo():
+        draft.refuse(where, f"{path}: is a device, whose text may never end; expected a file")
         return None
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

@@ -4,7 +4,6 @@ torch.hub.load("FOLDER", "dat_tiny", source="local", weights="dat_tiny_in1k_224.
 """
 
 import collections.abc
-import pathlib
 import warnings
 
 import timm
@@ -12,6 +11,7 @@ import torch
 
 import engine.pretrained
 import models.dat
+import utils.download
 
 dependencies = ["torch", "timm", "safetensors"]
 
@@ -27,7 +27,7 @@ def _entry(name: str) -> collections.abc.Callable[..., torch.nn.Module]:
         if weights is not None:
             # The classifier may differ from the file's only where a number of classes was named, or none is wanted.
             whole = "num_classes" not in kwargs and not features
-            path = pathlib.Path(weights)
+            path = utils.download.fetched(str(weights))
             report = engine.pretrained.load_pretrained(model, path, whole=whole)
             if report.resized or report.new:
                 warnings.warn(f"{weights}: {report}", stacklevel=2)

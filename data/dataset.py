@@ -4,9 +4,11 @@ An evaluation sample is addressed by its index. A training sample is addressed b
 which fixes every random number of its augmentation and, if its file is damaged, its substitute.
 """
 
+import errno
 import functools
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,19 +18,39 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data.checksums import read_checksums
 from data.decode import UNREADABLE, decode
 from data.files import open_split
 from utils.errors import DataError
 from utils.rng import key, reseed
 
 SUBSTITUTES = 10  # tried before a class is given up
+NO_LABEL = -1  # of an image that cannot be read, where an evaluation may go on without it
+
+# What disks and servers may recover from, and how many seconds they are given before each retry.
+TRANSIENT = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EBUSY,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
+PAUSES = (0.1, 0.5, 2.5)
 
 
 class BadFile(NamedTuple):
-    """A file that could not be read, and why."""
+    """A file that could not be read, why, and for which sample; an evaluation has no epoch."""
 
     path: str
     reason: str
+    epoch: int | None
+    index: int
 
 
 class TrainSample(NamedTuple):
@@ -40,19 +62,16 @@ class TrainSample(NamedTuple):
 
 
 class EvalSample(NamedTuple):
-    """An image uint8 [3, H, W] with its position in the dataset."""
+    """An image uint8 [3, H, W] with its position in the dataset; black if its file is `bad`."""
 
     image: torch.Tensor
     label: int
     index: int
+    bad: list[BadFile]
 
 
 class UnreadableError(Exception):
     """One image is damaged; stays inside this module."""
-
-    def __init__(self, bad: BadFile):
-        super().__init__(bad)
-        self.bad = bad
 
 
 class ImageDataset(Dataset):
@@ -62,6 +81,9 @@ class ImageDataset(Dataset):
     allow_missing: declares the split a subset, so that classes may have no images.
     transform: PIL picture to uint8 tensor [3, H, W].
     seed: of the augmentation and of substitutes; only training uses it.
+    upright: turn images as their EXIF data asks for.
+    checksums: index of tools/doctor.py --sha with which the bytes of each image are compared.
+    skip_bad: in evaluation, an image that cannot be read is black and its label is `NO_LABEL`.
 
     Raises DataError for a split that is not there, has no class folders, an empty class, a class
     that `classes` does not have, or lacks one that it has.
@@ -77,16 +99,24 @@ class ImageDataset(Dataset):
         seed: int = 0,
         classes: Sequence[str] | None = None,
         allow_missing: bool = False,
+        upright: bool = False,
+        checksums: str | Path | None = None,
+        skip_bad: bool = False,
     ):
         self.source = open_split(root, split)
         self.transform = transform
         self.train = train
         self.seed = seed
+        self.upright = upright
+        self.skip_bad = skip_bad
         self.classes = sorted(self.source.folders) if classes is None else list(classes)
         owners = [os.fsdecode(name.split(b"/", 1)[0]) for name in self.source.names.tolist()]
         self._check_classes(set(owners), allow_missing)
         position = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([position[owner] for owner in owners], dtype=np.int32)
+        self.checksums = None
+        if checksums is not None:
+            self.checksums = read_checksums(checksums, split, self.source.names.tolist())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,8 +131,20 @@ class ImageDataset(Dataset):
         )
 
     def path(self, index: int) -> str:
-        """Where image `index` lies; inside an archive, as if that were a folder."""
-        return os.path.join(self.source.path, os.fsdecode(self.source.names[index]))
+        """Where image `index` lies, for people; inside an archive, as if that were a folder."""
+        name = self.source.names[index].decode(errors="backslashreplace")
+        return os.path.join(self.source.path, name)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image, after a few more tries if the disk or server did not answer."""
+        for pause in PAUSES:
+            try:
+                return self.source.read(index)
+            except OSError as error:
+                if error.errno not in TRANSIENT:
+                    raise
+                time.sleep(pause)
+        return self.source.read(index)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -139,7 +181,7 @@ class ImageDataset(Dataset):
             try:
                 image = self._image(candidate)
             except UnreadableError as error:
-                bad.append(error.bad)
+                bad.append(BadFile(self.path(candidate), str(error), epoch, index))
                 continue
             reseed(key(self.seed, "sample", epoch, index))
             return TrainSample(self.transform(image), int(self.labels[index]), bad)
@@ -152,11 +194,15 @@ class ImageDataset(Dataset):
         try:
             image = self._image(index)
         except UnreadableError as error:
-            raise DataError(
-                f"{error.bad.path}: {error.bad.reason}; evaluation never substitutes an image, "
-                "restore the file"
-            ) from error
-        return EvalSample(self.transform(image), int(self.labels[index]), index)
+            if not self.skip_bad:
+                raise DataError(
+                    f"{self.path(index)}: {error}; evaluation never substitutes an image: restore "
+                    "the file, or let it count as wrong with TEST.SKIP_BAD=True"
+                ) from error
+            black = self.transform(Image.new("RGB", (1, 1)))
+            bad = BadFile(self.path(index), str(error), None, index)
+            return EvalSample(black, NO_LABEL, index, [bad])
+        return EvalSample(self.transform(image), int(self.labels[index]), index, [])
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """`index`, then others of its class in an order that is a function of seed and position."""
@@ -170,17 +216,18 @@ class ImageDataset(Dataset):
     def _image(self, index: int) -> Image.Image:
         data = b""
         try:
-            data = self.source.read(index)
-            return decode(data)
+            data = self.read(index)
+            if self.checksums is not None:
+                digest = hashlib.sha256(data).digest()
+                if digest != self.checksums[index].tobytes():
+                    raise ValueError("its SHA-256 is another than in the index of DATA.VERIFY")
+            return decode(data, upright=self.upright)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
             size = len(data) or self.source.where[index, 0]
             raise UnreadableError(
-                BadFile(
-                    self.path(index),
-                    f"cannot be read as an image ({type(error).__name__}: {reason}), "
-                    f"{size} bytes, the first are {data[:16]!r}",
-                )
+                f"cannot be read as an image ({type(error).__name__}: {reason}), "
+                f"{size} bytes, the first are {data[:16]!r}"
             ) from error
 
 

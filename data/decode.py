@@ -1,11 +1,15 @@
 """How do the bytes of an image file become an RGB picture?"""
 
+import base64
+import hashlib
 import io
 import struct
 import zlib
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
+
+from utils.errors import DataError
 
 # The formats behind the file names that are read as images; Pillow's other readers stay shut (its
 # EPS reader starts Ghostscript). GIF is found in the wild under a JPEG's name.
@@ -23,19 +27,43 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 
+# How a picture is turned upright, by EXIF's orientation; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-def decode(data: bytes) -> Image.Image:
-    """The first frame of an image file as an RGB picture; EXIF rotation is ignored, alpha dropped.
 
-    16-bit grey is scaled by 1/257, where Pillow's own conversion would clip nearly all of it to
-    white. Raises one of `UNREADABLE`.
-    """
+def open_image(data: bytes) -> Image.Image:
+    """An image file with its header read and its pixels not yet; raises one of `UNREADABLE`."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         # Pillow's message holds the address of the buffer, and logs have to be reproducible.
         raise ValueError(f"not one of {', '.join(FORMATS)}") from None
+
+
+def decode(data: bytes, *, upright: bool = False) -> Image.Image:
+    """The first frame of an image file as an RGB picture, alpha dropped.
+
+    16-bit grey is scaled by 1/257, where Pillow's own conversion would clip nearly all of it to
+    white. The rotation that EXIF asks for is ignored, as by the published numbers, unless `upright`.
+    Raises one of `UNREADABLE`.
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise DataError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is switched on, which paints what is missing of a "
+            "truncated image grey without a word; remove the line that does it"
+        )
+    image = open_image(data)
     image.load()
+    if upright and (turn := TURNS.get(orientation(image))) is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     elif image.mode == "F":
@@ -44,8 +72,37 @@ def decode(data: bytes) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def orientation(image: Image.Image) -> int:
+    """What EXIF says about how the picture lies, 1 to 8; damaged EXIF says 1, as nothing does."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except UNREADABLE:
+        return 1
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit pixels have no known range")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+# 16×16 pixels of noise, a JPEG with halved chroma: what decoders compute in different ways.
+SAMPLE = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERX"
+    "RTc4UG1RV19iZ2hnPk1xeXBkeFxlZ2P/2wBDARESEhgVGC8aGi9jQjhCY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2Nj"
+    "Y2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2P/wAARCAAQABADASIAAhEBAxEB/8QAFgABAQEAAAAAAAAAAAAAAAAA"
+    "BAID/8QAHxAAAgEEAwEBAAAAAAAAAAAAAQMCAAQFERIhQVET/8QAFAEBAAAAAAAAAAAAAAAAAAAAAf/EAB8RAAED"
+    "AwUAAAAAAAAAAAAAAAIAAQMRITESIlFhof/aAAwDAQACEQMRAD8APk5468nB71P6I1qPtMfcXUeJWAICIA38q8jl"
+    "HWqwXKVwJ0NR9rBt7H8Qq6GpHscflEQlGNXuL3ymLUTsYbus+cr/2Q=="
+)
+
+
+def decoder_fingerprint() -> dict[str, str]:
+    """What this machine's decoder is, and what it makes of a certain JPEG: other pixels, other data."""
+    pixels = np.asarray(decode(SAMPLE)).tobytes()
+    return {
+        "pillow": Image.__version__,
+        "libjpeg": features.version("libjpeg_turbo") or features.version("jpg"),
+        "pixels": hashlib.sha256(pixels).hexdigest()[:16],
+    }

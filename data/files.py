@@ -2,11 +2,13 @@
 
 A split is a folder, a zip or a tar with the same tree `<class>/<file>` inside. An archive's
 directory is read once; its members are read in place, by position, in any number of processes.
+Nothing is ever unpacked, and an archive that programs would unpack differently is refused.
 """
 
 import functools
 import io
 import os
+import stat
 import struct
 import tarfile
 import zipfile
@@ -20,6 +22,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from utils.errors import DataError
 
 Where = tuple[int, ...]  # a file's size and what else its source needs to find it
+
+MAX_BYTES = 64 * 2**20  # of a file that claims to be one image
+MAX_RATIO = 200  # of a zip member's size, unpacked and packed; photographs hardly shrink at all
+PACK_ZIP = "pack the folder again with zip -0 -r"
+PACK_TAR = "pack the folder again with tar --dereference --hard-dereference -c"
 
 LAYOUT = "expected <root>/train and <root>/val (or validation), each a folder, .zip or .tar"
 
@@ -63,10 +70,10 @@ class Folder(Source):
         while pending:
             prefix, folder = pending.pop()
             for entry in sorted(_list(folder), key=lambda entry: entry.name):
-                name = prefix + entry.name
+                name, status = prefix + entry.name, _status(entry)
                 if entry.name.startswith("."):
                     ignored += 1
-                elif entry.is_dir():
+                elif stat.S_ISDIR(status.st_mode):
                     if not prefix:
                         folders.add(name)
                     if (identity := _identity(entry.path)) not in seen:
@@ -74,43 +81,62 @@ class Folder(Source):
                         pending.append((f"{name}/", entry.path))
                 elif name.lower().endswith(IMG_EXTENSIONS):
                     # A dangling link counts as a damaged image: dropping it would hide a loss.
-                    images[name] = (entry.stat().st_size if entry.is_file() else 0,)
+                    images[name] = (status.st_size if stat.S_ISREG(status.st_mode) else 0,)
                 else:
                     ignored += 1
         super().__init__(path, images, folders, ignored)
 
     def read(self, index: int) -> bytes:
-        """The bytes of image `index`; OSError if the file cannot be read."""
-        with open(os.path.join(self.path, os.fsdecode(self.names[index])), "rb") as file:
-            return file.read()
+        """The bytes of image `index`; OSError or ValueError if it is no file that can be read."""
+        path = os.path.join(self.path, os.fsdecode(self.names[index]))
+        # Without O_NONBLOCK, to open a named pipe would wait for somebody to write into it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            status, listed = os.fstat(descriptor), self.where[index, 0]
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("a pipe or device instead of a file")
+            if status.st_size != listed:
+                raise ValueError(f"has {status.st_size} bytes, had {listed} when it was listed")
+            if status.st_size > MAX_BYTES:
+                raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+            return file.read(status.st_size)
 
 
 class Zip(Source):
     """A split inside a zip file, members stored or deflated, each checked against its CRC-32."""
 
     def __init__(self, path: Path):
-        files: dict[str, Where] = {}
-        directories = []
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
-        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"{path}: not a readable zip file ({error}); copy or pack it again"
-            ) from error
+        except (
+            OSError,
+            ValueError,
+            struct.error,
+            NotImplementedError,
+            zipfile.BadZipFile,
+        ) as error:
+            raise DataError(f"{path}: not a readable zip file ({error}); {PACK_ZIP}") from error
+        files, folders, end = [], [], os.path.getsize(path)
         for member in members:
+            name, packed, method = member.filename, member.compress_size, member.compress_type
             if member.is_dir():
-                directories.append(member.filename)
-                continue
-            method, encrypted = member.compress_type, member.flag_bits & 1
-            if encrypted or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise DataError(
-                    f"{path}: member {member.filename} is encrypted or compressed by method "
-                    f"{method}, expected stored or deflated; pack it again with zip -0 -r"
-                )
-            sizes = member.file_size, member.header_offset, member.compress_size
-            files[member.filename] = (*sizes, method, member.CRC)
-        super().__init__(path, *_tree(files, directories))
+                folders.append(name)
+            elif member.flag_bits & 1:
+                raise _refused(path, name, "is encrypted", PACK_ZIP)
+            elif method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise _refused(path, name, f"is compressed by method {method}", PACK_ZIP)
+            elif stat.S_ISLNK(member.external_attr >> 16):
+                raise _refused(path, name, "is a link", PACK_ZIP)
+            elif member.file_size > MAX_RATIO * packed:
+                bomb = f"unpacks to more than {MAX_RATIO} times its size"
+                raise _refused(path, name, bomb, PACK_ZIP)
+            else:
+                _check_size(path, name, max(packed, member.file_size))
+                _check_place(path, name, member.header_offset, packed, end)
+                where = member.file_size, member.header_offset, packed, method, member.CRC
+                files.append((name, where))
+        super().__init__(path, *_tree(path, files, folders))
 
     def read(self, index: int) -> bytes:
         """The bytes of member `index`; EOFError, ValueError or zlib.error if it is damaged."""
@@ -129,15 +155,29 @@ class Tar(Source):
     """A split inside an uncompressed tar file."""
 
     def __init__(self, path: Path):
+        files, folders, end = [], [], os.path.getsize(path)
         try:
             with tarfile.open(path, "r:") as archive:
-                members = archive.getmembers()
-        except (OSError, tarfile.TarError) as error:
+                for member in archive:
+                    # Checked at once: a negative size would send tarfile round in a circle.
+                    _check_place(path, member.name, member.offset_data, member.size, end)
+                    if member.isdir():
+                        folders.append(member.name)
+                    elif not member.isfile() or member.issparse():
+                        kind = "is a link, a device or sparse"
+                        raise _refused(path, member.name, kind, PACK_TAR)
+                    else:
+                        _check_size(path, member.name, member.size)
+                        files.append((member.name, (member.size, member.offset_data)))
+                archive.fileobj.seek(archive.offset)
+                # tarfile takes a damaged header for the end, which is a block of zeros.
+                if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
+        except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
             raise DataError(
-                f"{path}: not a readable uncompressed tar file ({error}); copy or pack it again"
+                f"{path}: not a readable uncompressed tar file ({error}); {PACK_TAR}"
             ) from error
-        files = {m.name: (m.size, m.offset_data) for m in members if m.isfile()}
-        super().__init__(path, *_tree(files, [m.name for m in members if m.isdir()]))
+        super().__init__(path, *_tree(path, files, folders))
 
     def read(self, index: int) -> bytes:
         """The bytes of member `index`; EOFError if the archive ends before it does."""
@@ -173,6 +213,14 @@ def _identity(path: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def _status(entry: os.DirEntry) -> os.stat_result:
+    """Of what the entry leads to, or of itself if it is a link that leads nowhere or in a circle."""
+    try:
+        return entry.stat()
+    except OSError:
+        return entry.stat(follow_symlinks=False)
+
+
 def _list(folder: str | Path) -> Iterable[os.DirEntry]:
     try:
         return os.scandir(folder)
@@ -180,14 +228,39 @@ def _list(folder: str | Path) -> Iterable[os.DirEntry]:
         raise DataError(f"{folder}: cannot be listed ({error.strerror}); check access") from error
 
 
+def _refused(path: Path, name: str, problem: str, remedy: str) -> DataError:
+    return DataError(f"{path}: member {name!r} {problem}; {remedy}")
+
+
+def _check_size(path: Path, name: str, size: int) -> None:
+    if size > MAX_BYTES:
+        problem = f"has {size} bytes, more than {MAX_BYTES >> 20} MiB"
+        raise _refused(path, name, problem, "pack nothing but images")
+
+
+def _check_place(path: Path, name: str, offset: int, size: int, end: int) -> None:
+    if offset < 0 or size < 0 or offset + size > end:
+        problem = f"would lie in bytes {offset} to {offset + size} of {end}"
+        raise _refused(path, name, problem, "the archive is cut off or damaged, copy it again")
+
+
 def _tree(
-    files: dict[str, Where], directories: list[str]
+    path: Path, files: list[tuple[str, Where]], directories: list[str]
 ) -> tuple[dict[str, Where], set[str], int]:
     """Images, class folders and number of ignored files of an archive.
 
-    A single folder around all the classes (`train/<class>/<file>`) is dropped.
+    A single folder around all the classes (`train/<class>/<file>`) is dropped. Raises DataError for
+    a name that leads out of the archive and for one that stands twice.
     """
-    visible = {_clean(name): where for name, where in files.items() if not _is_hidden(name)}
+    for name in (*directories, *(name for name, _ in files)):
+        if name.startswith("/") or ".." in name.split("/"):
+            raise _refused(path, name, "leads out of the archive", "pack the folder from inside")
+    visible: dict[str, Where] = {}
+    for name, where in files:
+        if _clean(name) in visible:
+            raise _refused(path, name, "stands twice", "pack the folder into a new file")
+        if not _is_hidden(name):
+            visible[_clean(name)] = where
     images = {n: where for n, where in visible.items() if n.lower().endswith(IMG_EXTENSIONS)}
     folders = [f"{_clean(name)}/" for name in directories if not _is_hidden(name)]
     ignored = len(files) - len(images)
@@ -206,7 +279,7 @@ def _clean(name: str) -> str:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a part of the path starts with a dot, as `..` does, which has no place here."""
+    """Whether a part of the path starts with a dot."""
     return any(part.startswith(".") for part in _clean(name).split("/"))
 
 
@@ -217,7 +290,11 @@ def _handle(path: str, pid: int) -> io.FileIO:
 
 
 def _pread(path: str, length: int, offset: int) -> bytes:
-    data = os.pread(_handle(path, os.getpid()).fileno(), length, offset)
+    try:
+        data = os.pread(_handle(path, os.getpid()).fileno(), length, offset)
+    except OSError:
+        _handle.cache_clear()  # what a server has forgotten (ESTALE) has to be opened again
+        raise
     if len(data) != length:
         raise EOFError(f"the archive ends inside the file: {len(data)} of {length} bytes")
     return data

@@ -20,11 +20,15 @@ class TrainBatch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """Images uint8 [B, 3, H, W] (channels last), labels int64 [B], dataset positions int64 [B]."""
+    """Images uint8 [B, 3, H, W] (channels last), labels int64 [B], dataset positions int64 [B].
+
+    `bad` are the files that could not be read: their images are black, their labels `NO_LABEL`.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
+    bad: list[BadFile]
 
 
 class Loader(DataLoader):
@@ -91,14 +95,16 @@ def _loader(
 
 def _collate_train(samples: list[TrainSample]) -> TrainBatch:
     images, labels, bad = zip(*samples, strict=True)
-    return TrainBatch(
-        _stack(images), torch.tensor(labels), [file for files in bad for file in files]
-    )
+    return TrainBatch(_stack(images), torch.tensor(labels), _flat(bad))
 
 
 def _collate_eval(samples: list[EvalSample]) -> EvalBatch:
-    images, labels, indices = zip(*samples, strict=True)
-    return EvalBatch(_stack(images), torch.tensor(labels), torch.tensor(indices))
+    images, labels, indices, bad = zip(*samples, strict=True)
+    return EvalBatch(_stack(images), torch.tensor(labels), torch.tensor(indices), _flat(bad))
+
+
+def _flat(bad: tuple[list[BadFile], ...]) -> list[BadFile]:
+    return [file for files in bad for file in files]
 
 
 def _stack(images: tuple[torch.Tensor, ...]) -> torch.Tensor:

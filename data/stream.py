@@ -78,18 +78,20 @@ class SlotSampler(Sampler[list[tuple[int, int]]]):
 
 
 class ShardSampler(Sampler[list[int]]):
-    """The batches of one process in an evaluation: indices rank::world_size, each image once.
+    """The batches of one process in an evaluation: each image once, every world_size-th batch from the rank-th.
 
-    Nothing is padded, so processes may have different numbers of images and of batches.
+    An image is in the same batch for any number of processes, because kernels may give it other last bits in other
+    company. Nothing is padded, so processes may have different numbers of batches, and the last batch may be smaller.
     """
 
     def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1):
-        self.indices = range(rank, num_samples, world_size)
+        self.starts = range(rank * batch_size, num_samples, world_size * batch_size)
         self.batch_size = batch_size
+        self.num_samples = num_samples
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return len(self.starts)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield list(self.indices[start : start + self.batch_size])
+        for start in self.starts:
+            yield list(range(start, min(start + self.batch_size, self.num_samples)))

@@ -4,10 +4,14 @@ A checkpoint is a folder `step-<update>` of safetensors and JSON files with a ma
 written under another name, synced and renamed: a folder of that name is whole, or its manifest says what is wrong.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
+import signal
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +24,15 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from utils.errors import CheckpointError, StorageError
+from utils.errors import CheckpointError, StopRequested, StorageError
 from utils.logging import logger
 
 MANIFEST = "manifest.json"
+REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json"}
+FILES = REQUIRED | {"ema.safetensors"}
+# "replaced": an older one of the same update, until the newer is on the disk.
+STEP = re.compile(r"step-(\d+)(-replaced-\d+)?")
+MAX_FAILURES = 3  # saves in a row that may fail before the run ends
 
 
 @dataclass
@@ -50,28 +59,58 @@ class TrainState:
         }
 
 
+# --- Die on purpose -------------------------------------------------------------------------------
+
+POINTS = (  # of a save, in this order; some are reached several times
+    "snapshot",  # the state is copied, nothing is written
+    "folder",  # the temporary folder is there
+    "file",  # a file is written
+    "file-synced",
+    "folder-synced",
+    "set-aside",  # the older checkpoint of the same update has another name
+    "renamed",  # the new one has its name
+    "committed",  # and is on the disk
+    "hidden",  # one that is no longer kept has lost its name
+    "deleted",
+    "pruned",
+)
+_times = itertools.count(1)
+
+
+def reached(point: str) -> None:
+    """Die as of kill -9 where the environment says DAT_KILL_AT=<point>[:<nth time>]: the proof that no kill hurts."""
+    place, _, nth = os.environ.get("DAT_KILL_AT", "").partition(":")
+    if place == point and next(_times) == int(nth or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 # --- Write ----------------------------------------------------------------------------------------
 
 
 class Saver:
     """Writes checkpoints into `folder`, of which the newest `keep` and the best stay, while training goes on.
 
-    A context manager, which ends when the last checkpoint is on the disk. A write that failed raises its StorageError
-    at the next save or at the end.
+    A save that fails is said at once and made up for by the next one; `failures` are those in a row. A context
+    manager, which ends when the last checkpoint is on the disk. Raises StorageError when MAX_FAILURES is reached, or
+    when a run that ends or was asked to stop could not be saved.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
+        self.failures = 0
+        self._error: StorageError | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writing: Future | None = None
 
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._thread.shutdown()
         self.wait()
+        if self.failures and kind in (None, StopRequested):
+            raise self._error
 
     def save(self, state: TrainState, facts: dict) -> None:
         """Copy `state` and `facts` now; they are written while training goes on."""
@@ -79,20 +118,31 @@ class Saver:
         start = time.perf_counter()
         files = snapshot(state, facts)
         copied = time.perf_counter() - start
+        reached("snapshot")
         self._writing = self._thread.submit(
             self._write, f"step-{state.update}", files, f"step-{state.best['update']}", copied
         )
+        if self.failures == MAX_FAILURES - 1:
+            self.wait()
 
     def wait(self) -> None:
-        """Wait until what was saved is on the disk."""
+        """Wait until what was saved is on the disk, or has failed to get there."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
+        if self.failures == MAX_FAILURES:
+            raise self._error
 
     def _write(self, name: str, files: dict[str, bytes], best: str, copied: float) -> None:
         start = time.perf_counter()
-        path = write(self.folder, name, files)
-        prune(self.folder, self.keep, best)
+        try:
+            path = write(self.folder, name, files)
+        except StorageError as error:
+            self.failures, self._error = self.failures + 1, error
+            logger.warning(f"{error} Failed saves in a row: {self.failures} of {MAX_FAILURES}.")
+            return
+        self.failures = 0
+        prune(path, self.keep, best)
         written = time.perf_counter() - start
         logger.info(f"{path} saved: copied in {copied:.2f} s, written in {written:.2f} s meanwhile")
 
@@ -123,31 +173,64 @@ def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        reached("folder")
         for file_name, content in files.items():
             with (temporary / file_name).open("wb") as file:
                 file.write(content)
+                file.flush()
+                reached("file")
                 os.fsync(file.fileno())
+                reached("file-synced")
         _sync_folder(temporary)
+        reached("folder-synced")
         if target.exists():  # damaged and passed over, or from before its epoch was closed
-            os.rename(target, folder / f".tmp-replaced-{name}")
+            os.rename(target, folder / f"{name}-replaced-{time.time_ns()}")
+            reached("set-aside")
         os.rename(temporary, target)
+        reached("renamed")
         _sync_folder(folder)
+        reached("committed")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
             f"{target}: the checkpoint could not be written ({error.strerror}); the older ones are untouched. "
-            "Make room or choose another --output, then start the same command again."
+            "Make room there: the same command, started again, goes on from the newest."
         ) from error
     return target
 
 
-def prune(folder: Path, keep: int, best: str) -> None:
-    """Delete all but the newest `keep` checkpoints and the one named `best`, and what a kill left half-written."""
-    for path in steps(folder)[keep:]:
-        if path.name != best:
-            shutil.rmtree(path)
+def prune(written: Path, keep: int, best: str) -> None:
+    """Delete the checkpoints beside `written` that are older than the newest `keep` whole ones and not named `best`.
+
+    Later updates than `written`'s are not counted and stay: the run that goes on here has left them.
+    """
+    kept = 0
+    try:
+        sweep(written.parent)
+        for path in steps(written.parent):
+            replaced = STEP.fullmatch(path.name)[2]
+            if _update(path) > _update(written):
+                continue
+            if (kept >= keep and path.name != best) or (kept and replaced):
+                hidden = path.with_name(f".tmp-{path.name}")
+                os.rename(path, hidden)  # no reader finds a part of it
+                reached("hidden")
+                shutil.rmtree(hidden)
+                reached("deleted")
+            elif verify(path) is None:
+                kept += 1
+    except OSError as error:
+        logger.warning(f"{written.parent}: what is not kept cannot be deleted ({error.strerror})")
+    reached("pruned")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a kill left half-written in `folder`."""
     for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _serialize(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -178,23 +261,36 @@ def _sync_folder(folder: Path) -> None:
 
 def steps(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, newest first, whole or not."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    try:
+        found = [path for path in folder.iterdir() if STEP.fullmatch(path.name) and path.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be listed: {error.strerror}") from error
+    return sorted(found, key=lambda path: (-_update(path), path.name))
+
+
+def _update(path: Path) -> int:
+    return int(STEP.fullmatch(path.name)[1])
 
 
 def verify(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`, None if it is whole: every file's size and SHA-256 are compared."""
+    name = MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if not REQUIRED <= manifest.keys() <= FILES:
+            return f"{MANIFEST} is damaged: it does not list the files of a checkpoint"
         for name, expected in manifest.items():
-            content = (path / name).read_bytes()
-            if len(content) != expected["bytes"]:
-                return f"{name} has {len(content)} bytes instead of {expected['bytes']}"
-            if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-                return f"the SHA-256 of {name} is not the one in {MANIFEST}"
+            with (path / name).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected["bytes"]:
+                    return f"{name} has {size} bytes instead of {expected['bytes']}"
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"the SHA-256 of {name} is not the one in {MANIFEST}"
     except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{name}: {error.strerror}"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
     return None
 
@@ -226,8 +322,12 @@ def locate(path: Path, *, best: bool = False) -> Path:
     if (path / "checkpoints").is_dir():
         found = newest(path / "checkpoints")
         if best and found is not None:
-            at_best = found.parent / f"step-{read_facts(found)['best']['update']}"
-            found = at_best if at_best.exists() and verify(at_best) is None else found
+            update = read_facts(found)["best"]["update"]
+            at_best = found.parent / f"step-{update}"
+            if (damage := verify(at_best)) is None:
+                found = at_best
+            elif update:
+                logger.warning(f"{at_best}, the best, is passed over for {found.name}: {damage}")
     else:
         found = path if path.name.startswith("step-") and path.is_dir() else None
         if found and (damage := verify(found)):
@@ -245,9 +345,41 @@ def locate(path: Path, *, best: bool = False) -> Path:
 # --- Read -----------------------------------------------------------------------------------------
 
 
-def read_facts(path: Path) -> dict:
-    """The state.json of the checkpoint at `path`."""
-    return json.loads((path / "state.json").read_text())
+class Facts(dict):
+    """An object in the JSON `file`; a key that is asked for and missing is a CheckpointError."""
+
+    def __init__(self, file: Path, values: dict):
+        super().__init__(values)
+        self._file = file
+
+    def __missing__(self, key: str) -> None:
+        raise CheckpointError(
+            f"{self._file} has no {key!r}: expected what this code writes. Take another checkpoint."
+        )
+
+
+def read_facts(path: Path) -> Facts:
+    """The state.json of the checkpoint at `path`. Raises CheckpointError, also at keys that are looked up in vain."""
+    file = path / "state.json"
+    try:
+        facts = json.loads(file.read_bytes(), object_hook=functools.partial(Facts, file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    kinds = {"update": int, "epoch": int, "skipped": int, "best": dict, "scaler": dict}
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{file} holds {type(facts).__name__}, expected an object")
+    for key, kind in kinds.items():
+        if not isinstance(facts[key], kind):
+            raise CheckpointError(f"{file}: {key} is {facts[key]!r}, expected {kind.__name__}")
+    return facts
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file. Raises CheckpointError."""
+    try:
+        return safetensors.torch.load_file(file)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or damaged ({error})") from error
 
 
 def restore(path: Path, state: TrainState) -> None:
@@ -270,15 +402,15 @@ def restore(path: Path, state: TrainState) -> None:
 
 
 def load_strictly(model: nn.Module, file: Path) -> None:
-    """Load `file` into `model`; other names or shapes are a CheckpointError that lists them."""
-    tensors = safetensors.torch.load_file(file)
+    """Load `file` into `model`; other names, shapes or types are a CheckpointError that lists them."""
+    tensors = read_tensors(file)
     own = model.state_dict()
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
     problems += [
-        f"{name} is {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+        f"{name} is {_kind(tensors[name])} instead of {_kind(own[name])}"
         for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        if name in tensors and _kind(tensors[name]) != _kind(own[name])
     ]
     if problems:
         raise CheckpointError(
@@ -290,20 +422,32 @@ def load_strictly(model: nn.Module, file: Path) -> None:
 
 def _restore_optimizer(file: Path, state: TrainState) -> None:
     moments: dict[str, dict[str, torch.Tensor]] = {}
-    for full_name, tensor in safetensors.torch.load_file(file).items():
+    for full_name, tensor in read_tensors(file).items():
         name, _, key = full_name.rpartition(".")
         moments.setdefault(name, {})[key] = tensor
     parameters = dict(state.model.named_parameters())
-    if unknown := moments.keys() - parameters.keys():
-        raise CheckpointError(
-            f"{file} holds moments of parameters that are not the model's: {some(unknown)}"
-        )
+    keys = {key for values in moments.values() for key in values}
+    problems = [f"{name} is no parameter" for name in moments if name not in parameters]
+    problems += [f"{name} has no {key}" for name in moments for key in keys - moments[name].keys()]
+    problems += [
+        f"{name}.{key} is {_kind(value)} instead of {_kind(parameters[name])}"
+        for name, values in moments.items()
+        for key, value in values.items()
+        if name in parameters and value.ndim and _kind(value) != _kind(parameters[name])
+    ]
+    if problems:
+        raise CheckpointError(f"{file} holds no moments of this model's: {some(problems)}")
     state.optimizer.state.clear()
     for name, values in moments.items():
         parameter = parameters[name]
         state.optimizer.state[parameter] = {
             key: value.to(parameter.device) for key, value in values.items()
         }
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """Shape and type of `tensor` as messages name them."""
+    return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def some(items: Iterable[str], count: int = 10) -> str:

@@ -2,18 +2,20 @@
 
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from timm.utils import AverageMeter
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from data import NO_LABEL
 from engine.checkpoint import TrainState
 from engine.optimizer import Schedule
+from engine.reduce import Reduction
 from utils.distributed import Process, all_reduce_sum
 from utils.errors import DivergedError
 from utils.logging import MetricWriter, logger
@@ -52,14 +54,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def train_epoch(
     *,
     state: TrainState,
-    net: nn.Module,
+    reduction: Reduction,
     batches: Iterator,
     recipe: Recipe,
     process: Process,
     writer: MetricWriter,
     at_boundary: Callable[[], None],
 ) -> None:
-    """Train from `state.update` to the end of epoch `state.epoch`; `net` is `state.model`, wrapped for many processes.
+    """Train from `state.update` to the end of epoch `state.epoch`; `reduction` is of `state.model`.
 
     `at_boundary` is called after every update: there the state may be saved and the run end. Raises DivergedError.
     """
@@ -79,14 +81,14 @@ def train_epoch(
         rate = recipe.schedule(state.update)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        loss, wait = _accumulate(state, net, batches, recipe, process)
+        losses, wait = _accumulate(state, reduction, batches, recipe, process)
         norm = _step(state, recipe.clip_grad)
         state.update += 1
         waited += wait
         progress.update()
         if state.update % recipe.print_freq == 0:
             # The values are this update's own, so that a resumed run records the same as one that was not stopped.
-            loss = (all_reduce_sum(loss) / process.world_size).item()
+            loss = reduction.mean_loss(losses).item()
             values = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
             if state.scaler.is_enabled():
                 values["train/loss_scale"] = state.scaler.get_scale()
@@ -107,26 +109,25 @@ def train_epoch(
 
 
 def _accumulate(
-    state: TrainState, net: nn.Module, batches: Iterator, recipe: Recipe, process: Process
-) -> tuple[torch.Tensor, float]:
-    """Leave the mean gradient of an update's slots; return this process's mean loss and its seconds without data."""
+    state: TrainState, reduction: Reduction, batches: Iterator, recipe: Recipe, process: Process
+) -> tuple[list[torch.Tensor], float]:
+    """Leave the mean gradient of an update's slots; return the losses of its own, and the seconds without data."""
     state.optimizer.zero_grad(set_to_none=True)
-    total, waited = torch.zeros((), device=process.device), 0.0
+    losses, waited = [], 0.0
     for slot in recipe.slots:
         start = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - start
         reseed(key(recipe.seed, "slot", state.update, slot), process.device)
         images, targets = recipe.transform(batch.images, batch.labels)
-        reduced = slot == recipe.slots[-1] or process.world_size == 1
-        with nullcontext() if reduced else net.no_sync():
+        with reduction.slot(slot):
             with autocast(process.device, recipe.amp_dtype):
-                logits = net(images)
+                logits = reduction.net(images)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
-            loss = loss / len(recipe.slots)
+            loss = loss / reduction.divisor
             state.scaler.scale(loss).backward()
-        total += loss.detach()
-    return total, waited
+        losses.append(loss.detach())
+    return losses, waited
 
 
 def _step(state: TrainState, clip_grad: float) -> float:
@@ -177,7 +178,8 @@ class Accuracy:
     images: int
     top1: int
     top5: int
-    loss: float
+    loss: float  # of the images that could be read
+    unreadable: int = 0  # of the images, counted as wrong
 
     @property
     def acc1(self) -> float:
@@ -198,22 +200,20 @@ class Accuracy:
 def evaluate_epoch(
     *,
     model: nn.Module,
-    loader: Iterable,
+    loader: DataLoader,
     normalize: Callable,
-    batch_size: int,
     process: Process,
     amp_dtype: torch.dtype,
     print_freq: int,
 ) -> Accuracy:
     """Classify this process's share of the images, then add the counts of all processes, once.
 
-    No image is counted twice and none is left out, however many processes there are. A last batch that is smaller
-    is filled up and cut off again, so that the kernels, and with them near ties, do not depend on the number of
-    processes.
+    No image is counted twice and none is left out, however many processes there are. The losses are added up in the
+    order of the images, so that their sum does not depend on that number either.
     """
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=process.device)
-    loss = torch.zeros((), dtype=torch.float64, device=process.device)
+    counts = torch.zeros(4, dtype=torch.int64, device=process.device)
+    losses = torch.zeros(len(loader.dataset), dtype=torch.float64, device=process.device)
     time_meter = AverageMeter()
     since = time.perf_counter()
     progress = tqdm(
@@ -223,31 +223,32 @@ def evaluate_epoch(
         leave=False,
         dynamic_ncols=True,
     )
-    for index, (images, labels, _) in enumerate(progress, start=1):
-        real = len(images)
-        if real < batch_size:
-            images = torch.cat([images, images[-1:].expand(batch_size - real, -1, -1, -1)])
+    for index, (images, labels, positions, bad) in enumerate(progress, start=1):
+        for file in bad:
+            logger.warning(f"{file.path} {file.reason}: counts as wrong")
         labels = labels.to(process.device, non_blocking=True)
         with autocast(process.device, amp_dtype):
-            logits = model(normalize(images))[:real].float()
-        loss += F.cross_entropy(logits, labels, reduction="none").double().sum()
+            logits = model(normalize(images)).float()
+        loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
+        losses[positions.to(process.device)] = loss.double()
         guesses = logits.topk(min(5, logits.shape[1])).indices
         right = guesses == labels[:, None]
-        counts += torch.stack(
-            (torch.tensor(real, device=process.device), right[:, 0].sum(), right.any(1).sum())
-        )
+        sizes = torch.tensor((len(images), len(bad)), device=process.device)
+        counts += torch.cat((sizes, torch.stack((right[:, 0].sum(), right.any(1).sum()))))
         if index % print_freq == 0:
-            n, top1, top5 = counts.tolist()
+            n, unreadable, top1, top5 = counts.tolist()
             time_meter.update((time.perf_counter() - since) / print_freq, print_freq)
             since = time.perf_counter()
             logger.info(
                 f"Test: [{index}/{len(loader)}]\tTime {time_meter.val:.3f} ({time_meter.avg:.3f})\t"
-                f"Loss {loss.item() / n:.4f}\tAcc@1 {100 * top1 / n:.3f}\tAcc@5 {100 * top5 / n:.3f}\t"
+                f"Loss {losses.sum() / max(1, n - unreadable):.4f}\t"
+                f"Acc@1 {100 * top1 / n:.3f}\tAcc@5 {100 * top5 / n:.3f}\t"
                 f"Mem {_memory(process.device):.0f}MB"
             )
     model.train()
-    n, top1, top5 = all_reduce_sum(counts).tolist()
-    return Accuracy(n, top1, top5, all_reduce_sum(loss).item() / n)
+    n, unreadable, top1, top5 = all_reduce_sum(counts).tolist()
+    loss = all_reduce_sum(losses).sum().item() / max(1, n - unreadable)
+    return Accuracy(n, top1, top5, loss, unreadable)
 
 
 def _memory(device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """Where does a run live? `<output>/<model>/<tag>`: tried for writing, claimed by one run, and telling its state."""
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -10,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from engine.checkpoint import sweep
 from utils.distributed import Process
 from utils.errors import StopRequested, StorageError, UserError
-from utils.logging import write_atomically
+from utils.logging import logger, write_atomically
 
 
 class RunFolder:
@@ -50,10 +52,13 @@ class RunFolder:
                 self.report("done", exit_code=0)
         finally:
             if lock is not None:
-                os.close(lock)
+                lock.close()
 
     def report(self, state: str, **facts: object) -> None:
-        """Write status.json: `state`, the time and `facts`. A process that fails says so itself, whichever it is."""
+        """Write status.json: `state`, the time and `facts`. A process that fails says so itself, whichever it is.
+
+        Where that cannot be written it is only warned of: the checkpoints are what a run may not go on without.
+        """
         if not self._process.is_main and state == "running":
             return
         facts = {
@@ -64,9 +69,8 @@ class RunFolder:
         }
         try:
             write_atomically(self.path / "status.json", json.dumps(facts, indent=1) + "\n")
-        except OSError as error:
-            if state == "running":
-                raise StorageError(f"{self.path}: {error.strerror}") from error
+        except StorageError as error:
+            logger.warning(str(error))
 
     def require_space(self, size: int) -> None:
         """Raise StorageError unless two checkpoints of `size` bytes fit: a new one beside the last."""
@@ -77,32 +81,44 @@ class RunFolder:
                 "Make room or choose another --output."
             )
 
-    def _lock(self) -> int:
+    def _lock(self) -> io.FileIO:
+        """The lock that makes this folder the run's own, with its name inside; what a kill left is swept."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".probe"
-            with probe.open("wb") as file:
-                file.write(bytes(4096))
-                os.fsync(file.fileno())
-            probe.unlink()
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = (self.path / ".lock").open("ab+", buffering=0)
+            self._acquire(lock)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            name = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
+            lock.truncate(0)
+            lock.write(name.encode().ljust(4096))  # a block, which tries whether there is room
+            os.fsync(lock.fileno())
+            for folder in (self.path, self.checkpoints):
+                sweep(folder)
         except OSError as error:
             raise StorageError(
                 f"{self.path} cannot be written: {error.strerror}. Make room there or choose another --output."
             ) from error
-        try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the kernel releases it, even after kill -9
-        except BlockingIOError:
-            holder = os.read(lock, 4096).decode() or "another run"
-            os.close(lock)
-            raise StorageError(
-                f"{self.path} is in use by {holder}. Stop that run, or give this one a --tag of its own."
-            ) from None
-        os.ftruncate(lock, 0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(
-            lock, f"process {os.getpid()} on {socket.gethostname()}, started {started}".encode()
-        )
         return lock
+
+    def _acquire(self, lock: io.FileIO) -> None:
+        # Not flock, which loader processes inherit: they outlive a killed run by seconds, and would keep its folder.
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"{self.path} is in use by {_holder(lock)}. Stop that run, or give this one a --tag of its own."
+            ) from None
+        except OSError as error:  # some network drives have no locks
+            logger.warning(f"{self.path}: {error.strerror}; see that no other run uses this folder")
+        if os.fstat(lock.fileno()).st_nlink == 0:
+            raise StorageError(f"{self.path} was deleted while this run began. Start it again.")
+
+
+def _holder(lock: io.FileIO) -> str:
+    """Who holds `lock`; the winner of a race is given time to write its name."""
+    for _ in range(10):
+        time.sleep(0.2)
+        lock.seek(0)
+        if name := lock.read().decode().strip():
+            return name
+    return "another run"

@@ -6,8 +6,6 @@ import struct
 import sys
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +17,8 @@ from utils.logging import logger
 
 # What the released DAT and Swin files hold besides tensors: a yacs CfgNode, read as the dict that it is.
 SAFE_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
-# How the readers of both formats fail on files with missing and flipped bytes, as tried on thousands of them.
+# How torch's reader fails on files with missing and flipped bytes, as tried on thousands of them.
 DAMAGE = (
-    safetensors.SafetensorError,
     OSError,
     EOFError,
     RuntimeError,
@@ -84,7 +81,7 @@ def read_weights(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
         file = step / ("ema.safetensors" if ema else "model.safetensors")
         if not file.exists():
             raise CheckpointError(f"{step} has no EMA: its run had TRAIN.EMA_DECAY 0")
-        return safetensors.torch.load_file(file)
+        return checkpoint.read_tensors(file)
     content = _open(path)
     tensors = unwrap(content, ema=ema) if isinstance(content, dict) else {}
     if not tensors:
@@ -95,9 +92,9 @@ def read_weights(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
 
 def _open(path: Path) -> object:
     """What the file at `path` holds."""
+    if path.suffix == ".safetensors":
+        return checkpoint.read_tensors(path)
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -21,16 +21,18 @@ from yacs.config import CfgNode
 
 import data
 import models
-from engine import checkpoint, world
+from engine import checkpoint, promise, world
 from engine.checkpoint import TrainState
 from engine.epoch import Accuracy, Recipe, autocast, evaluate_epoch, train_epoch
 from engine.folder import RunFolder
 from engine.optimizer import Schedule, create_optimizer
 from engine.pretrained import load_pretrained
+from engine.reduce import ExactReduction, FastReduction, Reduction
 from engine.stop import StopRequest
 from utils import distributed
 from utils.distributed import Process
-from utils.errors import CheckpointError, ConfigError, DataError, StopRequested
+from utils.download import fetched
+from utils.errors import CheckpointError, ConfigError, StopRequested
 from utils.logging import MetricWriter, logger, start_logging, write_atomically
 from utils.rng import key, reseed
 
@@ -52,13 +54,15 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         own_path = folder.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)
         _log_start(cfg, sources, process)
+        level = promise.level(process.device, exact_world_size=cfg.TRAIN.EXACT_WORLD_SIZE)
+        logger.info(f"Promise {level}: {promise.TEXTS[level]}")
 
         # --- Data ---------------------------------------------------------------------------------
         train_set, val_set = _open_data(cfg)
         classes = train_set.classes
         updates_per_epoch = data.updates_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
         logger.info(f"Training on {train_set}; validating on {val_set}")
-        facts = _facts(text, train_set, val_set, updates_per_epoch, process)
+        facts = _facts(text, level, train_set, val_set, updates_per_epoch, process)
         found = _find_checkpoint(cfg, folder)
         if found is not None:
             world.check(found, facts, cfg.CHECKPOINT.ACCEPT)
@@ -66,14 +70,14 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         # --- Model --------------------------------------------------------------------------------
         model = _build_model(cfg, len(classes), process)
         if cfg.CHECKPOINT.PRETRAINED and found is None:
-            load_pretrained(model, Path(cfg.CHECKPOINT.PRETRAINED), whole=False)
+            load_pretrained(model, fetched(cfg.CHECKPOINT.PRETRAINED), whole=False)
         ema = ModelEmaV3(model, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
         tensors = 3 + bool(ema)  # weights, two moments and the average
         folder.require_space(tensors * sum(4 * p.numel() for p in model.parameters()))
-        net = _parallel(model, cfg.DATA.IMG_SIZE, process)
 
         # --- What an update does ------------------------------------------------------------------
         recipe = _recipe(cfg, updates_per_epoch, len(classes), process)
+        reduction = _reduction(cfg, model, recipe.slots, process)
         optimizer = create_optimizer(
             model,
             weight_decay=cfg.TRAIN.WEIGHT_DECAY,
@@ -91,16 +95,29 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         distributed.barrier()  # all have read what the first one is about to write and prune
         if process.is_main:
             write_atomically(folder.path / "config.yaml", text)
-        writer = MetricWriter(own_path, state.update)
+        writer = MetricWriter(own_path, state.update, cfg.PRINT_FREQ)
 
         # --- Epochs -------------------------------------------------------------------------------
-        batches = _train_batches(cfg, train_set, state, recipe, process)
+        batches = _train_batches(cfg, train_set, state, recipe, process, folder)
         val_loader = _val_loader(cfg, val_set, process)
         every = cfg.CHECKPOINT.UPDATES
 
+        def report() -> None:
+            folder.report(
+                "running",
+                epoch=state.epoch,
+                update=state.update,
+                best=state.best,
+                failed_saves=saver.failures,
+            )
+
         def save() -> None:
             if process.is_main:
+                writer.flush()
                 saver.save(state, facts)
+                if saver.failures:
+                    writer.timing(state.update, {"checkpoint/failures": saver.failures})
+            report()
 
         def at_boundary() -> None:
             reason = stop.reason()
@@ -113,7 +130,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
         while state.epoch < cfg.TRAIN.EPOCHS:
             train_epoch(
                 state=state,
-                net=net,
+                reduction=reduction,
                 batches=batches,
                 recipe=recipe,
                 process=process,
@@ -127,7 +144,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
                 improved = _validate(cfg, val_loader, state, writer, process)
             if last or improved or state.epoch % cfg.CHECKPOINT.EPOCHS == 0:
                 save()
-            folder.report("running", epoch=state.epoch, update=state.update, best=state.best)
+            report()
         writer.close()
         logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at update {state.best['update']}")
         logger.info(f"The run is complete: {folder.path}")
@@ -151,7 +168,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
             source = checkpoint.locate(Path(run), best=True)
             classes = checkpoint.read_facts(source)["classes"]
         elif file:
-            source, classes = Path(file), _class_list(cfg)
+            source, classes = fetched(file), _class_list(cfg)
         else:
             raise CheckpointError(
                 f"--eval needs weights, and {_run_path(cfg)} is no run that has any. "
@@ -251,6 +268,9 @@ def _open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Ima
         seed=cfg.SEED,
         classes=classes,
         allow_missing=cfg.DATA.VAL_SUBSET and split == "val",
+        upright=cfg.DATA.EXIF == "apply",
+        checksums=cfg.DATA.VERIFY or None,
+        skip_bad=cfg.TEST.SKIP_BAD,
     )
 
 
@@ -264,6 +284,7 @@ def _train_batches(
     state: TrainState,
     recipe: Recipe,
     process: Process,
+    folder: RunFolder,
 ) -> Iterator[data.TrainBatch]:
     """This process's slots from `state.update` to the end of the run; too many bad images are a DataError."""
     sampler = data.SlotSampler(
@@ -282,18 +303,10 @@ def _train_batches(
         num_workers=cfg.DATA.NUM_WORKERS,
         pin_memory=process.device.type == "cuda",
     )
-    bad = 0
+    limit = data.allowed_files(cfg.DATA.MAX_BAD_SAMPLES, len(train_set))
+    bad_samples = data.BadSamples(folder.path / "bad_samples.jsonl", limit)
     for batch in loader:
-        for path, reason in batch.bad:
-            logger.warning(
-                f"{path} cannot be read and is replaced by another image of its class: {reason}"
-            )
-        bad += len(batch.bad)
-        if bad > cfg.DATA.MAX_BAD_SAMPLES:
-            raise DataError(
-                f"{bad} training images could not be read, the last {batch.bad[-1][0]}. "
-                "Restore them, remove them, or raise DATA.MAX_BAD_SAMPLES."
-            )
+        bad_samples.add(batch.bad)
         yield batch
 
 
@@ -317,6 +330,13 @@ def _build_model(cfg: CfgNode, num_classes: int, process: Process) -> nn.Module:
     return model.to(process.device)
 
 
+def _reduction(cfg: CfgNode, model: nn.Module, slots: range, process: Process) -> Reduction:
+    """How the gradients of `slots`, those of this process, and of all others become one."""
+    if cfg.TRAIN.EXACT_WORLD_SIZE:
+        return ExactReduction(model, slots, process)
+    return FastReduction(_parallel(model, cfg.DATA.IMG_SIZE, process), slots, process)
+
+
 def _parallel(model: nn.Module, img_size: int, process: Process) -> nn.Module:
     """`model` in DDP where there is more than one process.
 
@@ -329,9 +349,7 @@ def _parallel(model: nn.Module, img_size: int, process: Process) -> nn.Module:
     net = DistributedDataParallel(
         model,
         device_ids=[process.device] if process.device.type == "cuda" else None,
-        broadcast_buffers=any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
-        ),
+        broadcast_buffers=False,  # the reduction does, after an update instead of before it
         gradient_as_bucket_view=True,
     )
     net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()
@@ -408,7 +426,6 @@ def _score(cfg: CfgNode, loader: data.Loader, model: nn.Module, process: Process
         model=model,
         loader=loader,
         normalize=data.Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device=process.device),
-        batch_size=cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE,
         process=process,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
         print_freq=cfg.PRINT_FREQ,
@@ -459,6 +476,11 @@ def _log_accuracy(result: Accuracy, name: str) -> None:
     logger.info(
         f"Accuracy of the network on the {result.images} test images: {result.acc1:.2f}%{suffix}"
     )
+    if result.unreadable:
+        logger.warning(
+            f"{result.images - result.unreadable} of {result.images} images were evaluated, "
+            f"{result.unreadable} cannot be read and count as wrong"
+        )
 
 
 def _protocol(cfg: CfgNode) -> str:
@@ -473,6 +495,7 @@ def _protocol(cfg: CfgNode) -> str:
 
 def _facts(
     text: str,
+    level: str,
     train_set: data.ImageDataset,
     val_set: data.ImageDataset,
     updates_per_epoch: int,
@@ -485,7 +508,10 @@ def _facts(
         "classes": train_set.classes,
         "data": train_set.fingerprint,
         "val_data": val_set.fingerprint,
+        "decoder": data.decoder_fingerprint(),
         "updates_per_epoch": updates_per_epoch,
+        "promise": level,
+        "processes": process.world_size,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -24,10 +24,10 @@ POSITION = {
 # What changes no weight and no value: where things lie, how often they are told, and settings of which another fact
 # says what came of them. Any name that does not stand here has to be accepted, a new key too.
 HARMLESS = {
-    *("revision", "versions.python"),
+    *("revision", "versions.python", "promise", "processes"),
     *("OUTPUT", "TAG", "PRINT_FREQ", "THREADS", "DEVICE"),
     *("DATA.PATH", "DATA.CLASS_LIST", "DATA.VAL_SUBSET"),
-    *("DATA.NUM_WORKERS", "DATA.MAX_BAD_SAMPLES"),
+    *("DATA.NUM_WORKERS", "DATA.VERIFY", "DATA.MAX_BAD_SAMPLES"),
     *("MODEL.NUM_CLASSES", "TRAIN.MAX_SECONDS", "TRAIN.EVAL_FREQ"),
     *("CHECKPOINT.RESUME", "CHECKPOINT.AUTO_RESUME", "CHECKPOINT.PRETRAINED", "CHECKPOINT.ACCEPT"),
     *("CHECKPOINT.EPOCHS", "CHECKPOINT.UPDATES", "CHECKPOINT.KEEP"),

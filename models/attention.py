@@ -17,7 +17,9 @@ Every mixer maps (B, H, W, C) to (B, H, W, C) for any H and W. Shapes in this fi
 Coordinates are (y, x), normalised so that -1 and 1 are the centres of the border cells.
 """
 
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -27,14 +29,20 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
+CPU_BYTES = 20 * 2**20
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q · kᵀ / √D + bias) · v with q (…, N, D), k and v (…, S, D), bias broadcast to (…, N, S)."""
+    lead = q.shape[:-2]
+    bias = bias.to(q.dtype).expand(*lead, -1, -1).flatten(0, -3)
+    q, k, v = q.flatten(0, -3), k.flatten(0, -3), v.flatten(0, -3)
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    # Scaled after the product, as released: bilinear reads have kinks, so rounding shows in the gradients of offsets.
-    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-    return (scores + bias).softmax(dim=-1).to(v.dtype) @ v
+        z = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], bias[:, None])
+        return z.view(*lead, *z.shape[2:])
+    # On a CPU one product that begins with the bias is faster than the fused kernel for windows of 49 positions.
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return (scores.softmax(dim=-1) @ v).unflatten(0, lead)
 
 
 def attend_all(q: Tensor, kv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
@@ -43,6 +51,26 @@ def attend_all(q: Tensor, kv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
     z = q.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, M, N, D)
     z = attend(z, k, v, bias).transpose(1, 2).flatten(2)  # (B, N, C)
     return z.view(q.shape)
+
+
+def in_parts(
+    forward: Callable[[nn.Module, Tensor], Tensor],
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """On a CPU, call `forward` with so many images at a time that its largest tensor has at most CPU_BYTES.
+
+    Larger ones leave the caches, and the allocator gives them back to the system after each use: page faults then cost
+    more than arithmetic. Modules with hooks inside see whole batches.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self: nn.Module, x: Tensor) -> Tensor:
+        parts = -(-self.largest(x) // CPU_BYTES)
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.children())
+        if parts <= 1 or x.device.type != "cpu" or hooked or torch.compiler.is_compiling():
+            return forward(self, x)
+        return torch.cat([forward(self, part) for part in x.chunk(parts)])
+
+    return wrapped
 
 
 @register_notrace_module  # its padding depends on the map
@@ -79,6 +107,7 @@ class WindowAttention(nn.Module):
         index = relative_position_index(window_size)
         self.register_buffer("relative_position_index", index, persistent=False)
 
+    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         height, width = x.shape[1:3]
@@ -104,6 +133,10 @@ class WindowAttention(nn.Module):
         if any(shift):
             x = x.roll(shift, (1, 2))
         return x[:, :height, :width] if any(padding) else x
+
+    def largest(self, x: Tensor) -> int:
+        """Bytes of queries, keys and values, or of the scores."""
+        return x.nbytes * max(3, self.num_heads * self.window_size**2 // x.shape[-1])
 
     def bias(self, window: tuple[int, int]) -> Tensor:
         """The bias (M, n, n) of a window no larger than the table's."""
@@ -311,24 +344,29 @@ class SamplingPositions(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """q (B, H, W, C) to positions (B, G, Hk, Wk, 2), float32."""
-        # All groups share the kernel: repeating it spares rearranging q into groups.
-        theta = F.conv2d(
-            q.permute(0, 3, 1, 2),
-            self.dwconv.weight.repeat(self.groups, 1, 1, 1),
-            self.dwconv.bias.repeat(self.groups),
-            self.dwconv.stride,
-            self.dwconv.padding,
-            groups=q.shape[-1],
-        ).permute(0, 2, 3, 1)  # (B, Hk, Wk, C)
-        theta = self.proj(self.act(self.norm(theta.unflatten(-1, (self.groups, -1)))))
+        with full_precision(q.device):  # coordinates are never computed in half precision
+            # All groups share the kernel: repeating it spares rearranging q into groups.
+            theta = F.conv2d(
+                q.permute(0, 3, 1, 2).to(self.dwconv.weight.dtype),
+                self.dwconv.weight.repeat(self.groups, 1, 1, 1),
+                self.dwconv.bias.repeat(self.groups),
+                self.dwconv.stride,
+                self.dwconv.padding,
+                groups=q.shape[-1],
+            ).permute(0, 2, 3, 1)  # (B, Hk, Wk, C)
+            theta = self.proj(self.act(self.norm(theta.unflatten(-1, (self.groups, -1)))))
         theta = theta.permute(0, 3, 1, 2, 4)  # (B, G, Hk, Wk, 2)
-        if theta.dtype.itemsize < 4:  # coordinates are never computed in half precision
-            theta = theta.float()
         return self.geometry.place(self.reference(theta.shape[2:4], theta.device), theta)
 
     def reference(self, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
         """The reference points, (Hk, Wk, 2)."""
         return grid(self.geometry.reference, size, device)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """No autocast, on devices that know it (the meta device does not)."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 @register_notrace_module
@@ -360,6 +398,7 @@ class DeformableAttention(nn.Module):
         table = torch.zeros(num_heads, 2 * table_size[0] - 1, 2 * table_size[1] - 1)
         self.displacement_bias_table = nn.Parameter(trunc_normal_(table, std=0.01))
 
+    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         q = self.q(x)
@@ -367,6 +406,12 @@ class DeformableAttention(nn.Module):
         queries = grid(self.geometry.query, x.shape[1:3], x.device)
         bias = displacement_bias(self.displacement_bias_table, queries, positions)
         return self.proj(attend_all(q, self.kv(sample(x, positions)), self.num_heads, bias))
+
+    def largest(self, x: Tensor) -> int:
+        """Bytes of the bias, which is float32."""
+        batch, height, width = x.shape[:3]
+        stride = self.positions.dwconv.stride[0]
+        return 4 * batch * self.num_heads * (height * width // stride) ** 2
 
 
 def grid(
@@ -383,24 +428,43 @@ def displacement_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Ten
     Queries stand at (H, W, 2), keys at (B, G, Hk, Wk, 2).
     """
     batch, groups = positions.shape[:2]
-    keys = positions.flatten(2, 3).flatten(0, 1)  # (B·G, S, 2)
-    displacement = (queries.flatten(0, 1)[:, None] - keys[:, None]) / 2  # (B·G, N, S, 2)
-    tables = tables.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
-    return bilinear(tables, displacement).unflatten(0, (batch, groups)).flatten(1, 2)
-
-
-def bilinear(image: Tensor, points: Tensor) -> Tensor:
-    """`image` (b, c, h, w) read at `points` (b, h', w', 2) to (b, c, h', w'); zeros outside."""
-    # grid_sample wants (x, y). Values take the precision of the coordinates, never the reverse.
-    return F.grid_sample(image.to(points.dtype), points.flip(-1), align_corners=True)
+    # Halved, and turned to the (x, y) that grid_sample wants, while they are few.
+    queries = queries.flatten(0, 1)[:, None].flip(-1) / 2  # (N, 1, 2)
+    keys = positions.flatten(2, 3).flatten(0, 1)[:, None].flip(-1) / 2  # (B·G, 1, S, 2)
+    tables = tables.to(keys.dtype).unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
+    bias = F.grid_sample(tables, queries - keys, align_corners=True)  # (B·G, M/G, N, S)
+    return bias.view(batch, -1, *bias.shape[2:])
 
 
 def sample(x: Tensor, positions: Tensor) -> Tensor:
-    """x (B, H, W, C) read at positions (B, G, Hk, Wk, 2), each group its own C / G channels, to (B, S, C)."""
-    batch, groups = positions.shape[:2]
-    image = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (B, G, C/G, H, W)
-    read = bilinear(image.flatten(0, 1), positions.flatten(0, 1))  # (B·G, C/G, Hk, Wk)
-    return read.flatten(2).unflatten(0, (batch, groups)).flatten(1, 2).transpose(1, 2)
+    """x (B, H, W, C) read at positions (B, G, Hk, Wk, 2), each group its own C / G channels, to (B, S, C).
+
+    Bilinear, zeros outside, as `grid_sample` does; here a reading is the weighted sum of four rows of x, so that
+    nothing is rearranged, and the gradients are summed in a fixed order on a GPU as well.
+    """
+    batch, height, width, channels = x.shape
+    groups = positions.shape[1]
+    size = torch.tensor((height, width), device=x.device)
+    points = (positions.flatten(2, 3).transpose(1, 2) + 1) * ((size - 1) / 2)  # (B, S, G, 2), cells
+    corner = points.detach().floor()  # of the four cells around, the first
+    after = points - corner
+    share = torch.stack((1 - after, after), dim=-1)  # (B, S, G, 2 axes, 2)
+    cell = corner.long()[..., None] + torch.arange(2, device=x.device)
+    share = share * ((cell >= 0) & (cell < size[:, None]))
+    cell = cell.clamp_min(0).minimum((size - 1)[:, None])
+    weights = share[..., 0, :, None] * share[..., 1, None, :]  # (B, S, G, 2, 2)
+    cells = cell[..., 0, :, None] * width + cell[..., 1, None, :]
+    image = torch.arange(batch, device=x.device)[:, None, None, None, None] * (height * width)
+    rows = (image + cells) * groups + torch.arange(groups, device=x.device)[:, None, None]
+    # Values take the precision of the coordinates, never the reverse.
+    table = x.reshape(-1, channels // groups).to(positions.dtype)
+    read = F.embedding_bag(
+        rows.flatten(0, 2).flatten(1),
+        table,
+        per_sample_weights=weights.flatten(0, 2).flatten(1),
+        mode="sum",
+    )
+    return read.view(batch, -1, channels)
 
 
 # ------------------------------------------------------------------------------------ the whole map

@@ -5,7 +5,7 @@ Four stages of blocks; before each stage a convolution halves the map. Inside, t
     images (B, 3, H, W) → stem (B, H/4, W/4, C) → stage i (B, H/4/2ⁱ, W/4/2ⁱ, Cᵢ) → norm → mean → logits (B, classes)
 
 Sizes are rounded up. What DAT++ changes around the attention hangs on `plus_plus`: make_stem, make_downsample,
-LocalPerception, DepthwiseMlp. Inside, it is attention.py's DATPlusPlusGeometry instead of DATGeometry.
+LocalPerception. Inside, it is attention.py's DATPlusPlusGeometry instead of DATGeometry.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,15 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
+    register_notrace_module,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ from models.attention import (
     GlobalAttention,
     NeighborhoodAttention,
     WindowAttention,
+    in_parts,
 )
 from models.released import checkpoint_filter_fn
 from utils.errors import ConfigError
@@ -141,20 +144,51 @@ class LocalPerception(nn.Module):
         return x + self.conv(x)
 
 
-class DepthwiseMlp(nn.Module):
-    """The MLP of DAT++: a depthwise 3×3 convolution beside the identity, before the activation."""
+class GELULinearFunction(torch.autograd.Function):
+    """linear(GELU(x)) that keeps x for the backward pass and computes the GELU again, instead of keeping both."""
 
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.conv = Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x (…, in), weight (out, in), bias (out) to (…, out)."""
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of x, weight and bias from that of the output."""
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_weight = rows.t() @ F.gelu(x).flatten(0, -2)
+        grad_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x)
+        return grad_x, grad_weight, rows.sum(0)
+
+
+class GELULinear(nn.Linear):
+    """The activation and second layer of an MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, in_features) to (…, out_features)."""
+        return GELULinearFunction.apply(x, self.weight, self.bias)
+
+
+@register_notrace_module  # in_parts depends on the batch
+class Mlp(nn.Module):
+    """The MLP of a block; DAT++ has a depthwise 3×3 convolution beside the identity, before the activation."""
+
+    def __init__(self, dim: int, hidden_dim: int, plus_plus: bool):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.local = LocalPerception(hidden_dim) if plus_plus else nn.Identity()
+        self.fc2 = GELULinear(hidden_dim, dim)
+
+    @in_parts
+    def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        u = self.fc1(x)
-        return self.fc2(self.act(u + self.conv(u)))
+        return self.fc2(self.local(self.fc1(x)))
+
+    def largest(self, x: Tensor) -> int:
+        """Bytes of the hidden layer."""
+        return x.nbytes // self.fc1.in_features * self.fc1.out_features
 
 
 class Block(nn.Module):
@@ -166,7 +200,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = DepthwiseMlp(dim, 4 * dim) if plus_plus else Mlp(dim, 4 * dim)
+        self.mlp = Mlp(dim, 4 * dim, plus_plus)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

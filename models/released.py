@@ -47,7 +47,7 @@ ATTENTION = {
 MLP = [Entry("fc1", ("chunk.linear1",)), Entry("fc2", ("chunk.linear2",))]
 MLP_PLUS_PLUS = [
     Entry("fc1", ("linear1.0",), pointwise=True),
-    Entry("conv", ("dwc",)),
+    Entry("local.conv", ("dwc",)),
     Entry("fc2", ("linear2.0",), pointwise=True),
 ]
 # Derived by every model itself: they carry nothing that was learned.

@@ -1,12 +1,18 @@
 """A small run for the tests: every feature of an update is on, and it takes a second."""
 
+import itertools
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from signal import SIGTERM, Signals
 
+import main
 from engine import checkpoint
+from engine.stop import StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,10 +32,12 @@ TEST: {CROP_PCT: 1.0}
 """
 
 
-def arguments(folder: Path, data: Path, *more: str, tag: str = "run") -> list[str]:
+def arguments(
+    folder: Path, data: Path, *more: str, tag: str = "run", text: str = SMALL
+) -> list[str]:
     """The command line of the small run below `folder` on `data`."""
     config = folder / "small.yaml"
-    config.write_text(SMALL)
+    config.write_text(text)
     return [
         "--cfg",
         str(config),
@@ -58,9 +66,48 @@ def launch(processes: int, argv: list[str]) -> subprocess.Popen:
     )
 
 
-def outcome(folder: Path, tag: str = "run") -> dict[str, object]:
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["engine.run", "torch.utils.tensorboard"])  # imported once
+
+
+def run_group(
+    processes: int, argv: list[str], at: int = 0, signal: Signals = SIGTERM
+) -> list[int | None]:
+    """Exit codes of main.py with `argv` on so many processes, without torchrun's own start of seconds.
+
+    Each gets `signal` when it asks for the `at`th time whether to stop.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    group = [
+        _FORKS.Process(target=_member, args=(rank, processes, port, argv, at, signal))
+        for rank in range(processes)
+    ]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(timeout=120)
+        process.kill()
+    return [process.exitcode for process in group]
+
+
+def _member(rank: int, size: int, port: int, argv: list[str], at: int, signal: Signals) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    reason, questions = StopRequest.reason, itertools.count(1)
+
+    def reason_after_signal(self: StopRequest) -> str | None:
+        if next(questions) == at:
+            os.kill(os.getpid(), signal)
+        return reason(self)
+
+    StopRequest.reason = reason_after_signal
+    sys.exit(main.main(argv))
+
+
+def outcome(folder: Path, tag: str = "run", model: str = "dat_micro") -> dict[str, object]:
     """What a run leaves that must not depend on how often it was stopped."""
-    run = folder / "dat_micro" / tag
+    run = folder / model / tag
     last = checkpoint.steps(run / "checkpoints")[0]
     files = {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
     state = json.loads((last / "state.json").read_text())

@@ -1,5 +1,6 @@
 """Covers config.py: refusals with place and remedy, precedence, BASE files, round trips, the shipped configurations."""
 
+import os
 import random
 import subprocess
 import sys
@@ -66,6 +67,14 @@ def test_a_wrong_command_line_is_refused_with_its_flag(words, begin, also):
     assert len(message.splitlines()) == 1, message
     assert message.startswith(begin)
     assert also in message
+
+
+def test_a_device_is_not_read_to_its_end():
+    Path("zero.yaml").symlink_to("/dev/zero")
+    os.mkfifo("pipe.yaml")
+    for name in ("zero.yaml", "pipe.yaml"):
+        message = refusal(yaml=f"BASE: {name}")
+        assert message.startswith(f"run.yaml:1: BASE: {name}: is a device")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +170,7 @@ def test_mangled_files_are_read_or_refused_and_nothing_else():
         ("AUG.AUTO_AUGMENT", "''", ""),
         ("AUG.AUTO_AUGMENT", "rand-m7-n3-mstd1-p0.5-inc1-tweights", "rand-m7-n3-mstd1-p0.5-inc1-tweights"),
         ("AUG.AUTO_AUGMENT", "augmix-m5-w4-d2-b1", "augmix-m5-w4-d2-b1"),
+        ("CHECKPOINT.PRETRAINED", "https://host/w.pth#sha256=" + "0a" * 32, "https://host/w.pth#sha256=" + "0a" * 32),
         ("TAG", "007", "007"),
         ("TAG", "2026-11-22", "2026-11-22"),
         ("TAG", "no", "no"),

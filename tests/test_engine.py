@@ -11,6 +11,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader
 
 import models  # noqa: F401  registers the variants
 from engine import checkpoint
@@ -198,7 +199,7 @@ def test_all_damaged_is_an_error_and_none_is_not(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     make_checkpoints(tmp_path, [1, 2, 9, 10, 11])
     (tmp_path / ".tmp-step-12").mkdir()
-    checkpoint.prune(tmp_path, keep=2, best="step-2")
+    checkpoint.prune(tmp_path / "step-11", keep=2, best="step-2")
     assert sorted(os.listdir(tmp_path)) == ["step-10", "step-11", "step-2"]
 
 
@@ -247,15 +248,11 @@ def test_evaluation_is_the_mean_over_images(batch_size):
     images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8)
     labels = torch.randint(0, 8, (23,))
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
-    batches = [
-        (images[i : i + batch_size], labels[i : i + batch_size], None)
-        for i in range(0, 23, batch_size)
-    ]
+    samples = [(images[i], labels[i], i, []) for i in range(23)]
     result = evaluate_epoch(
         model=model,
-        loader=batches,
+        loader=DataLoader(samples, batch_size),
         normalize=lambda images: images.float() / 255,
-        batch_size=batch_size,
         process=CPU,
         amp_dtype=torch.float32,
         print_freq=10,
@@ -272,14 +269,14 @@ def test_evaluation_is_the_mean_over_images(batch_size):
 
 
 def test_records_beyond_the_resumed_update_are_cut(tmp_path):
-    writer = MetricWriter(tmp_path, 0)
+    writer = MetricWriter(tmp_path, 0, every=1)
     for update in (1, 2, 3):
         writer.metrics(update, {"train/loss": 0.5})
     writer.close()
     whole = (tmp_path / "metrics.jsonl").read_text()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"update": 4, "train/lo')  # a kill in mid-line
-    writer = MetricWriter(tmp_path, 2)
+    writer = MetricWriter(tmp_path, 2, every=1)
     writer.metrics(3, {"train/loss": 0.5})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == whole

@@ -4,6 +4,7 @@ pytest tests/test_pretrained.py
 """
 
 import hashlib
+import itertools
 import json
 import pickle
 import random
@@ -127,8 +128,12 @@ def test_unknown_layout(content, tmp_path):
 
 def test_pickled_code_does_not_run(tmp_path):
     canary = tmp_path / "canary"
-    for content in ({"model": Payload(canary)}, Payload(canary)):
-        torch.save(content, tmp_path / "w.pth")
+    config = CfgNode({"MODEL": {"TYPE": "dat"}})
+    dict.__setitem__(config, "PAYLOAD", Payload(canary))
+    contents = {"model": Payload(canary)}, Payload(canary), {"model": {}, "config": config}
+    for content, zipped in itertools.product(contents, (True, False)):
+        torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+        assert b"canary" in (tmp_path / "w.pth").read_bytes()
         with pytest.raises(CheckpointError, match="not executed"):
             read_weights(tmp_path / "w.pth")
     (tmp_path / "w.pth").write_bytes(pickle.dumps(Payload(canary)))
@@ -137,6 +142,13 @@ def test_pickled_code_does_not_run(tmp_path):
     assert not canary.exists()
     pickle.loads(pickle.dumps(Payload(canary)))
     assert canary.exists(), "the payload would not have run anywhere"
+
+
+@pytest.mark.parametrize("size", [2**60, 2**64 - 1, 100_000_001, 10_000])
+def test_a_header_that_claims_to_be_huge_takes_no_memory(size, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(size.to_bytes(8, "little") + b'{"a":' + b" " * 99)
+    with pytest.raises(CheckpointError, match=r"w\.safetensors is truncated or damaged"):
+        read_weights(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("layout", ["zip.pth", "legacy.pth", "w.safetensors"])
@@ -406,15 +418,16 @@ def test_verify_names_the_damaged_ones(tmp_path, capsys):
     assert tool(["verify", str(run)]) == 0
     assert capsys.readouterr().out.count(": whole") == 2
     (newer / "ema.safetensors").write_bytes(b"")
-    assert tool(["verify", str(run)]) == 0
-    told = capsys.readouterr().out
-    assert f"{newer}: ema.safetensors has 0 bytes" in told
-    assert f"{older}: whole" in told
+    assert tool(["verify", str(run)]) == 4
+    told = capsys.readouterr()
+    assert f"{newer}: ema.safetensors has 0 bytes" in told.out
+    assert f"{older}: whole" in told.out
+    assert "1 of 2 checkpoints are damaged" in told.err
     assert tool(["verify", str(newer)]) == 4
     assert tool(["verify", str(older)]) == 0
     (older / "manifest.json").unlink()
     assert tool(["verify", str(run)]) == 4
-    assert "none of its 2 checkpoints is whole" in capsys.readouterr().err
+    assert "2 of 2 checkpoints are damaged" in capsys.readouterr().err
     assert tool(["verify", str(tmp_path)]) == 4
 
 

@@ -16,11 +16,15 @@ from engine import world
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.logging import logger
 
+COUNTERS = {"update": 3, "epoch": 1, "skipped": 0, "best": {"acc1": 0.0, "update": 0}, "scaler": {}}
 FACTS = {
     "model": "dat_micro",
     "classes": ["cat", "dog"],
     "data": "1f" * 32,
     "val_data": "2e" * 32,
+    "decoder": {"pillow": "13.0.0", "libjpeg": "3.1", "pixels": "3d"},
+    "promise": "L2",
+    "processes": 2,
     "updates_per_epoch": 2,
     "versions": {"python": "3.11.7", "torch": "2.14.1", "torchvision": "0.29.1", "timm": "1.0.31"},
     "revision": "c6d553d",
@@ -41,7 +45,7 @@ FACTS = {
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    (tmp_path / "state.json").write_text(json.dumps({"update": 3, **FACTS}))
+    (tmp_path / "state.json").write_text(json.dumps(COUNTERS | FACTS))
     return tmp_path
 
 
@@ -71,6 +75,7 @@ def changed(name: str, value: object) -> dict:
     [
         ("data", "3d" * 32, DataError),
         ("val_data", "3d" * 32, DataError),
+        ("decoder.pixels", "4c", CheckpointError),
         ("versions.torch", "2.15.0", CheckpointError),
         ("versions.timm", "1.1.0", CheckpointError),
         ("device", "AMD EPYC, AVX512", CheckpointError),
@@ -98,6 +103,7 @@ def test_what_changes_bits_has_to_be_accepted(name, value, error, saved, warning
     [
         ("revision", "c6d553d-dirty"),
         ("versions.python", "3.12.0"),
+        ("processes", 1),
         ("OUTPUT", "elsewhere"),
         ("PRINT_FREQ", 1),
         ("DATA.PATH", "b"),

@@ -85,7 +85,9 @@ WRONG_FILES = [
     ("TRAIN:\n  EMA_DECAY: 0.0001", "run.yaml:2: TRAIN.EMA_DECAY: got 0.0001", "would be 0.9999"),
     ("CHECKPOINT:\n  KEEP: 1", "run.yaml:2: CHECKPOINT.KEEP: got 1, expected an integer of at least 2", ""),
     ("CHECKPOINT:\n  RESUME: w.pth", "run.yaml:2: CHECKPOINT.RESUME: got 'w.pth'", "weights go to --pretrained"),
-    ("CHECKPOINT:\n  PRETRAINED: https://x/w.pth", "run.yaml:2: CHECKPOINT.PRETRAINED: got 'https:", "URL"),
+    ("CHECKPOINT:\n  PRETRAINED: https://x/w.pth", "run.yaml:2: CHECKPOINT.PRETRAINED: got 'https:", "#sha256=<64 hex"),
+    ("CHECKPOINT:\n  PRETRAINED: https://x/w#sha256=ab", "run.yaml:2: CHECKPOINT.PRETRAINED: got 'https:", "SHA-256"),
+    ("CHECKPOINT:\n  RESUME: https://x/run", "run.yaml:2: CHECKPOINT.RESUME: got 'https:", "URL"),
     ("OUTPUT: ~/runs", "run.yaml:1: OUTPUT: got '~/runs', expected a path, written out", ""),
     ("OUTPUT: ''", "run.yaml:1: OUTPUT: got '', expected a path", "folder of all runs"),
     ("TAG: a/b", "run.yaml:1: TAG: got 'a/b', expected a folder's name", ""),
@@ -133,6 +135,8 @@ WRONG_TOGETHER = [
     ("AUG: {PADDING: 4, RATIO: [1, 1]}", ["AUG.RATIO [1.0, 1.0]"], "set AUG.PADDING to 0"),
     ("AUG: {PADDING: 17}\nDATA: {IMG_SIZE: 32}", ["AUG.PADDING 17, DATA.IMG_SIZE 32 (run.yaml:2)"], "4 for 32"),
     ("AUG: {COLOR_JITTER: 0.3}", ["AUG.COLOR_JITTER 0.3"], "set AUG.AUTO_AUGMENT to ''"),
+    ("THREADS: 1\nTRAIN: {EXACT_WORLD_SIZE: on, GLOBAL_BATCH_SIZE: 768}", ["6 is no power of two"], "512 or 1024"),
+    ("TRAIN: {EXACT_WORLD_SIZE: on}", ["TRAIN.EXACT_WORLD_SIZE True, THREADS 0 (defaults)"], "set THREADS"),
 ]  # fmt: skip
 
 # (words after --cfg and --data-path, how the only line of the message begins, what else it says)
@@ -164,6 +168,10 @@ WRONG_WORDS = [
     ("--eval --opts CHECKPOINT.AUTO_RESUME False", "--opts: CHECKPOINT.AUTO_RESUME False", "--pretrained FILE"),
     ("--resume run --pretrained w.pth", "--pretrained: CHECKPOINT.PRETRAINED 'w.pth'", "drop one"),
     ("--eval --resume run --pretrained w.pth", "--pretrained: CHECKPOINT.PRETRAINED 'w.pth'", "drop one"),
+    ("--pretrained https://host/w.pth", "--pretrained: CHECKPOINT.PRETRAINED: got 'https://host", "#sha256=<64"),
+    ("--pretrained http://host/w.pth#sha256=" + "0" * 64, "--pretrained: CHECKPOINT.PRETRAINED: got", "only https"),
+    ("--pretrained file:///w.pth", "--pretrained: CHECKPOINT.PRETRAINED: got 'file:///w.pth'", "only https"),
+    ("--pretrained ftp://host/w.pth", "--pretrained: CHECKPOINT.PRETRAINED: got 'ftp://host", "only https"),
     ("--opts TRAIN.EPOCHS", "--opts: TRAIN.EPOCHS: has no value", "TRAIN.EPOCHS=VALUE"),
     ("--opts TRAIN.EPOCHS SEED 3", "--opts: TRAIN.EPOCHS: has no value", "TRAIN.EPOCHS VALUE"),
     ("--opts TRAIN.EPOCH 3", "--opts: TRAIN.EPOCH: unknown key", "did you mean TRAIN.EPOCHS"),

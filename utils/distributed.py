@@ -61,6 +61,35 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def pairwise_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed over all processes, a power of two, as a balanced tree over their ranks: (0 + 1) + (2 + 3).
+
+    In every round, processes whose ranks differ in one bit exchange their sums. Both add the same two numbers, one the
+    other way round, which changes nothing: a + b = b + a.
+    """
+    distance = 1
+    while dist.is_initialized() and distance < dist.get_world_size():
+        peer = dist.get_rank() ^ distance
+        theirs = torch.empty_like(tensor)
+        exchange = [dist.P2POp(dist.isend, tensor, peer), dist.P2POp(dist.irecv, theirs, peer)]
+        for work in dist.batch_isend_irecv(exchange):
+            work.wait()
+        tensor = tensor + theirs
+        distance *= 2
+    return tensor
+
+
+def broadcast(tensors: list[torch.Tensor]) -> None:
+    """Give `tensors` on every process, in place, the values that they have on the first."""
+    if not tensors or not dist.is_initialized():
+        return
+    # One message for all of them: float64 holds float32 numbers and counts exactly.
+    flat = torch.cat([tensor.double().flatten() for tensor in tensors])
+    dist.broadcast(flat, src=0)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 def all_reduce_max(value: int) -> int:
     """The largest `value` of all processes."""
     if not dist.is_initialized():

@@ -1,28 +1,36 @@
 """Where a run's words and numbers go: console, log.txt, metrics.jsonl, timing.jsonl, TensorBoard, status.json."""
 
+import io
 import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
+
+from utils.errors import StorageError
 
 logger = logging.getLogger("dat")
 
 
 class _Console(logging.Handler):
-    """Writes above the progress bar instead of through it."""
+    """Writes above the progress bar instead of through it; goes without where a full disk holds the output."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            self.handleError(record)
 
 
 def start_logging(name: str, rank: int, folder: Path | None = None) -> None:
     """Log to the console and, given `folder`, to its log.txt; processes other than the first only report warnings."""
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
+    logging.raiseExceptions = False  # or every line that a full disk refuses would be a traceback
     who = name if rank == 0 else f"{name} rank {rank}"
     line = logging.Formatter(
         f"[%(asctime)s {who}] (%(filename)s %(lineno)d): %(levelname)s %(message)s",
@@ -40,23 +48,30 @@ class MetricWriter:
     """Numbers of a run by update: deterministic ones to metrics.jsonl, times to timing.jsonl, all to TensorBoard.
 
     Records beyond `update` are cut off first, so that a resumed run's files have each update once and, for the
-    deterministic ones, the bytes of a run that was never stopped. On any process but the first (`folder` None) nothing
-    is written.
+    deterministic ones, the bytes of a run that was never stopped; that there is one `every` so many updates tells
+    whether some are missing. Records that a full disk refuses wait in memory. On any process but the first (`folder`
+    None) nothing is written. Raises StorageError.
     """
 
-    def __init__(self, folder: Path | None, update: int):
-        self.files = {}
+    def __init__(self, folder: Path | None, update: int, every: int):
+        self._files: dict[str, io.FileIO] = {}
+        self._waiting = {"metrics": b"", "timing": b""}
+        self._board = None
         if folder is None:
             return
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # costs a second, paid by one process only
+        # It takes a second to import, which is paid by one process only.
+        from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
-        for name in ("metrics", "timing"):
-            path = folder / f"{name}.jsonl"
-            _cut_records(path, update)
-            self.files[name] = path.open("a", buffering=1)  # a line at a time reaches the file
+        try:
+            for name in self._waiting:
+                path = folder / f"{name}.jsonl"
+                last = _cut_records(path, update)
+                if name == "metrics" and last < update // every * every:
+                    logger.warning(f"{path} lacks records of updates {last + 1} to {update}")
+                self._files[name] = path.open("ab", buffering=0)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
+        except OSError as error:
+            raise StorageError(f"{folder}: its records cannot be written: {error}") from error
 
     def metrics(self, update: int, values: dict[str, float]) -> None:
         """Record values that depend on the seed alone."""
@@ -67,32 +82,88 @@ class MetricWriter:
         self._write("timing", update, values)
 
     def _write(self, name: str, update: int, values: dict[str, float]) -> None:
-        if not self.files:
+        if not self._files:
             return
-        self.files[name].write(json.dumps({"update": update, **values}) + "\n")
-        for tag, value in values.items():
-            self.board.add_scalar(tag, value, update)
+        self._waiting[name] += (json.dumps({"update": update, **values}) + "\n").encode()
+        self._append(name)
+        self._draw(
+            lambda board: [board.add_scalar(t, value, update) for t, value in values.items()]
+        )
+
+    def _draw(self, action: Callable) -> None:
+        """Do `action` to TensorBoard's writer, which is given up when it fails: the records hold the same numbers."""
+        try:
+            if self._board is not None:
+                action(self._board)
+        except OSError as error:
+            logger.warning(f"TensorBoard's file is not written any more: {error}")
+            self._board = None
+
+    def _append(self, name: str) -> None:
+        """Write what waits, as far as there is room."""
+        try:
+            while waiting := self._waiting[name]:
+                self._waiting[name] = waiting[self._files[name].write(waiting) :]
+        except OSError as error:
+            if waiting.count(b"\n") == 1:  # said once
+                logger.warning(
+                    f"{name}.jsonl cannot be written, its records wait: {error.strerror}"
+                )
+
+    def flush(self) -> None:
+        """Bring every record so far into its file: what is about to be saved shall not be ahead of them."""
+        for name in self._files:
+            self._append(name)
+        self._draw(lambda board: board.flush())
 
     def close(self) -> None:
-        """Flush and close every file."""
-        for file in self.files.values():
+        """Flush and close every file. Raises StorageError where records remain that could not be written."""
+        self.flush()
+        for file in self._files.values():
             file.close()
-        if self.files:
-            self.board.close()
+        self._draw(lambda board: board.close())
+        if any(self._waiting.values()):
+            raise StorageError(
+                "The last records of metrics.jsonl or timing.jsonl could not be written. Make room."
+            )
 
 
-def _cut_records(path: Path, update: int) -> None:
-    """Drop the records of later updates than `update` and a line that a kill left unfinished."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= update]
+def _cut_records(path: Path, update: int) -> int:
+    """Drop the records of later updates than `update` and a line that a kill left unfinished; the last one's update."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    updates = [_update_of(line) for line in lines]
+    kept = [
+        (u, line) for u, line in zip(updates, lines, strict=True) if u is not None and u <= update
+    ]
+    if None in updates[:-1]:
+        logger.warning(f"{path}: {updates[:-1].count(None)} damaged records are dropped")
     if len(kept) < len(lines):
-        write_atomically(path, "".join(kept))
+        write_atomically(path, b"".join(line for _, line in kept).decode())
+    return kept[-1][0] if kept else 0
+
+
+def _update_of(line: bytes) -> int | None:
+    """The update of a record, None where it is damaged or unfinished."""
+    try:
+        return int(json.loads(line.decode())["update"]) if line.endswith(b"\n") else None
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return None
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a reader, or a kill, finds the old or the new content and nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Replace `path` by `text` so that a reader, or a kill, finds the old or the new content and nothing between.
+
+    Raises StorageError, leaving the old one.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}. Make room there."
+        ) from error

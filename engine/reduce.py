@@ -1,0 +1,116 @@
+"""How do the gradients of an update's slots become one, over all processes?
+
+Either reduction leaves the mean gradient in the parameters, and on every process the same running statistics of
+BatchNorm, so that all of them evaluate, average and save one model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from utils import distributed
+from utils.distributed import Process
+
+
+class FastReduction:
+    """Each process adds up its slots, and DDP averages over the processes while the last backward pass runs.
+
+    The order of the sums, and with it their last bits, depends on the number of processes.
+    """
+
+    def __init__(self, net: nn.Module, slots: range, process: Process):
+        self.net = net  # a DistributedDataParallel where there is more than one process
+        self.divisor = len(slots)  # of a slot's loss; DDP divides by the number of processes
+        self._slots = slots
+        self._process = process
+        self._statistics = running_statistics(net)
+
+    @contextmanager
+    def slot(self, slot: int) -> Iterator[None]:
+        """Around the forward and backward pass of a slot; after the last one the gradient is the mean of all."""
+        last = slot == self._slots[-1]
+        with nullcontext() if last or self._process.world_size == 1 else self.net.no_sync():
+            yield
+        if last:
+            distributed.broadcast(self._statistics)
+
+    def mean_loss(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The mean loss of all slots of all processes; `losses` are those of this process, divided."""
+        return distributed.all_reduce_sum(sum(losses)) / self._process.world_size
+
+
+class ExactReduction:
+    """Slots are summed pairwise by their numbers, ((0 + 1) + (2 + 3)) + …, whichever process has them.
+
+    Slots and processes are powers of two in number: a process's slots are a branch of that tree, and the mean is exact.
+    Of the running statistics, which no forward pass in training reads, slot 0's remain.
+    """
+
+    def __init__(self, model: nn.Module, slots: range, process: Process):
+        self.net = model
+        self.divisor = len(slots) * process.world_size
+        self._slots = slots
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._statistics = running_statistics(model)
+
+    @contextmanager
+    def slot(self, slot: int) -> Iterator[None]:
+        """Around the forward and backward pass of a slot; after the last one the gradient is the mean of all."""
+        self.net.zero_grad(set_to_none=True)
+        yield
+        if slot == self._slots[0]:
+            self._sum = PairwiseSum()
+            self._first_statistics = [tensor.clone() for tensor in self._statistics]
+        self._sum.add(parameters_to_vector(p.grad for p in self._parameters))
+        if slot == self._slots[-1]:
+            gradient = distributed.pairwise_sum(self._sum.total())
+            vector_to_parameters(gradient, (p.grad for p in self._parameters))
+            for tensor, first in zip(self._statistics, self._first_statistics, strict=True):
+                tensor.copy_(first)
+            distributed.broadcast(self._statistics)  # of the process whose first slot is slot 0
+
+    def mean_loss(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The mean loss of all slots of all processes; `losses` are those of this process, divided."""
+        own = PairwiseSum()
+        for loss in losses:
+            own.add(loss.clone())
+        return distributed.pairwise_sum(own.total())
+
+
+Reduction = FastReduction | ExactReduction
+
+
+class PairwiseSum:
+    """The sum of 2ᵏ tensors that come one by one, as a balanced tree over the order in which they come.
+
+    Partial sums are kept like the digits of a binary counter: at most k + 1 of them at a time.
+    """
+
+    def __init__(self):
+        self._sums: list[torch.Tensor] = []
+        self._count = 0
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Add the next `tensor`, in which later ones may be added up."""
+        self._sums.append(tensor)
+        self._count += 1
+        carries = self._count
+        while carries % 2 == 0:
+            later = self._sums.pop()
+            self._sums[-1].add_(later)
+            carries //= 2
+
+    def total(self) -> torch.Tensor:
+        """The sum, once 2ᵏ tensors have come."""
+        (total,) = self._sums
+        return total
+
+
+def running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """What forward passes change in `model`: the buffers of its BatchNorm layers."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]

@@ -1,0 +1,46 @@
+"""How does a file from the web get here? Over https, and as the very file whose SHA-256 its address names."""
+
+import fcntl
+import hashlib
+import re
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from utils.errors import CheckpointError
+from utils.logging import logger
+
+PINNED = re.compile(r"(https://[^\s#]+)#sha256=([0-9a-fA-F]{64})")
+
+
+def fetched(place: str) -> Path:
+    """The file at `place`: a path as it is, or what lies at https://…#sha256=<64 hex digits>, in torch.hub's cache.
+
+    The first process of a machine downloads it, others wait; each compares the hash before anything is opened.
+    Raises CheckpointError.
+    """
+    pinned = PINNED.fullmatch(place)
+    if pinned is None:
+        return Path(place)
+    from torch import hub  # config.py reads PINNED and does without torch
+
+    url, digest = pinned[1], pinned[2].lower()
+    path = Path(hub.get_dir(), "checkpoints", digest + Path(urlsplit(url).path).suffix)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            if not path.exists() or _sha256(path) != digest:
+                logger.info(f"Downloading {url} to {path}")
+                hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:
+        raise CheckpointError(
+            f"{url} was not downloaded to {path}: {error}. "
+            "Check the address and its SHA-256, or fetch the file yourself and give its path."
+        ) from error
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
