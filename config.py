@@ -213,6 +213,10 @@ SCHEMA = (
     Key("TRAIN.EMA_DECAY", 0.0, DECAY, "share of the averaged weights kept by an update; 0: no average"),
     Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
     Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
+    Key("TRAIN.HANG_SECONDS", 300.0, at_least(0),
+        "without progress until stacks are written and the run ends (exit 76); half for a batch to load; 0: never"),
+    Key("TRAIN.MAX_SKIPPED", 20, at_least(1),
+        "updates in a row without a finite gradient that end the run; fp16's loss scale may need 16 to come down"),
     Key("TRAIN.EVAL_FREQ", 1, at_least(1), "epochs from one evaluation to the next"),
 
     # ---- checkpoints ----

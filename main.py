@@ -3,9 +3,11 @@
 
 import os
 import sys
+from typing import NoReturn
 
 import config
-from utils.errors import UserError
+from engine.stop import StopRequest
+from utils.errors import DivergedError, StopRequested, UserError
 
 
 def main(arguments: list[str]) -> int:
@@ -19,22 +21,40 @@ def main(arguments: list[str]) -> int:
         if rank == 0:
             print(error, file=sys.stderr)
         return error.exit_code
-    from engine import run  # imports torch, which --help and a refused command need not wait for
-
     try:
-        if command.mode == "train":
-            run.train(command.cfg, command.sources, config.dump(command.cfg))
-        elif command.mode == "eval":
-            run.evaluate(command.cfg, command.sources)
-        else:
-            run.throughput(command.cfg, command.sources)
+        _execute(command)
     except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        agreed = isinstance(error, (DivergedError, StopRequested))  # every process says the same
+        if rank == 0 or not agreed:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+def _execute(command: config.Command) -> None:
+    """Import torch, which --help and a refused command need not wait for, and do what is asked."""
+    if command.mode == "train":
+        with StopRequest(command.cfg.TRAIN.MAX_SECONDS).listening() as stop:
+            from engine import run
+
+            run.train(command.cfg, command.sources, config.dump(command.cfg), stop)
+        return
+    from engine import run
+
+    if command.mode == "eval":
+        run.evaluate(command.cfg, command.sources)
+    else:
+        run.throughput(command.cfg, command.sources)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: torch's teardown takes seconds on a busy machine, for which others may be waiting."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from data.dataset import BadFile, EvalSample, ImageDataset, TrainSample
 from data.stream import ShardSampler, SlotSampler
+from data.workers import Noted, explained, hear_of_deaths, start_worker
 from utils.errors import DataError
 
 
@@ -32,16 +33,25 @@ class EvalBatch(NamedTuple):
 
 
 class Loader(DataLoader):
-    """A DataLoader out of which a worker's DataError comes as the one line that it was."""
+    """A DataLoader out of which a worker's DataError comes as the one line that it was.
+
+    A worker that dies or hangs is a DataError too, with the image that it was reading.
+    """
 
     def __iter__(self) -> Iterator:
         try:
-            yield from super().__iter__()
+            batches = super().__iter__()
+            hear_of_deaths()
+            yield from batches
         except DataError as error:
             # torch puts the worker's traceback in front of the message. Its own traceback is a cycle
             # that keeps the workers until the garbage collector meets it, then waits 5 s for them.
             error.with_traceback(None)
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+        except RuntimeError as error:
+            if "DataLoader timed out" in str(error):
+                raise self.dataset.hanging(self.timeout) from None
+            raise explained(error) from None
 
 
 def train_loader(
@@ -54,7 +64,7 @@ def train_loader(
 ) -> Loader:
     """One `TrainBatch` per slot of `sampler`, in its order.
 
-    timeout: seconds without a batch after which a worker is taken for hung (RuntimeError).
+    timeout: seconds without a batch after which a worker is taken for hung (DataError); 0: none.
     """
     return _loader(dataset, sampler, _collate_train, num_workers, pin_memory, timeout)
 
@@ -80,13 +90,14 @@ def _loader(
     timeout: float,
 ) -> Loader:
     return Loader(
-        dataset,
+        Noted(dataset, num_workers),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         timeout=timeout if num_workers else 0,
+        worker_init_fn=start_worker,
         # By default every iterator draws a seed from the global generator: an evaluation more would
         # change the training after it.
         generator=torch.Generator(),

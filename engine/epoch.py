@@ -17,13 +17,8 @@ from engine.checkpoint import TrainState
 from engine.optimizer import Schedule
 from engine.reduce import Reduction
 from utils.distributed import Process, all_reduce_sum
-from utils.errors import DivergedError
 from utils.logging import MetricWriter, logger
 from utils.rng import key, reseed
-
-MAX_SKIPPED = (
-    20  # updates in a row without a finite gradient; fp16's loss scale may need 16 to come down
-)
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def train_epoch(
 ) -> None:
     """Train from `state.update` to the end of epoch `state.epoch`; `reduction` is of `state.model`.
 
-    `at_boundary` is called after every update: there the state may be saved and the run end. Raises DivergedError.
+    `at_boundary` is called after every update: there the state may be saved and the run end.
     """
     end = (state.epoch + 1) * recipe.updates_per_epoch
     meters = {name: AverageMeter() for name in ("time", "loss", "grad_norm")}
@@ -144,13 +139,7 @@ def _step(state: TrainState, clip_grad: float) -> float:
         state.ema.update(state.model)
     state.skipped = 0 if finite else state.skipped + 1
     if not finite:
-        logger.warning(f"update {state.update}: the gradient norm is {norm}, the update is skipped")
-    if state.skipped > MAX_SKIPPED:
-        raise DivergedError(
-            f"update {state.update}: the loss or gradient was not finite for {state.skipped} updates in a row. "
-            "The checkpoints hold the weights from before. Lower TRAIN.BASE_LR, use --amp-dtype bfloat16 or "
-            "look at the images of these updates, then start the same command again."
-        )
+        logger.warning(f"update {state.update + 1}: the gradient norm is {norm}, it is skipped")
     return norm
 
 

@@ -55,11 +55,14 @@ class RunFolder:
                 lock.close()
 
     def report(self, state: str, **facts: object) -> None:
-        """Write status.json: `state`, the time and `facts`. A process that fails says so itself, whichever it is.
+        """Write status.json: `state`, the time and `facts`; of several processes that fail, the first one's.
 
-        Where that cannot be written it is only warned of: the checkpoints are what a run may not go on without.
+        The others fail because it is gone. Where that cannot be written it is only warned of: the checkpoints are what
+        a run may not go on without.
         """
-        if not self._process.is_main and state == "running":
+        if state == "running" and not self._process.is_main:
+            return
+        if state != "running" and self._has_ended():
             return
         facts = {
             "state": state,
@@ -71,6 +74,12 @@ class RunFolder:
             write_atomically(self.path / "status.json", json.dumps(facts, indent=1) + "\n")
         except StorageError as error:
             logger.warning(str(error))
+
+    def _has_ended(self) -> bool:
+        try:
+            return json.loads((self.path / "status.json").read_text())["state"] != "running"
+        except (OSError, ValueError):
+            return False
 
     def require_space(self, size: int) -> None:
         """Raise StorageError unless two checkpoints of `size` bytes fit: a new one beside the last."""

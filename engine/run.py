@@ -22,17 +22,20 @@ from yacs.config import CfgNode
 import data
 import models
 from engine import checkpoint, promise, world
+from engine.boundary import Boundary, Interruptible
 from engine.checkpoint import TrainState
+from engine.divergence import Divergence
 from engine.epoch import Accuracy, Recipe, autocast, evaluate_epoch, train_epoch
 from engine.folder import RunFolder
 from engine.optimizer import Schedule, create_optimizer
 from engine.pretrained import load_pretrained
 from engine.reduce import ExactReduction, FastReduction, Reduction
 from engine.stop import StopRequest
+from engine.watchdog import Watchdog
 from utils import distributed
 from utils.distributed import Process
 from utils.download import fetched
-from utils.errors import CheckpointError, ConfigError, StopRequested
+from utils.errors import CheckpointError, ConfigError, DataError, DivergedError
 from utils.logging import MetricWriter, logger, start_logging, write_atomically
 from utils.rng import key, reseed
 
@@ -40,16 +43,17 @@ REFERENCE_BATCH = 512  # the learning rates of a configuration are for so many i
 PROBED_IMAGES = 32  # whose sampling offsets are measured at every validation
 
 
-def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
+def train(cfg: CfgNode, sources: dict[str, str], text: str, stop: StopRequest) -> None:
     """Train from the start, or from where the run's newest whole checkpoint left off, to the last epoch.
 
     `sources` says where the values of `cfg` that are no defaults come from, `text` is all of it as YAML.
     """
     with (
-        distributed.joined(cfg.DEVICE, cfg.THREADS) as process,
+        distributed.joined(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process,
         RunFolder(_run_path(cfg), process).claimed() as folder,
         checkpoint.Saver(folder.checkpoints, cfg.CHECKPOINT.KEEP) as saver,
-        StopRequest(cfg.TRAIN.MAX_SECONDS).listening() as stop,
+        Watchdog(cfg.TRAIN.HANG_SECONDS, folder, process.rank) as watchdog,
+        distributed.losses_told(),
     ):
         own_path = folder.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)
@@ -97,55 +101,53 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str) -> None:
             write_atomically(folder.path / "config.yaml", text)
         writer = MetricWriter(own_path, state.update, cfg.PRINT_FREQ)
 
+        # --- Between updates ----------------------------------------------------------------------
+        sampler = _slot_sampler(cfg, train_set, recipe, process)
+        boundary = Boundary(
+            state=state,
+            facts=facts,
+            folder=folder,
+            saver=saver,
+            save_every=cfg.CHECKPOINT.UPDATES,
+            updates_per_epoch=updates_per_epoch,
+            stop=stop,
+            divergence=Divergence(
+                cfg.TRAIN.MAX_SKIPPED, folder.path, facts, train_set, sampler, process
+            ),
+            watchdog=watchdog,
+            writer=writer,
+            process=process,
+        )
+
         # --- Epochs -------------------------------------------------------------------------------
-        batches = _train_batches(cfg, train_set, state, recipe, process, folder)
-        val_loader = _val_loader(cfg, val_set, process)
-        every = cfg.CHECKPOINT.UPDATES
-
-        def report() -> None:
-            folder.report(
-                "running",
-                epoch=state.epoch,
-                update=state.update,
-                best=state.best,
-                failed_saves=saver.failures,
-            )
-
-        def save() -> None:
-            if process.is_main:
-                writer.flush()
-                saver.save(state, facts)
-                if saver.failures:
-                    writer.timing(state.update, {"checkpoint/failures": saver.failures})
-            report()
-
-        def at_boundary() -> None:
-            reason = stop.reason()
-            inside = state.update % updates_per_epoch > 0  # the end of an epoch is saved validated
-            if reason or (every and inside and state.update % every == 0):
-                save()
-            if reason:
-                raise StopRequested(f"{reason}; saved. Start the same command again to go on.")
-
+        batches = watchdog.watch(_train_batches(cfg, train_set, state, recipe, process, folder))
+        val_loader = Interruptible(_val_loader(cfg, val_set, process), boundary)
+        stop.wait_for_boundaries()
         while state.epoch < cfg.TRAIN.EPOCHS:
-            train_epoch(
-                state=state,
-                reduction=reduction,
-                batches=batches,
-                recipe=recipe,
-                process=process,
-                writer=writer,
-                at_boundary=at_boundary,
-            )
-            state.epoch += 1
-            last = state.epoch == cfg.TRAIN.EPOCHS
+            try:
+                train_epoch(
+                    state=state,
+                    reduction=reduction,
+                    batches=batches,
+                    recipe=recipe,
+                    process=process,
+                    writer=writer,
+                    at_boundary=boundary,
+                )
+            except DivergedError as error:
+                boundary.go_back(error)
+                batches = _train_batches(cfg, train_set, state, recipe, process, folder)
+                batches = watchdog.watch(batches)
+                continue
+            last = state.epoch + 1 == cfg.TRAIN.EPOCHS
             improved = False
-            if last or state.epoch % cfg.TRAIN.EVAL_FREQ == 0:
+            if last or (state.epoch + 1) % cfg.TRAIN.EVAL_FREQ == 0:
                 improved = _validate(cfg, val_loader, state, writer, process)
+            state.epoch += 1
             if last or improved or state.epoch % cfg.CHECKPOINT.EPOCHS == 0:
-                save()
-            report()
-        writer.close()
+                boundary.save()
+            boundary.report()
+        boundary.finish()
         logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at update {state.best['update']}")
         logger.info(f"The run is complete: {folder.path}")
 
@@ -155,7 +157,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
 
     A run's folder stands for its best checkpoint. Raises CheckpointError without weights that fit in full.
     """
-    with distributed.joined(cfg.DEVICE, cfg.THREADS) as process:
+    with distributed.joined(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         _log_start(cfg, sources, process)
 
@@ -199,7 +201,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str]) -> None:
 
 def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Print how many images a second the model classifies, on random images; needs no data."""
-    with distributed.joined(cfg.DEVICE, cfg.THREADS) as process:
+    with distributed.joined(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         _log_start(cfg, sources, process)
         model = _build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process).eval()
@@ -219,6 +221,28 @@ def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
         f"(median of {len(speeds)}; {speeds[0]:.1f} to {speeds[-1]:.1f}), "
         f"{size} px, {cfg.AMP_DTYPE}, {process.device}"
     )
+
+
+def reopen(
+    cfg: CfgNode, path: Path, process: Process
+) -> tuple[TrainState, Recipe, data.ImageDataset, data.SlotSampler]:
+    """The state saved at `path` and what trains its next update, all slots of it in this one process.
+
+    Raises DataError where the images are not those of then.
+    """
+    facts = checkpoint.read_facts(path)
+    train_set = _open_split(cfg, "train", facts["classes"])
+    if train_set.fingerprint != facts["data"]:
+        raise DataError(
+            f"{train_set.source.path} does not hold the images that {path} was trained on"
+        )
+    model = _build_model(cfg, len(facts["classes"]), process)
+    recipe = _recipe(cfg, facts["updates_per_epoch"], len(facts["classes"]), process)
+    optimizer = create_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=False)
+    state = TrainState(model, None, optimizer, scaler)
+    checkpoint.restore(path, state)
+    return state, recipe, train_set, _slot_sampler(cfg, train_set, recipe, process, state.update)
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -278,6 +302,25 @@ def _class_list(cfg: CfgNode) -> list[str] | None:
     return data.read_class_list(cfg.DATA.CLASS_LIST) if cfg.DATA.CLASS_LIST else None
 
 
+def _slot_sampler(
+    cfg: CfgNode,
+    train_set: data.ImageDataset,
+    recipe: Recipe,
+    process: Process,
+    start_update: int = 0,
+) -> data.SlotSampler:
+    return data.SlotSampler(
+        len(train_set),
+        batch_size=cfg.DATA.BATCH_SIZE,
+        slots=recipe.global_batch // cfg.DATA.BATCH_SIZE,
+        start_update=start_update,
+        total_updates=recipe.epochs * recipe.updates_per_epoch,
+        seed=cfg.SEED,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+
+
 def _train_batches(
     cfg: CfgNode,
     train_set: data.ImageDataset,
@@ -287,21 +330,12 @@ def _train_batches(
     folder: RunFolder,
 ) -> Iterator[data.TrainBatch]:
     """This process's slots from `state.update` to the end of the run; too many bad images are a DataError."""
-    sampler = data.SlotSampler(
-        len(train_set),
-        batch_size=cfg.DATA.BATCH_SIZE,
-        slots=recipe.global_batch // cfg.DATA.BATCH_SIZE,
-        start_update=state.update,
-        total_updates=recipe.epochs * recipe.updates_per_epoch,
-        seed=cfg.SEED,
-        rank=process.rank,
-        world_size=process.world_size,
-    )
     loader = data.train_loader(
         train_set,
-        sampler,
+        _slot_sampler(cfg, train_set, recipe, process, state.update),
         num_workers=cfg.DATA.NUM_WORKERS,
         pin_memory=process.device.type == "cuda",
+        timeout=cfg.TRAIN.HANG_SECONDS / 2,
     )
     limit = data.allowed_files(cfg.DATA.MAX_BAD_SAMPLES, len(train_set))
     bad_samples = data.BadSamples(folder.path / "bad_samples.jsonl", limit)
@@ -418,6 +452,7 @@ def _val_loader(cfg: CfgNode, val_set: data.ImageDataset, process: Process) -> d
         sampler,
         num_workers=cfg.DATA.NUM_WORKERS,
         pin_memory=process.device.type == "cuda",
+        timeout=cfg.TRAIN.HANG_SECONDS / 2,
     )
 
 
@@ -437,7 +472,7 @@ def _validate(
 ) -> bool:
     """Evaluate the model and its EMA, record the accuracies; whether the better one is the best of the run so far."""
     weights = {"val": state.model} | ({"val_ema": state.ema.module} if state.ema else {})
-    values, best = {"epoch": state.epoch}, 0.0
+    values, best = {"epoch": state.epoch + 1}, 0.0
     for name, model in weights.items():
         result = _score(cfg, loader, model, process)
         _log_accuracy(result, name)

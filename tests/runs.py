@@ -51,10 +51,11 @@ def arguments(
     ]
 
 
-def launch(processes: int, argv: list[str]) -> subprocess.Popen:
-    """Start main.py with `argv` under torchrun, in a process group of its own."""
+def launch(processes: int, argv: list[str], program: str = "main.py") -> subprocess.Popen:
+    """Start main.py, or a `program` like it, with `argv` under torchrun, in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "main.py", *argv]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    command += ["--nproc-per-node", str(processes), program, *argv]
     return subprocess.Popen(
         command,
         cwd=ROOT,

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -40,6 +41,15 @@ def unbroken(images, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     assert main.main(arguments(folder, images)) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_signals():
+    """A run that was asked to stop leaves the signals ignored, as its process is about to end."""
+    former = {number: signal.getsignal(number) for number in (SIGINT, SIGTERM, SIGUSR1)}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 # --- The same bits --------------------------------------------------------------------------------

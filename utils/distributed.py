@@ -9,7 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(minutes=10)  # of a collective; torch's own is 10 minutes on NCCL, 30 on gloo
+from utils.errors import ProcessLost
+
+FOREVER = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,12 @@ class Process:
 
 
 @contextmanager
-def joined(device: str = "auto", threads: int = 0) -> Iterator[Process]:
+def joined(device: str = "auto", threads: int = 0, timeout: float = 0.0) -> Iterator[Process]:
     """Be part of the group that torchrun describes in the environment, if any.
 
     `device` is "cuda", "cpu" or "auto" (CUDA where there is one). `threads` are the CPU threads of this process, 0 for
-    its share of the cores: torchrun would leave a single one to each process.
+    its share of the cores: torchrun would leave a single one to each process. A collective that takes longer than
+    `timeout` seconds fails; 0 lets it wait for ever.
     """
     env = {name: int(os.environ.get(name, default)) for name, default in
            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
@@ -46,12 +49,29 @@ def joined(device: str = "auto", threads: int = 0) -> Iterator[Process]:
     if kind == "cuda":
         torch.cuda.set_device(process.device)
     if process.world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout) if timeout else FOREVER,
+        )
     try:
         yield process
     finally:
         if process.world_size > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Raise ProcessLost, one sentence, where a collective fails because another process is gone or hangs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise ProcessLost(
+            "Another process of this run has ended or hangs: the launcher, or that process itself, says which and why. "
+            f"Then start the same command again. Noticed by: {error}"
+        ) from error
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,10 @@ class StorageError(UserError):
     exit_code = 6
 
 
+class ProcessLost(UserError):
+    """Another process of the run has ended or hangs, so that this one cannot go on."""
+
+
 class StopRequested(UserError):
     """The run was asked to stop; it is saved and goes on when started again."""
 

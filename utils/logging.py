@@ -1,4 +1,4 @@
-"""Where a run's words and numbers go: console, log.txt, metrics.jsonl, timing.jsonl, TensorBoard, status.json."""
+"""Where a run's words and numbers go: console, log.txt, metrics.jsonl, timing.jsonl, skipped.jsonl, TensorBoard."""
 
 import io
 import json
@@ -47,6 +47,8 @@ def start_logging(name: str, rank: int, folder: Path | None = None) -> None:
 class MetricWriter:
     """Numbers of a run by update: deterministic ones to metrics.jsonl, times to timing.jsonl, all to TensorBoard.
 
+    And to skipped.jsonl the images of updates that were not applied.
+
     Records beyond `update` are cut off first, so that a resumed run's files have each update once and, for the
     deterministic ones, the bytes of a run that was never stopped; that there is one `every` so many updates tells
     whether some are missing. Records that a full disk refuses wait in memory. On any process but the first (`folder`
@@ -54,24 +56,31 @@ class MetricWriter:
     """
 
     def __init__(self, folder: Path | None, update: int, every: int):
+        self._folder = folder
+        self._every = every
         self._files: dict[str, io.FileIO] = {}
-        self._waiting = {"metrics": b"", "timing": b""}
+        self._waiting = {"metrics": b"", "timing": b"", "skipped": b""}
         self._board = None
-        if folder is None:
+        self.rewind(update)
+
+    def rewind(self, update: int) -> None:
+        """Go on after `update`: the records beyond it are cut off."""
+        self.close()
+        if self._folder is None:
             return
         # It takes a second to import, which is paid by one process only.
         from torch.utils.tensorboard import SummaryWriter
 
         try:
             for name in self._waiting:
-                path = folder / f"{name}.jsonl"
+                path = self._folder / f"{name}.jsonl"
                 last = _cut_records(path, update)
-                if name == "metrics" and last < update // every * every:
+                if name == "metrics" and last < update // self._every * self._every:
                     logger.warning(f"{path} lacks records of updates {last + 1} to {update}")
                 self._files[name] = path.open("ab", buffering=0)
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=update + 1)
         except OSError as error:
-            raise StorageError(f"{folder}: its records cannot be written: {error}") from error
+            raise StorageError(f"{self._folder}: its records cannot be written: {error}") from error
 
     def metrics(self, update: int, values: dict[str, float]) -> None:
         """Record values that depend on the seed alone."""
@@ -81,14 +90,19 @@ class MetricWriter:
         """Record values that depend on the machine."""
         self._write("timing", update, values)
 
-    def _write(self, name: str, update: int, values: dict[str, float]) -> None:
+    def skipped(self, update: int, slots: list[list[str]]) -> None:
+        """Record the paths of an update's images, by slot: it was not applied."""
+        self._write("skipped", update, {"slots": slots})
+
+    def _write(self, name: str, update: int, values: dict) -> None:
         if not self._files:
             return
         self._waiting[name] += (json.dumps({"update": update, **values}) + "\n").encode()
         self._append(name)
-        self._draw(
-            lambda board: [board.add_scalar(t, value, update) for t, value in values.items()]
-        )
+        if name != "skipped":
+            self._draw(
+                lambda board: [board.add_scalar(t, value, update) for t, value in values.items()]
+            )
 
     def _draw(self, action: Callable) -> None:
         """Do `action` to TensorBoard's writer, which is given up when it fails: the records hold the same numbers."""
@@ -123,9 +137,7 @@ class MetricWriter:
             file.close()
         self._draw(lambda board: board.close())
         if any(self._waiting.values()):
-            raise StorageError(
-                "The last records of metrics.jsonl or timing.jsonl could not be written. Make room."
-            )
+            raise StorageError("The last records of the run could not be written. Make room.")
 
 
 def _cut_records(path: Path, update: int) -> int:

@@ -1,0 +1,190 @@
+#!/usr/bin/env python
+"""Where does an update that diverged become infinite? It is run again in float32, and every layer's numbers are told.
+
+python tools/replay.py output/dat_tiny/default/diverged-12345
+
+The folder is what a run leaves when it ends with exit code 5; a checkpoint step-<update> stands for the update after
+it. The same images, augmented and mixed the same way, go through the same model and loss, slot by slot. All numbers go
+to replay.json in that folder, the worst of them to the terminal.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from yacs.config import CfgNode
+
+import config
+import data
+from engine import checkpoint, run
+from engine.divergence import images_of
+from engine.epoch import _accumulate
+from engine.reduce import FastReduction
+from utils import distributed
+from utils.errors import CheckpointError, UserError
+from utils.logging import start_logging
+
+SHOWN = 10  # rows of a table
+
+
+def describe(tensors: list[Tensor]) -> dict[str, float]:
+    """Elements, how many are not finite, and min, max, mean and std of the others (0 where there are none)."""
+    values = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+    finite = values[values.isfinite()]
+    numbers = {"elements": len(values), "nonfinite": len(values) - len(finite)}
+    finite = finite if len(finite) else torch.zeros(1)
+    std, mean = torch.std_mean(finite, correction=0)
+    return numbers | {
+        "min": finite.min().item(),
+        "max": finite.max().item(),
+        "mean": mean.item(),
+        "std": std.item(),
+    }
+
+
+def observe(model: nn.Module) -> list[dict]:
+    """A list that a forward pass fills with the numbers of every module's output, inner modules first."""
+    rows: list[dict] = []
+
+    def note(name: str, value: object) -> None:
+        tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+        if tensors:
+            rows.append({"name": name, **describe(tensors)})
+
+    model.register_forward_pre_hook(lambda module, inputs: note("(images)", inputs))
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: note(name or "(logits)", output)
+        )
+    return rows
+
+
+def replay(cfg: CfgNode, path: Path) -> dict:
+    """The numbers of the update after the state at `path`: of its weights, of every slot, of the mean gradient."""
+    with distributed.joined(cfg.DEVICE, cfg.THREADS) as process:
+        start_logging(cfg.MODEL.NAME, process.rank)
+        state, recipe, train_set, sampler = run.reopen(cfg, path, process)
+        images = images_of(state.update, train_set, sampler)
+        batches = iter(data.train_loader(train_set, sampler, num_workers=0))
+        parameters = dict(state.model.named_parameters())
+        gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        rows, slots = observe(state.model), []
+        for slot in recipe.slots:
+            rows.clear()
+            alone = dataclasses.replace(recipe, slots=range(slot, slot + 1))
+            reduction = FastReduction(state.model, alone.slots, process)
+            (loss,), _ = _accumulate(state, reduction, batches, alone, process)
+            own = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+            for name, gradient in own.items():
+                gradients[name] += gradient / len(recipe.slots)
+            norm = nn.utils.get_total_norm(own.values()).item()
+            slots.append({"slot": slot, "loss": loss.item(), "grad_norm": norm})
+            slots[-1] |= {"images": images[slot], "outputs": list(rows)}
+    return {
+        "update": state.update + 1,
+        "slots": slots,
+        "weights": [{"name": name, **describe([p])} for name, p in parameters.items()],
+        "gradients": [{"name": name, **describe([g])} for name, g in gradients.items()],
+    }
+
+
+def verdict(found: dict) -> str:
+    """In a sentence, where the first number that is not finite comes from."""
+    for row in found["weights"]:
+        if row["nonfinite"]:
+            return f"The weights are not finite before the update: {row['name']} is the first."
+    for slot in found["slots"]:
+        for row in slot["outputs"]:
+            if row["nonfinite"]:
+                return (
+                    f"Slot {slot['slot']}: {row['nonfinite']} of {row['elements']} values of {row['name']} "
+                    "are the first that are not finite."
+                )
+    for row in reversed(found["gradients"]):  # as the backward pass goes
+        if row["nonfinite"]:
+            return (
+                f"All outputs are finite; the gradient of {row['name']} is the first that is not."
+            )
+    return (
+        "Everything is finite in float32: either the largest outputs are too large for the training's "
+        "number format, or the machine was at fault."
+    )
+
+
+def severity(row: dict) -> tuple[int, float]:
+    """What a row of numbers is sorted by: values that are not finite, then the largest one."""
+    return row["nonfinite"], max(-row["min"], row["max"])
+
+
+def print_tables(found: dict) -> None:
+    """The slots, and the outputs and gradients with most values that are not finite, then with the largest ones."""
+    print(f"\n{'slot':>5} {'loss':>12} {'grad_norm':>12}  first image")
+    for slot in found["slots"]:
+        print(
+            f"{slot['slot']:>5} {slot['loss']:>12.5g} {slot['grad_norm']:>12.5g}  {slot['images'][0]}"
+        )
+    worst: dict[str, dict] = {}
+    for slot in found["slots"]:
+        for row in slot["outputs"]:
+            if row["name"] not in worst or severity(row) > severity(worst[row["name"]]):
+                worst[row["name"]] = {**row, "slot": slot["slot"]}
+    outputs = [{**row, "name": f"{name} (slot {row['slot']})"} for name, row in worst.items()]
+    for title, rows in (("outputs", outputs), ("gradients", found["gradients"])):
+        columns = ("nonfinite", "min", "max", "mean", "std")
+        print("\n" + "".join(f"{column:>12}" for column in columns) + f"  {title}")
+        for row in sorted(rows, key=severity, reverse=True)[:SHOWN]:
+            print("".join(f"{row[column]:>12.5g}" for column in columns) + f"  {row['name']}")
+
+
+def configuration(path: Path, data_path: str | None) -> CfgNode:
+    """The configuration of the checkpoint at `path`, in float32, perhaps with the data elsewhere."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder; expected diverged-<update> or step-<update>")
+    if damage := checkpoint.verify(path):
+        raise CheckpointError(f"{path}: {damage}")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(checkpoint.read_facts(path)["config"], file)
+        file.flush()
+        argv = ["--cfg", file.name, "--amp-dtype", "float32"]
+        return config.parse(argv + (["--data-path", data_path] if data_path else [])).cfg
+
+
+def without_nan(value: object) -> object:
+    """`value` with text in place of the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(argv: list[str]) -> int:
+    """Replay one update; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path, help="diverged-<update> or step-<update>")
+    parser.add_argument("--data-path", help="where the data is, if not where it was")
+    args = parser.parse_args(argv)
+    try:
+        found = replay(configuration(args.path, args.data_path), args.path)
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    report = args.path / "replay.json"
+    report.write_text(json.dumps(without_nan({"verdict": verdict(found), **found}), indent=1))
+    print_tables(found)
+    print(f"\nUpdate {found['update']}: {verdict(found)} All numbers are in {report}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
