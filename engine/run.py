@@ -99,7 +99,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str, stop: StopRequest) -
         distributed.barrier()  # all have read what the first one is about to write and prune
         if process.is_main:
             write_atomically(folder.path / "config.yaml", text)
-        writer = MetricWriter(own_path, state.update, cfg.PRINT_FREQ)
+        writer = MetricWriter(own_path, state.update, state.epoch, cfg.PRINT_FREQ)
 
         # --- Between updates ----------------------------------------------------------------------
         sampler = _slot_sampler(cfg, train_set, recipe, process)
