@@ -231,6 +231,7 @@ SCHEMA = (
     # ---- evaluation ----
     Key("TEST.PROTOCOL", "official", one_of("official", "standard"),
         "official: squash to IMG_SIZE / CROP_PCT squared, crop; standard: shorter side to that size, crop"),
+    Key("TEST.EXACT", True, ANY, "resize with Pillow, as published; False: with torch, twice the images/s, pixels ±1"),
     Key("TEST.CROP_PCT", 0.875, SHARE_ABOVE_0, "side of the centre crop / side of the resized image"),
     Key("TEST.SKIP_BAD", False, ANY, "an unreadable image counts as wrong instead of ending the evaluation"),
     Key("TEST.BATCH_SIZE", 0, at_least(0), "images forwarded at once; 0: DATA.BATCH_SIZE"),

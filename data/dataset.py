@@ -79,7 +79,7 @@ class ImageDataset(Dataset):
 
     classes: the class list that decides the labels, in order; by default the sorted folder names.
     allow_missing: declares the split a subset, so that classes may have no images.
-    transform: PIL picture to uint8 tensor [3, H, W].
+    transform: PIL picture to uint8 tensor [3, H, W]; with another input if it has its own `decode`.
     seed: of the augmentation and of substitutes; only training uses it.
     upright: turn images as their EXIF data asks for.
     checksums: index of tools/doctor.py --sha with which the bytes of each image are compared.
@@ -105,6 +105,7 @@ class ImageDataset(Dataset):
     ):
         self.source = open_split(root, split)
         self.transform = transform
+        self.decode = getattr(transform, "decode", decode)
         self.train = train
         self.seed = seed
         self.upright = upright
@@ -213,7 +214,7 @@ class ImageDataset(Dataset):
             word = key(self.seed, "substitute", epoch, index, attempt)
             yield int(others[word % len(others)])
 
-    def _image(self, index: int) -> Image.Image:
+    def _image(self, index: int) -> Image.Image | torch.Tensor:
         data = b""
         try:
             data = self.read(index)
@@ -221,7 +222,7 @@ class ImageDataset(Dataset):
                 digest = hashlib.sha256(data).digest()
                 if digest != self.checksums[index].tobytes():
                     raise ValueError("its SHA-256 is another than in the index of DATA.VERIFY")
-            return decode(data, upright=self.upright)
+            return self.decode(data, upright=self.upright)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
             size = len(data) or self.source.where[index, 0]

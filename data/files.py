@@ -1,6 +1,6 @@
 """Where do the images of a split lie, and how are their bytes read?
 
-A split is a folder, a zip or a tar with the same tree `<class>/<file>` inside. An archive's
+A split is a folder, a pack, a zip or a tar with the same tree `<class>/<file>` inside. An archive's
 directory is read once; its members are read in place, by position, in any number of processes.
 Nothing is ever unpacked, and an archive that programs would unpack differently is refused.
 """
@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from data.index import Listing, change_time, load_listing, save_listing
+from data.pack import read_index, shard_name
 from utils.errors import DataError
 
 Where = tuple[int, ...]  # a file's size and what else its source needs to find it
@@ -28,11 +30,11 @@ MAX_RATIO = 200  # of a zip member's size, unpacked and packed; photographs hard
 PACK_ZIP = "pack the folder again with zip -0 -r"
 PACK_TAR = "pack the folder again with tar --dereference --hard-dereference -c"
 
-LAYOUT = "expected <root>/train and <root>/val (or validation), each a folder, .zip or .tar"
+LAYOUT = "expected <root>/train and <root>/val (or validation), each a folder, .pack, .zip or .tar"
 
 
 class Source:
-    """The images of one split, sorted by relative path; the base of `Folder`, `Zip` and `Tar`.
+    """The images of one split, sorted by relative path; the base of those below.
 
     names: bytes [N], `<class>/<file>`, the same for the same tree in a folder or an archive.
     where: int64 [N, k], column 0 the size in bytes.
@@ -49,11 +51,17 @@ class Source:
                 "sort the images into one folder per class"
             )
         names = sorted(os.fsencode(name) for name in images if "/" in name)
+        where = np.array([images[os.fsdecode(name)] for name in names], dtype=np.int64)
+        self._keep(path, np.array(names, dtype=np.bytes_), where, folders, ignored + len(loose))
+
+    def _keep(
+        self, path: Path, names: np.ndarray, where: np.ndarray, folders: set[str], ignored: int
+    ) -> None:
         self.path = str(path)
-        self.names = np.array(names, dtype=np.bytes_)
-        self.where = np.array([images[os.fsdecode(name)] for name in names], dtype=np.int64)
+        self.names = names
+        self.where = where
         self.folders = folders
-        self.ignored = ignored + len(loose)
+        self.ignored = ignored
 
     def read(self, index: int) -> bytes:
         """The bytes of image `index`; OSError, EOFError, ValueError or zlib.error if damaged."""
@@ -61,14 +69,22 @@ class Source:
 
 
 class Folder(Source):
-    """A split of files in class folders; links are followed, never into a folder seen before."""
+    """A split of files in class folders; links are followed, never into a folder seen before.
+
+    What was found is kept for the next time (`data/index.py`).
+    """
 
     def __init__(self, path: Path):
+        if (known := load_listing(path)) is not None:
+            classes = {os.fsdecode(name) for name in known.classes.tolist()}
+            self._keep(path, known.names, known.sizes[:, None], classes, int(known.ignored))
+            return
         images: dict[str, Where] = {}
         folders, ignored = set(), 0
-        seen, pending = {_identity(path)}, [("", path)]
+        seen, pending, times = {_identity(path)}, [("", path)], {}
         while pending:
             prefix, folder = pending.pop()
+            times[os.fsencode(prefix)] = change_time(path, prefix)  # before its content is listed
             for entry in sorted(_list(folder), key=lambda entry: entry.name):
                 name, status = prefix + entry.name, _status(entry)
                 if entry.name.startswith("."):
@@ -85,6 +101,15 @@ class Folder(Source):
                 else:
                     ignored += 1
         super().__init__(path, images, folders, ignored)
+        listing = Listing(
+            self.names,
+            self.where[:, 0],
+            classes=np.array([os.fsencode(name) for name in folders], np.bytes_),
+            ignored=np.array(self.ignored),
+            folders=np.array(list(times), np.bytes_),
+            times=np.array(list(times.values()), np.int64),
+        )
+        save_listing(path, listing)
 
     def read(self, index: int) -> bytes:
         """The bytes of image `index`; OSError or ValueError if it is no file that can be read."""
@@ -96,10 +121,33 @@ class Folder(Source):
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("a pipe or device instead of a file")
             if status.st_size != listed:
-                raise ValueError(f"has {status.st_size} bytes, had {listed} when it was listed")
+                raise ValueError(
+                    f"has {status.st_size} bytes, had {listed} when it was listed; "
+                    "touch its folder if that is meant"
+                )
             if status.st_size > MAX_BYTES:
                 raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
             return file.read(status.st_size)
+
+
+class Pack(Source):
+    """A split that tools/pack.py has written, every file checked against its CRC-32."""
+
+    def __init__(self, path: Path):
+        names, where, self.info = read_index(path)
+        classes = {os.fsdecode(name.split(b"/", 1)[0]) for name in names.tolist()}
+        self._keep(path, names, where, classes, 0)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of image `index`; OSError, EOFError or ValueError if they are damaged."""
+        size, shard, offset, crc = self.where[index].tolist()
+        data = _pread(os.path.join(self.path, shard_name(shard)), size, offset)
+        if zlib.crc32(data) != crc:
+            raise ValueError(
+                f"record {index}, at byte {offset} of {shard_name(shard)}: "
+                "CRC-32 differs from the index"
+            )
+        return data
 
 
 class Zip(Source):
@@ -186,7 +234,7 @@ class Tar(Source):
 
 
 def open_split(root: str | Path, split: str) -> Source:
-    """The source of `split` below `root`: a folder, else a zip, else a tar.
+    """The source of `split` below `root`: a pack, else a folder, a zip or a tar.
 
     `val` may also be called `validation`. Raises DataError when there is none, when it cannot be
     listed or when it has no class folders.
@@ -196,6 +244,7 @@ def open_split(root: str | Path, split: str) -> Source:
         raise DataError(f"{root}: no such folder; {LAYOUT}")
     for name in (split, "validation") if split == "val" else (split,):
         for suffix, kind, exists in (
+            (".pack", Pack, Path.is_dir),
             ("", Folder, Path.is_dir),
             (".zip", Zip, Path.is_file),
             (".tar", Tar, Path.is_file),

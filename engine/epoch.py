@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from data import NO_LABEL
 from engine.checkpoint import TrainState
 from engine.optimizer import Schedule
+from engine.phases import Phases, shares, verdict
 from engine.reduce import Reduction
 from utils.distributed import Process, all_reduce_sum
 from utils.logging import MetricWriter, logger
@@ -62,8 +64,8 @@ def train_epoch(
     """
     end = (state.epoch + 1) * recipe.updates_per_epoch
     meters = {name: AverageMeter() for name in ("time", "loss", "grad_norm")}
-    begin = since = time.perf_counter()
-    since_update, waited = state.update, 0.0
+    begin = time.perf_counter()
+    since_update, phases, epoch_seconds = state.update, Phases(process.device), Counter()
     progress = tqdm(
         total=recipe.updates_per_epoch,
         initial=state.update % recipe.updates_per_epoch,
@@ -76,10 +78,10 @@ def train_epoch(
         rate = recipe.schedule(state.update)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        losses, wait = _accumulate(state, reduction, batches, recipe, process)
-        norm = _step(state, recipe.clip_grad)
+        losses = _accumulate(state, reduction, batches, recipe, process, phases)
+        with phases("optimizer"):
+            norm = _step(state, recipe.clip_grad)
         state.update += 1
-        waited += wait
         progress.update()
         if state.update % recipe.print_freq == 0:
             # The values are this update's own, so that a resumed run records the same as one that was not stopped.
@@ -88,41 +90,50 @@ def train_epoch(
             if state.scaler.is_enabled():
                 values["train/loss_scale"] = state.scaler.get_scale()
             writer.metrics(state.update, values)
-            seconds, updates = time.perf_counter() - since, state.update - since_update
+            lap, updates = phases.lap(), state.update - since_update
+            epoch_seconds.update(lap)
+            seconds = sum(lap.values())
             speed = updates * recipe.global_batch / seconds
-            writer.timing(
-                state.update,
-                {"time/images_per_s": speed, "time/data_wait": waited / seconds},
-            )
+            times = {f"time/{phase}": share for phase, share in shares(lap).items()}
+            writer.timing(state.update, {"time/images_per_s": speed, **times})
             for name, value in (("time", seconds / updates), ("loss", loss), ("grad_norm", norm)):
                 meters[name].update(value)
             logger.info(_train_line(state, recipe, rate, meters, process.device))
-            since, since_update, waited = time.perf_counter(), state.update, 0.0
-        at_boundary()
+            since_update = state.update
+        with phases("save"):
+            at_boundary()
     progress.close()
+    epoch_seconds.update(phases.lap())
     logger.info(f"EPOCH {state.epoch} training takes {_clock(time.perf_counter() - begin)}")
+    logger.info(verdict(epoch_seconds))
 
 
 def _accumulate(
-    state: TrainState, reduction: Reduction, batches: Iterator, recipe: Recipe, process: Process
-) -> tuple[list[torch.Tensor], float]:
-    """Leave the mean gradient of an update's slots; return the losses of its own, and the seconds without data."""
+    state: TrainState,
+    reduction: Reduction,
+    batches: Iterator,
+    recipe: Recipe,
+    process: Process,
+    phases: Phases,
+) -> list[torch.Tensor]:
+    """Leave the mean gradient of an update's slots; return the losses of this process's."""
     state.optimizer.zero_grad(set_to_none=True)
-    losses, waited = [], 0.0
+    losses = []
     for slot in recipe.slots:
-        start = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - start
+        with phases("data_wait"):
+            batch = next(batches)
         reseed(key(recipe.seed, "slot", state.update, slot), process.device)
-        images, targets = recipe.transform(batch.images, batch.labels)
+        with phases("transform"):
+            images, targets = recipe.transform(batch.images, batch.labels)
         with reduction.slot(slot):
-            with autocast(process.device, recipe.amp_dtype):
+            with phases("forward"), autocast(process.device, recipe.amp_dtype):
                 logits = reduction.net(images)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
             loss = loss / reduction.divisor
-            state.scaler.scale(loss).backward()
+            with phases("backward"):
+                state.scaler.scale(loss).backward()
         losses.append(loss.detach())
-    return losses, waited
+    return losses
 
 
 def _step(state: TrainState, clip_grad: float) -> float:

@@ -283,6 +283,7 @@ def _open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Ima
             protocol=cfg.TEST.PROTOCOL,
             crop_pct=cfg.TEST.CROP_PCT,
             interpolation=cfg.DATA.INTERPOLATION,
+            exact=cfg.TEST.EXACT,
         )
     return data.ImageDataset(
         cfg.DATA.PATH,
@@ -521,7 +522,7 @@ def _log_accuracy(result: Accuracy, name: str) -> None:
 def _protocol(cfg: CfgNode) -> str:
     return (
         f"protocol {cfg.TEST.PROTOCOL}, {cfg.DATA.IMG_SIZE} px, crop_pct {cfg.TEST.CROP_PCT:g}, "
-        f"{cfg.DATA.INTERPOLATION}, {cfg.AMP_DTYPE}"
+        f"{cfg.DATA.INTERPOLATION}{'' if cfg.TEST.EXACT else ' by torch'}, {cfg.AMP_DTYPE}"
     )
 
 

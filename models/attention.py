@@ -64,11 +64,13 @@ def in_parts(
 
     @functools.wraps(forward)
     def wrapped(self: nn.Module, x: Tensor) -> Tensor:
-        parts = -(-self.largest(x) // CPU_BYTES)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.children())
-        if parts <= 1 or x.device.type != "cpu" or hooked or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or hooked or torch.compiler.is_compiling():
             return forward(self, x)
-        return torch.cat([forward(self, part) for part in x.chunk(parts)])
+        parts = -(-self.largest(x) // CPU_BYTES)
+        return (
+            torch.cat([forward(self, p) for p in x.chunk(parts)]) if parts > 1 else forward(self, x)
+        )
 
     return wrapped
 

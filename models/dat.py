@@ -396,6 +396,12 @@ class DAT(nn.Module):
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.head.reset(num_classes, global_pool)
 
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(
+            "a DAT cannot be scripted, because windows and padding follow the size of every input: use "
+            "torch.export.export(model, (images,)), or torch.jit.trace(model, images) for images of one size"
+        )
+
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping what they computed."""

@@ -147,7 +147,6 @@ def test_what_cannot_be_read_is_wrong_and_has_no_loss(tmp_path):
         model=model,
         loader=eval_loader(val, ShardSampler(9, batch_size=4), num_workers=0),
         normalize=lambda images: images.float() / 255,
-        batch_size=4,
         process=Process(0, 1, torch.device("cpu")),
         amp_dtype=torch.float32,
         print_freq=10,
@@ -418,7 +417,7 @@ def test_truncated_images_are_never_painted_grey(monkeypatch):
 def test_the_decoder_is_known_by_its_pixels(monkeypatch):
     fingerprint = decoder_fingerprint()
     assert fingerprint == decoder_fingerprint()
-    assert set(fingerprint) == {"pillow", "libjpeg", "pixels"}
+    assert set(fingerprint) == {"pillow", "simplejpeg", "libjpeg", "pixels"}
     swapped = decode(data.decode.SAMPLE).getchannel
     other = Image.merge("RGB", [swapped(channel) for channel in "BGR"])
     monkeypatch.setattr(data.decode, "decode", lambda content: other)

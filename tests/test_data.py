@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import PILToTensor
 
 from data import ImageDataset, eval_transform, read_class_list, train_transform
-from data.decode import decode
+from data.decode import UNREADABLE, decode, decode_pixels
 from utils.errors import DataError
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
@@ -353,19 +353,37 @@ def test_every_mode_becomes_rgb(data, pixels):
     image = decode(data)
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), pixels)
+    np.testing.assert_array_equal(decode_pixels(data).numpy(), pixels)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_pixels_of_damaged_files_are_refused_like_pictures(kind):
+    with pytest.raises(UNREADABLE) as picture:
+        decode(DAMAGED[kind])
+    with pytest.raises(UNREADABLE) as pixels:
+        decode_pixels(DAMAGED[kind])
+    assert str(pixels.value) == str(picture.value)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1)])
 def test_extreme_shapes_are_accepted(size):
     picture = Image.new("RGB", size)
-    for transform in (train_transform(32), train_transform(32, padding=4), eval_transform(32)):
+    data = encode(picture, "PNG")
+    for transform in (
+        train_transform(32),
+        train_transform(32, padding=4),
+        eval_transform(32),
+        eval_transform(32, exact=False),
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert transform(picture).shape == (3, 32, 32)
+            decoded = getattr(transform, "decode", decode)(data)
+            assert transform(decoded).shape == (3, 32, 32)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared CIFAR-10 and ImageNet samples")
-def test_shared_samples():
+def test_shared_samples(monkeypatch):
+    monkeypatch.setattr("data.index.SETTLED", 10**20)  # keeps the folder as it is
     train = dataset(SHARED / "cifar10", train=True)
     val = dataset(SHARED / "cifar10", "val", classes=train.classes)
     assert (len(train), len(val), len(train.classes)) == (50_000, 5_000, 10)
@@ -373,3 +391,6 @@ def test_shared_samples():
     imagenet = dataset(SHARED / "imagenet_samples", "val")
     assert len(imagenet) == len(imagenet.classes) == 1000
     assert imagenet[999].image.shape[0] == 3
+    for index in range(0, 1000, 20):
+        file = imagenet.source.read(index)
+        np.testing.assert_array_equal(decode_pixels(file).numpy(), np.asarray(decode(file)))

@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from yacs.config import CfgNode
@@ -29,6 +28,7 @@ import data
 from engine import checkpoint, run
 from engine.divergence import images_of
 from engine.epoch import _accumulate
+from engine.phases import Phases
 from engine.reduce import FastReduction
 from utils import distributed
 from utils.errors import CheckpointError, UserError
@@ -78,12 +78,12 @@ def replay(cfg: CfgNode, path: Path) -> dict:
         batches = iter(data.train_loader(train_set, sampler, num_workers=0))
         parameters = dict(state.model.named_parameters())
         gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        rows, slots = observe(state.model), []
+        rows, slots, phases = observe(state.model), [], Phases(process.device)
         for slot in recipe.slots:
             rows.clear()
             alone = dataclasses.replace(recipe, slots=range(slot, slot + 1))
             reduction = FastReduction(state.model, alone.slots, process)
-            (loss,), _ = _accumulate(state, reduction, batches, alone, process)
+            (loss,) = _accumulate(state, reduction, batches, alone, process, phases)
             own = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             for name, gradient in own.items():
                 gradients[name] += gradient / len(recipe.slots)
@@ -153,7 +153,7 @@ def configuration(path: Path, data_path: str | None) -> CfgNode:
     if damage := checkpoint.verify(path):
         raise CheckpointError(f"{path}: {damage}")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(checkpoint.read_facts(path)["config"], file)
+        json.dump(checkpoint.read_facts(path)["config"], file)  # which YAML can read
         file.flush()
         argv = ["--cfg", file.name, "--amp-dtype", "float32"]
         return config.parse(argv + (["--data-path", data_path] if data_path else [])).cfg

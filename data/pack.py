@@ -1,0 +1,76 @@
+"""How does a packed split lie on disk? As shards of files end to end, and an index that is written last.
+
+`tools/pack.py` writes such a folder, `data/files.py` reads it by position.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.errors import DataError
+
+INFO, INDEX = "pack.json", "index.npz"
+FORMAT = 1  # raised when a reader of the one before would misread it
+
+
+class PackIndex(NamedTuple):
+    """What a pack holds.
+
+    names: bytes [N], `<class>/<file>`, sorted.
+    where: int64 [N, 4]: size, shard, offset in the shard, CRC-32.
+    info: what it was made from and how: `source`, the fingerprint of the dataset that was packed,
+    `shorter_side` and `quality` if it was encoded anew, the shards' sizes, the index's SHA-256.
+    """
+
+    names: np.ndarray
+    where: np.ndarray
+    info: dict
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard."""
+    return f"shard-{number:05d}.bin"
+
+
+def write_index(folder: Path, names: np.ndarray, where: np.ndarray, info: dict) -> None:
+    """Write the index of the shards in `folder`, which makes it a pack."""
+    buffer = io.BytesIO()
+    np.savez(buffer, names=names, where=where)
+    sizes = np.bincount(where[:, 1], weights=where[:, 0]).astype(int).tolist()
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    info = {"format": FORMAT, **info, "images": len(names), "shards": sizes, "index": digest}
+    (folder / INDEX).write_bytes(buffer.getvalue())
+    (folder / INFO).write_text(json.dumps(info, indent=1))
+
+
+def read_index(folder: Path) -> PackIndex:
+    """The index of the pack `folder`, checked against its own checksum and the sizes of the shards.
+
+    Raises DataError, naming the file, if anything is missing, cut or damaged.
+    """
+    remedy = "copy it again, or write it again with tools/pack.py"
+    try:
+        info = json.loads((folder / INFO).read_text())
+        if info["format"] != FORMAT:
+            raise DataError(
+                f"{folder}: is a pack of format {info['format']}, expected {FORMAT}; "
+                "write it again with tools/pack.py"
+            )
+        content = (folder / INDEX).read_bytes()
+        if hashlib.sha256(content).hexdigest() != info["index"]:
+            raise DataError(f"{folder / INDEX}: differs from its SHA-256 in {INFO}; {remedy}")
+        with np.load(io.BytesIO(content)) as arrays:
+            names, where = arrays["names"], arrays["where"]
+        for number, size in enumerate(info["shards"]):
+            shard = folder / shard_name(number)
+            if (found := os.stat(shard).st_size) != size:
+                raise DataError(f"{shard}: holds {found} bytes, expected {size}; {remedy}")
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{folder}: not a readable pack ({error}); {remedy}") from error
+    return PackIndex(names, where, info)

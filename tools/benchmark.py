@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""How fast is it, beside what, and how far from what the machine could do?
+
+    python tools/benchmark.py model dat_tiny swin_tiny_patch4_window7_224 --dtype bfloat16
+    python tools/benchmark.py data ../shared/data/imagenet_samples/val --workers 2
+    python tools/benchmark.py loop --cfg configs/dat_tiny.yaml --data-path /imagenet
+    python tools/benchmark.py scaling dat_tiny --processes 2 --threads 1
+
+Leave the machine alone meanwhile. docs/performance.md says how it is measured.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import bench_data, bench_loop, bench_model, bench_scaling
+from utils.errors import StorageError, UserError
+
+SUBJECTS = {
+    "model": bench_model,
+    "data": bench_data,
+    "loop": bench_loop,
+    "scaling": bench_scaling,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one benchmark; returns the process's exit code (see utils/errors.py)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    subparsers = parser.add_subparsers(dest="subject", required=True)
+    for name, module in SUBJECTS.items():
+        subparser = subparsers.add_parser(name, help=module.__doc__, description=module.__doc__)
+        module.add_arguments(subparser)
+        subparser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    args = parser.parse_args(arguments)
+    try:
+        result = SUBJECTS[args.subject].run(args)
+        print(SUBJECTS[args.subject].table(result))
+        if args.json:
+            write(args.json, result)
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def write(path: Path, result: dict) -> None:
+    """The numbers as JSON."""
+    try:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(f"--json {path} cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

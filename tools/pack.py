@@ -1,0 +1,223 @@
+#!/usr/bin/env python
+"""How does a training set become a few large files? Written once into shards that are read by position.
+
+python tools/pack.py /imagenet /imagenet-packed --shorter-side 288 --quality 90
+
+writes /imagenet-packed/train.pack; train and evaluate with --data-path /imagenet-packed. Without
+--shorter-side the files are packed as they are and the dataset's fingerprint stays the same; with
+it, pictures whose shorter side is longer are resized and encoded as JPEG, which makes another
+dataset with another fingerprint. The same command goes on where it was stopped. --verify compares
+every file's checksum, and the files that were packed with those in ROOT now.
+"""
+
+import argparse
+import copy
+import io
+import itertools
+import json
+import os
+import sys
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data import ImageDataset
+from data.decode import UNREADABLE, decode
+from data.files import Pack, Source, open_split
+from data.pack import shard_name, write_index
+from utils.errors import ConfigError, DataError, StorageError, UserError
+from utils.logging import write_atomically
+
+SHARD_BYTES = 64 * 2**20  # of the files that go into a shard
+
+
+def shards_of(sizes: np.ndarray) -> list[range]:
+    """The positions of each shard's files: in order, up to `SHARD_BYTES`, at least one."""
+    ends = np.cumsum(sizes)
+    starts = [0]
+    while (last := starts[-1]) < len(sizes):
+        full = np.searchsorted(ends, ends[last] - sizes[last] + SHARD_BYTES, side="right")
+        starts.append(max(last + 1, int(full)))
+    return [range(*pair) for pair in itertools.pairwise(starts)]
+
+
+def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
+    """A file as a JPEG whose shorter side is `shorter_side`; as it is if that is no shorter."""
+    picture = decode(data)
+    shorter = min(picture.size)
+    if shorter <= shorter_side:
+        return data
+    size = tuple(round(length * shorter_side / shorter) for length in picture.size)
+    buffer = io.BytesIO()
+    picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def part_of(source: Source, indices: range) -> Source:
+    """The files at `indices` alone, to be sent to another process."""
+    part = copy.copy(source)
+    part.names, part.where = source.names[indices], source.where[indices]
+    return part
+
+
+def write_shard(source: Source, folder: Path, number: int, shorter_side: int, quality: int) -> int:
+    """Write all of `source` as shard `number` and then its part of the index; the number of files.
+
+    Raises DataError for a file that cannot be read.
+    """
+    part = folder / f"part-{number:05d}.npy"
+    if part.exists():
+        return len(source.names)
+    rows, offset = [], 0
+    with open(folder / shard_name(number), "wb") as shard:
+        for index in range(len(source.names)):
+            try:
+                data = source.read(index)
+                if shorter_side:
+                    data = shrink(data, shorter_side, quality)
+            except UNREADABLE as error:
+                name = os.path.join(source.path, os.fsdecode(source.names[index]))
+                raise DataError(
+                    f"{name}: cannot be packed ({error}); restore or remove it, then start again"
+                ) from error
+            rows.append((len(data), number, offset, zlib.crc32(data)))
+            offset += shard.write(data)
+        shard.flush()
+        os.fsync(shard.fileno())
+    temporary = part.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, np.array(rows, np.int64))
+    os.replace(temporary, part)
+    return len(source.names)
+
+
+def pack(root: Path, out: Path, split: str, shorter_side: int, quality: int, workers: int) -> None:
+    """Write `out`/<split>.pack from the `split` of `root`, under another name until it is whole.
+
+    Raises ConfigError if it is there already, StorageError if it cannot be written.
+    """
+    target = out / f"{split}.pack"
+    if target.exists():
+        raise ConfigError(f"{target} exists: remove it, or name another folder")
+    dataset = ImageDataset(root, split, transform=None)
+    shards = shards_of(dataset.source.where[:, 0])
+    info = {"source": dataset.fingerprint, "shorter_side": shorter_side}
+    info |= {"quality": quality} if shorter_side else {}
+    folder = out / f".{split}.pack"
+    try:
+        _begin(folder, info)
+        tasks = len(shards)
+        with (
+            ProcessPoolExecutor(workers) as pool,
+            tqdm(total=len(dataset), unit=" images", desc=str(target), disable=None) as bar,
+        ):
+            parts = (part_of(dataset.source, indices) for indices in shards)
+            same = ([value] * tasks for value in (shorter_side, quality))
+            for count in pool.map(write_shard, parts, [folder] * tasks, range(tasks), *same):
+                bar.update(count)
+        rows = [folder / f"part-{number:05d}.npy" for number in range(tasks)]
+        where = np.concatenate([np.load(path) for path in rows])
+        write_index(folder, dataset.source.names, where, info)
+        for path in (*rows, folder / "plan.json"):
+            path.unlink()
+        os.replace(folder, target)
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or out} cannot be written: {error.strerror}"
+        ) from error
+    before, after = dataset.source.where[:, 0].sum(), where[:, 0].sum()
+    how = f"shorter side {shorter_side}, JPEG quality {quality}" if shorter_side else "as they are"
+    print(
+        f"{target}: {len(dataset)} images, {how}, in {tasks} shards, {after:,} bytes, "
+        f"{after / before:.1%} of {dataset.source.path}"
+    )
+
+
+def _begin(folder: Path, info: dict) -> None:
+    """Make `folder`, or find it begun with the same plan; with another one raise ConfigError."""
+    plan = folder / "plan.json"
+    if plan.exists() and json.loads(plan.read_text()) != info:
+        raise ConfigError(
+            f"{folder} was begun from other files or with other settings: remove it to start anew"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(plan, json.dumps(info))
+
+
+def verify(root: Path, out: Path, split: str) -> None:
+    """Read everything in `out`/<split>.pack and list what it was made from; DataError if either differs."""
+    source = open_split(out, split)
+    if not isinstance(source, Pack):
+        raise ConfigError(f"{source.path} is no pack: name the folder that holds {split}.pack")
+    for index in tqdm(range(len(source.names)), unit=" images", desc=source.path, disable=None):
+        try:
+            source.read(index)
+        except UNREADABLE as error:
+            name = os.fsdecode(source.names[index])
+            raise DataError(f"{source.path}: {name}: {error}; copy or write it again") from error
+    original = ImageDataset(root, split, transform=None)
+    if original.fingerprint != source.info["source"]:
+        raise DataError(
+            f"{source.path} was packed from other files than {original.source.path} holds now "
+            f"(fingerprint {source.info['source'][:12]}…, there {original.fingerprint[:12]}…); "
+            "write it again, or restore them"
+        )
+    print(
+        f"{source.path}: {len(source.names)} images are whole and those of {original.source.path}"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Pack or verify; returns the exit code of utils/errors.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("root", type=Path, metavar="ROOT", help="dataset, as --data-path takes it")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the packs into")
+    parser.add_argument("--split", nargs="+", default=["train"], choices=("train", "val"))
+    parser.add_argument(
+        "--shorter-side",
+        type=int,
+        default=0,
+        choices=range(32, 4097),
+        metavar="PIXELS",
+        help="resize longer ones to it",
+    )
+    parser.add_argument(
+        "--quality",
+        type=int,
+        default=90,
+        choices=range(1, 101),
+        metavar="1…100",
+        help="of the JPEGs that are resized",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        choices=range(1, 257),
+        metavar="N",
+        help="processes",
+    )
+    parser.add_argument("--verify", action="store_true", help="check the packs in OUT against ROOT")
+    args = parser.parse_args(arguments)
+    try:
+        for split in args.split:
+            if args.verify:
+                verify(args.root, args.out, split)
+            else:
+                pack(args.root, args.out, split, args.shorter_side, args.quality, args.workers)
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
