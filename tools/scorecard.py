@@ -60,7 +60,7 @@ FIGURES = (
     Figure(8, "went on from the newest whole one", storage.fall_back, "100 %"),
     Figure(9, "no room: checkpoints intact, bits equal after", storage.no_room, "10/10", "40/40"),
     Figure(10, "second run in the same folder refused", storage.races, "100/100"),
-    Figure(11, "bad files: kinds; fuzzed", inputs.bad_files, "≥ 35; 1,200, 0 foreign", "≥ 35; 12,000, 0 foreign"),
+    Figure(11, "bad files: kinds; fuzzed", inputs.bad_files, "≥ 35; 1,200; 0 foreign", "≥ 35; 12,000; 0 foreign"),
     Figure(12, "bad files reported = planted", inputs.bad_samples, "equal"),
     Figure(13, "wrong configurations: place, key, remedy", inputs.wrong_configurations, "≥ 70, 100 %"),
     Figure(14, "malicious files blocked, canary unharmed", inputs.malicious_files, "≥ 15, 100 %"),
@@ -99,14 +99,14 @@ def measured(figure: Figure, lab: Lab) -> dict:
     }
 
 
-ROW = "{:>2}  {:<46} {:<23} {:<44} {} {:>6}"
+ROW = "{:>2}  {:<46} {:<24} {:<43} {} {:>6}"
 COLOURS = {"PASS": 32, "FAIL": 31, "NOT RUN": 33}
 
 
 def row(record: dict) -> str:
     """A record as a line of the table, coloured on a terminal."""
     words = " ".join(record["measured"].split())
-    words = words if len(words) <= 44 else f"{words[:43]}…"
+    words = words if len(words) <= 43 else f"{words[:42]}…"
     result = f"{record['result']:<7}"
     if sys.stdout.isatty():
         result = f"\033[{COLOURS[record['result']]}m{result}\033[0m"

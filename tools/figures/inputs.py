@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -60,7 +61,8 @@ def run_on_bad_files(lab: Lab) -> dict:
 
 def read_chunk(first: int, folder: Path) -> dict[str, int]:
     """How often each outcome came of fuzzed files `first` to `first` + CHUNK - 1; foreign exceptions by seed."""
-    warnings.simplefilter("ignore")  # Pillow warns of much that it reads all the same
+    warnings.simplefilter("ignore")  # Pillow tells much about files, whether it reads them or not
+    logging.disable()
     outcomes: Counter[str] = Counter()
     for seed in range(first, first + CHUNK):
         try:
