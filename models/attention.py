@@ -31,31 +31,55 @@ from torchvision.ops import DeformConv2d
 
 CPU_BYTES = 20 * 2**20
 
+Forward = Callable[[nn.Module, Tensor], Tensor]
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q · kᵀ / √D + bias) · v with q (…, N, D), k and v (…, S, D), bias broadcast to (…, N, S)."""
-    lead = q.shape[:-2]
-    bias = bias.to(q.dtype).expand(*lead, -1, -1).flatten(0, -3)
-    q, k, v = q.flatten(0, -3), k.flatten(0, -3), v.flatten(0, -3)
+    """softmax(q · kᵀ / √D + bias) · v with q (b, M, N, D), k and v (b, M, S, D), to (b, M, N, D).
+
+    bias is (b', M, N, S): b' divides b, and the bias is repeated.
+    """
+    bias = bias.to(q.dtype)
+    if bias.shape[0] not in (1, q.shape[0]):
+        bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1, 1)
     if q.is_cuda:
-        z = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], bias[:, None])
-        return z.view(*lead, *z.shape[2:])
-    # On a CPU one product that begins with the bias is faster than the fused kernel for windows of 49 positions.
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return (scores.softmax(dim=-1) @ v).unflatten(0, lead)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # On a CPU a product that begins with the bias is faster than the fused kernel for windows of 49 positions. Scaled
+    # after the product, as released: bilinear reads have kinks, so rounding shows in the gradients of offsets.
+    if bias.shape[0] != q.shape[0]:
+        bias = bias.expand(q.shape[0], -1, -1, -1)
+    scores = torch.baddbmm(
+        bias.flatten(0, 1), q.flatten(0, 1), k.mT.flatten(0, 1), alpha=q.shape[-1] ** -0.5
+    )
+    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(q.shape)
+
+
+def split_heads(
+    x: Tensor, window: tuple[int, int], num_heads: int, parts: int = 1
+) -> tuple[Tensor, ...]:
+    """(B, H, W, parts · C) to `parts` times (B · K, M, n, D): windows in reading order, head by head."""
+    (batch, height, width, _), (rows, columns) = x.shape, window
+    x = x.view(batch, height // rows, rows, width // columns, columns, parts, num_heads, -1)
+    x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (parts, B, K's rows and columns, M, n's, D)
+    return x.reshape(parts, -1, num_heads, rows * columns, x.shape[-1]).unbind(0)
+
+
+def merge_heads(z: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The inverse: (B · K, M, n, D) to (B, H, W, C) with (H, W) = `size`."""
+    (rows, columns), (height, width), (_, heads, _, dim) = window, size, z.shape
+    z = z.view(-1, height // rows, width // columns, heads, rows, columns, dim)
+    return z.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, heads * dim)
 
 
 def attend_all(q: Tensor, kv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
-    """`attend` from every position of q (B, H, W, C) to all of kv (B, S, 2C); bias broadcast to (B, M, N, S)."""
-    k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, M, S, D)
-    z = q.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, M, N, D)
-    z = attend(z, k, v, bias).transpose(1, 2).flatten(2)  # (B, N, C)
-    return z.view(q.shape)
+    """`attend` from every position of q (B, H, W, C) to all of kv (B, S, 2C); bias (B or 1, M, N, S)."""
+    size = tuple(q.shape[1:3])
+    (q,) = split_heads(q, size, num_heads)
+    k, v = split_heads(kv[:, None], (1, kv.shape[1]), num_heads, parts=2)
+    return merge_heads(attend(q, k, v, bias), size, size)
 
 
-def in_parts(
-    forward: Callable[[nn.Module, Tensor], Tensor],
-) -> Callable[[nn.Module, Tensor], Tensor]:
+def in_parts(forward: Forward) -> Forward:
     """On a CPU, call `forward` with so many images at a time that its largest tensor has at most CPU_BYTES.
 
     Larger ones leave the caches, and the allocator gives them back to the system after each use: page faults then cost
@@ -65,12 +89,33 @@ def in_parts(
     @functools.wraps(forward)
     def wrapped(self: nn.Module, x: Tensor) -> Tensor:
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.children())
-        if x.device.type != "cpu" or hooked or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or hooked or being_recorded():
             return forward(self, x)
         parts = -(-self.largest(x) // CPU_BYTES)
-        return (
-            torch.cat([forward(self, p) for p in x.chunk(parts)]) if parts > 1 else forward(self, x)
-        )
+        if parts <= 1:
+            return forward(self, x)
+        return torch.cat([forward(self, part) for part in x.chunk(parts)])
+
+    return wrapped
+
+
+def being_recorded() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace follow what is computed."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def constant(function: Callable) -> Callable:
+    """Remember the tensors that `function` makes of sizes and a device: every forward pass needs the same few."""
+    remembered = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        if being_recorded():  # as operations on sizes, of which some may change
+            return function(*args)
+        with torch.inference_mode(
+            False
+        ):  # for training too, where they may be kept for the backward pass
+            return remembered(*args)
 
     return wrapped
 
@@ -121,17 +166,15 @@ class WindowAttention(nn.Module):
         )
         padding = -height % window[0], -width % window[1]
 
-        bias = self.bias(window)  # (M, n, n)
+        bias = self.bias(window)  # (1, M, n, n)
         if any(shift) or any(padding):
             bias = bias + window_mask((height, width), window, shift, x.device)[:, None]
         if any(padding):
             x = F.pad(x, (0, 0, 0, padding[1], 0, padding[0]))
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = to_windows(qkv, window).permute(3, 0, 1, 4, 2, 5).unbind(0)  # (B, K, M, n, D)
-        x = from_windows(attend(q, k, v, bias).transpose(2, 3), window, x.shape[1:3]).flatten(3)
-        x = self.proj(x)
+        q, k, v = split_heads(self.qkv(x), window, self.num_heads, parts=3)
+        x = self.proj(merge_heads(attend(q, k, v, bias), window, x.shape[1:3]))
         if any(shift):
             x = x.roll(shift, (1, 2))
         return x[:, :height, :width] if any(padding) else x
@@ -141,12 +184,14 @@ class WindowAttention(nn.Module):
         return x.nbytes * max(3, self.num_heads * self.window_size**2 // x.shape[-1])
 
     def bias(self, window: tuple[int, int]) -> Tensor:
-        """The bias (M, n, n) of a window no larger than the table's."""
+        """The bias (1, M, n, n) of a window no larger than the table's."""
         rows, columns = window
         size = self.window_size
-        index = self.relative_position_index.view(size, size, size, size)
-        index = index[:rows, :columns, :rows, :columns].reshape(rows * columns, rows * columns)
-        return F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1)
+        index = self.relative_position_index
+        if window != (size, size):
+            index = index.view(size, size, size, size)[:rows, :columns, :rows, :columns]
+            index = index.reshape(rows * columns, rows * columns)
+        return F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1)[None]
 
 
 def relative_position_index(size: int) -> Tensor:
@@ -157,21 +202,7 @@ def relative_position_index(size: int) -> Tensor:
     return index.reshape(size * size, size * size)
 
 
-def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """(B, H, W, …) to (B, K, n, …), windows in reading order; H and W are multiples of the window."""
-    height, width = x.shape[1:3]
-    x = x.unflatten(2, (width // window[1], window[1])).unflatten(
-        1, (height // window[0], window[0])
-    )
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def from_windows(x: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The inverse of `to_windows`: (B, K, n, …) to (B, H, W, …)."""
-    x = x.unflatten(2, window).unflatten(1, (size[0] // window[0], size[1] // window[1]))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
+@constant
 def window_mask(
     size: tuple[int, int],
     window: tuple[int, int],
@@ -189,10 +220,15 @@ def window_mask(
         slot = torch.arange(padded, device=device)
         region.append((slot >= padded - step).long() + (slot >= padded - offset).long())
         real.append(((slot + offset) % padded) < extent)
-    regions = to_windows((3 * region[0][:, None] + region[1])[None], window)[0]  # (K, n)
-    reals = to_windows((real[0][:, None] & real[1])[None], window)[0]
+    regions = windows(3 * region[0][:, None] + region[1], window)  # (K, n)
+    reals = windows(real[0][:, None] & real[1], window)
     mask = -100.0 * (regions[:, :, None] != regions[:, None, :])
     return mask.masked_fill(reals[:, :, None] & ~reals[:, None, :], -torch.inf)
+
+
+def windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """(H, W) to (K, n), windows in reading order."""
+    return split_heads(x[None, :, :, None], window, num_heads=1)[0].flatten(1)
 
 
 # ---------------------------------------------------------------------------------- neighbourhoods
@@ -216,40 +252,66 @@ class NeighborhoodAttention(nn.Module):
         table = torch.zeros(num_heads, 2 * window_size - 1, 2 * window_size - 1)
         self.rpb = nn.Parameter(trunc_normal_(table, std=0.02))
 
+    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         height, width, channels = x.shape[1:]
-        rows = neighbourhood(height, self.window_size, x.device)
-        columns = neighbourhood(width, self.window_size, x.device)
-        tile = rows.relative.shape[1], columns.relative.shape[1]
-        region = rows.keys.shape[1], columns.keys.shape[1]
-
+        tiles = neighbourhoods(height, width, self.window_size, x.device)
         q, kv = self.qkv(x).split((channels, 2 * channels), dim=-1)
-        q = F.pad(q, (0, 0, 0, -width % tile[1], 0, -height % tile[0]))
+        q = F.pad(q, (0, 0, 0, -width % tiles.tile[1], 0, -height % tiles.tile[0]))
         padded = q.shape[1:3]
-        q = (
-            to_windows(q, tile).unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
-        )  # (B, K, M, n, D)
-        kv = kv.index_select(1, rows.keys.flatten()).index_select(2, columns.keys.flatten())
-        kv = to_windows(kv, region).unflatten(-1, (2, self.num_heads, -1))
-        k, v = kv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # (B, K, M, keys of a region, D)
-        x = attend(q, k, v, self.bias(rows.relative, columns.relative)).transpose(2, 3).flatten(3)
-        return self.proj(from_windows(x, tile, padded)[:, :height, :width])
+        (q,) = split_heads(q, tiles.tile, self.num_heads)
+        kv = kv.index_select(1, tiles.rows).index_select(2, tiles.columns)
+        k, v = split_heads(kv, tiles.region, self.num_heads, parts=2)
+        z = merge_heads(attend(q, k, v, self.bias(tiles.relative)), tiles.tile, padded)
+        return self.proj(z[:, :height, :width])
+
+    def largest(self, x: Tensor) -> int:
+        """Bytes of the scores, or of the keys and values of all regions."""
+        tiles = neighbourhoods(*x.shape[1:3], self.window_size, x.device)
+        scores = len(x) * self.num_heads * tiles.relative.numel() * x.element_size()
+        repeats = len(tiles.rows) * len(tiles.columns) / (x.shape[1] * x.shape[2])
+        return max(scores, int(2 * repeats * x.nbytes))
 
     def masked_macs(self, height: int, width: int) -> int:
         """Multiply-adds per image that `forward` spends on keys outside the queries' windows."""
-        rows, columns = (neighbourhood(n, self.window_size).relative for n in (height, width))
-        computed = rows.numel() * columns.numel()
+        computed = neighbourhoods(height, width, self.window_size, None).relative.numel()
         size = min(self.window_size, height) * min(self.window_size, width)
         return 2 * self.proj.in_features * (computed - height * width * size)
 
-    def bias(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def bias(self, relative: Tensor) -> Tensor:
         """The bias (K, M, n, keys of a region), −∞ outside a query's window."""
-        size = 2 * self.window_size
         table = F.pad(self.rpb, (0, 1, 0, 1), value=-torch.inf).flatten(1)
-        index = rows[:, None, :, None, :, None] * size + columns[None, :, None, :, None, :]
-        index = index.flatten(4, 5).flatten(2, 3).flatten(0, 1)  # (K, n, keys of a region)
-        return table.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+        return (
+            table.index_select(1, relative.flatten()).unflatten(1, relative.shape).transpose(0, 1)
+        )
+
+
+class Neighbourhoods(NamedTuple):
+    """A map cut into K tiles of n queries: which keys a tile reads, and what its queries make of them."""
+
+    tile: tuple[int, int]
+    region: tuple[int, int]  # keys that a tile reads
+    rows: Tensor  # of the regions, one after the other
+    columns: Tensor
+    relative: Tensor  # (K, n, keys of a region) entry of the bias table, which has a border of −∞
+
+
+@constant
+def neighbourhoods(
+    height: int, width: int, window: int, device: torch.device | None
+) -> Neighbourhoods:
+    """Tiles of at most `window` × `window` queries over a map."""
+    rows, columns = (neighbourhood(length, window, device) for length in (height, width))
+    index = rows.relative[:, None, :, None, :, None] * (2 * window)
+    index = index + columns.relative[None, :, None, :, None, :]
+    return Neighbourhoods(
+        tile=(rows.relative.shape[1], columns.relative.shape[1]),
+        region=(rows.keys.shape[1], columns.keys.shape[1]),
+        rows=rows.keys.flatten(),
+        columns=columns.keys.flatten(),
+        relative=index.flatten(4, 5).flatten(2, 3).flatten(0, 1),
+    )
 
 
 class Neighbourhood(NamedTuple):
@@ -298,8 +360,9 @@ class DATGeometry:
     @classmethod
     def place(cls, reference: Tensor, theta: Tensor) -> Tensor:
         """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
-        size = torch.tensor(reference.shape[:2], device=theta.device)
-        return reference + theta.tanh() * (cls.range_factor / size)
+        return reference + theta.tanh() * cls.range_factor / extent(
+            *reference.shape[:2], theta.device
+        )
 
 
 class DATPlusPlusGeometry:
@@ -362,7 +425,7 @@ class SamplingPositions(nn.Module):
 
     def reference(self, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
         """The reference points, (Hk, Wk, 2)."""
-        return grid(self.geometry.reference, size, device)
+        return grid(self.geometry.reference, tuple(size), device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
@@ -405,7 +468,7 @@ class DeformableAttention(nn.Module):
         """(B, H, W, C) to the same shape."""
         q = self.q(x)
         positions = self.positions(q)
-        queries = grid(self.geometry.query, x.shape[1:3], x.device)
+        queries = grid(self.geometry.query, tuple(x.shape[1:3]), x.device)
         bias = displacement_bias(self.displacement_bias_table, queries, positions)
         return self.proj(attend_all(q, self.kv(sample(x, positions)), self.num_heads, bias))
 
@@ -416,12 +479,19 @@ class DeformableAttention(nn.Module):
         return 4 * batch * self.num_heads * (height * width // stride) ** 2
 
 
+@constant
 def grid(
     axis: Callable[[Tensor, int], Tensor], size: tuple[int, int], device: torch.device | None = None
 ) -> Tensor:
     """The points (H, W, 2) of `size` = (H, W), float32, where `axis(index, length)` places those of one axis."""
     y, x = (axis(torch.arange(n, device=device, dtype=torch.float32), n) for n in size)
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+
+
+@constant
+def extent(height: int, width: int, device: torch.device) -> Tensor:
+    """(height, width), float32."""
+    return torch.tensor((height, width), device=device, dtype=torch.float32)
 
 
 def displacement_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
@@ -431,8 +501,8 @@ def displacement_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Ten
     """
     batch, groups = positions.shape[:2]
     # Halved, and turned to the (x, y) that grid_sample wants, while they are few.
-    queries = queries.flatten(0, 1)[:, None].flip(-1) / 2  # (N, 1, 2)
-    keys = positions.flatten(2, 3).flatten(0, 1)[:, None].flip(-1) / 2  # (B·G, 1, S, 2)
+    queries = queries.view(-1, 1, 2).flip(-1) / 2  # (N, 1, 2)
+    keys = positions.reshape(batch * groups, 1, -1, 2).flip(-1) / 2  # (B·G, 1, S, 2)
     tables = tables.to(keys.dtype).unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
     bias = F.grid_sample(tables, queries - keys, align_corners=True)  # (B·G, M/G, N, S)
     return bias.view(batch, -1, *bias.shape[2:])
@@ -441,32 +511,58 @@ def displacement_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Ten
 def sample(x: Tensor, positions: Tensor) -> Tensor:
     """x (B, H, W, C) read at positions (B, G, Hk, Wk, 2), each group its own C / G channels, to (B, S, C).
 
-    Bilinear, zeros outside, as `grid_sample` does; here a reading is the weighted sum of four rows of x, so that
-    nothing is rearranged, and the gradients are summed in a fixed order on a GPU as well.
+    Bilinear, zeros outside. Values take the precision of the coordinates, never the reverse.
     """
+    fused = x.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    read = sample_by_grid if fused else sample_by_rows
+    return read(x.to(positions.dtype), positions)
+
+
+def sample_by_grid(x: Tensor, positions: Tensor) -> Tensor:
+    """`sample` in few kernels, whose gradient is summed in no fixed order on a GPU."""
+    batch, groups = positions.shape[:2]
+    image = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (B, G, C/G, H, W)
+    points = positions.flatten(0, 1).flip(-1)  # (x, y)
+    read = F.grid_sample(image.flatten(0, 1), points, align_corners=True)  # (B·G, C/G, Hk, Wk)
+    return read.flatten(2).unflatten(0, (batch, groups)).flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def sample_by_rows(x: Tensor, positions: Tensor) -> Tensor:
+    """`sample` as the weighted sum of four rows of x for each reading: nothing is rearranged."""
     batch, height, width, channels = x.shape
     groups = positions.shape[1]
-    size = torch.tensor((height, width), device=x.device)
-    points = (positions.flatten(2, 3).transpose(1, 2) + 1) * ((size - 1) / 2)  # (B, S, G, 2), cells
-    corner = points.detach().floor()  # of the four cells around, the first
-    after = points - corner
-    share = torch.stack((1 - after, after), dim=-1)  # (B, S, G, 2 axes, 2)
-    cell = corner.long()[..., None] + torch.arange(2, device=x.device)
-    share = share * ((cell >= 0) & (cell < size[:, None]))
-    cell = cell.clamp_min(0).minimum((size - 1)[:, None])
+    rows, steps, taps = row_numbers(batch, height, width, groups, x.device)
+    last = extent(height, width, x.device) - 1
+    points = (positions.flatten(2, 3).transpose(1, 2) + 1) * (last / 2)  # (B, S, G, 2), in cells
+    points = points.maximum(-torch.ones_like(last)).minimum(
+        last + 1
+    )  # a border of zeros lies around the map
+    corner = points.detach().floor().minimum(last)  # of the four cells around a point, the first
+    after = (points - corner)[..., None]
+    share = torch.cat((1 - after, after), dim=-1)  # (B, S, G, 2 axes, 2)
     weights = share[..., 0, :, None] * share[..., 1, None, :]  # (B, S, G, 2, 2)
-    cells = cell[..., 0, :, None] * width + cell[..., 1, None, :]
-    image = torch.arange(batch, device=x.device)[:, None, None, None, None] * (height * width)
-    rows = (image + cells) * groups + torch.arange(groups, device=x.device)[:, None, None]
-    # Values take the precision of the coordinates, never the reverse.
-    table = x.reshape(-1, channels // groups).to(positions.dtype)
-    read = F.embedding_bag(
-        rows.flatten(0, 2).flatten(1),
-        table,
-        per_sample_weights=weights.flatten(0, 2).flatten(1),
-        mode="sum",
-    )
+    rows = rows + (corner.long() * steps).sum(-1, keepdim=True) + taps  # (B, S, G, 4)
+    table = F.pad(x, (0, 0, 1, 1, 1, 1)).view(-1, channels // groups)
+    weights = weights.flatten(0, 2).flatten(1)
+    read = F.embedding_bag(rows.flatten(0, 2), table, per_sample_weights=weights, mode="sum")
     return read.view(batch, -1, channels)
+
+
+@constant
+def row_numbers(
+    batch: int, height: int, width: int, groups: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For maps (batch, height, width, groups · c) with a border of one cell, taken as rows of c values.
+
+    The row of cell (0, 0) for every image and group (B, 1, G, 1); from there to the next cell along y and x (2); and
+    from a cell to the four that begin with it (4).
+    """
+    along_y = (width + 2) * groups
+    cells = (height + 2) * along_y
+    rows = torch.arange(batch, device=device)[:, None] * cells + torch.arange(groups, device=device)
+    steps = torch.tensor((along_y, groups), device=device)
+    taps = torch.tensor((0, groups, along_y, along_y + groups), device=device)
+    return (rows + along_y + groups)[:, None, :, None], steps, taps
 
 
 # ------------------------------------------------------------------------------------ the whole map
@@ -496,8 +592,8 @@ class GlobalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         reduced = self.reduce(x)  # (B, Hk, Wk, C)
-        queries = grid(DATGeometry.query, x.shape[1:3], x.device)
-        keys = grid(DATGeometry.reference, reduced.shape[1:3], x.device)
+        queries = grid(DATGeometry.query, tuple(x.shape[1:3]), x.device)
+        keys = grid(DATGeometry.reference, tuple(reduced.shape[1:3]), x.device)
         bias = displacement_bias(self.displacement_bias_table, queries, keys[None, None])
         kv = self.kv(reduced.flatten(1, 2))
         return self.proj(attend_all(self.q(x), kv, self.num_heads, bias))

@@ -2,7 +2,7 @@
 """How fast is it, beside what, and how far from what the machine could do?
 
     python tools/benchmark.py model dat_tiny swin_tiny_patch4_window7_224 --dtype bfloat16
-    python tools/benchmark.py data ../shared/data/imagenet_samples/val --workers 2
+    python tools/benchmark.py data --data-path /imagenet --workers 8
     python tools/benchmark.py loop --cfg configs/dat_tiny.yaml --data-path /imagenet
     python tools/benchmark.py scaling dat_tiny --processes 2 --threads 1
 
