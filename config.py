@@ -94,6 +94,10 @@ FOLDER_NAME = Check(
     "a folder's name, without '/'",
     lambda value: value not in ("", ".", "..") and not re.search(r"[/\\\0\n]", value),
 )
+NAMES = Check(
+    "names with commas between, such as TRAIN.EPOCHS,threads",
+    lambda value: re.fullmatch(r"([\w.]+(,[\w.]+)*)?", value),
+)
 CLASSES = Check("of 0 or at least 2", lambda value: value == 0 or value >= 2)
 COLOURS = Check(
     "with each from 0 to 1",
@@ -218,6 +222,7 @@ SCHEMA = (
     # ---- checkpoints ----
     Key("CHECKPOINT.RESUME", "", RUN_PATH, "run or checkpoint folder to go on from; goes before PRETRAINED"),
     Key("CHECKPOINT.AUTO_RESUME", True, ANY, "go on from the run folder's own newest checkpoint"),
+    Key("CHECKPOINT.ACCEPT", "", NAMES, "what changed on purpose since the checkpoint: names that a refusal lists"),
     Key("CHECKPOINT.PRETRAINED", "", WEIGHTS, "weights to start from: a file, or https://…#sha256=<64 hex digits>"),
     Key("CHECKPOINT.EPOCHS", 1, at_least(1), "epochs from one save to the next"),
     Key("CHECKPOINT.UPDATES", 0, at_least(0), "updates from one save to the next; 0: by epochs alone"),
@@ -242,6 +247,7 @@ FLAGS = {
     "--tag": "TAG",
     "--resume": "CHECKPOINT.RESUME",
     "--pretrained": "CHECKPOINT.PRETRAINED",
+    "--accept": "CHECKPOINT.ACCEPT",
     "--amp-dtype": "AMP_DTYPE",
     "--seed": "SEED",
     "--print-freq": "PRINT_FREQ",

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data.checksums import read_checksums
-from data.decode import UNREADABLE, decode
+from data.decode import SAMPLE, UNREADABLE, decode
 from data.files import open_split
 from utils.errors import DataError
 from utils.rng import key, reseed
@@ -200,7 +200,7 @@ class ImageDataset(Dataset):
                     f"{self.path(index)}: {error}; evaluation never substitutes an image: restore "
                     "the file, or let it count as wrong with TEST.SKIP_BAD=True"
                 ) from error
-            black = self.transform(Image.new("RGB", (1, 1)))
+            black = torch.zeros_like(self.transform(self.decode(SAMPLE)))
             bad = BadFile(self.path(index), str(error), None, index)
             return EvalSample(black, NO_LABEL, index, [bad])
         return EvalSample(self.transform(image), int(self.labels[index]), index, [])

@@ -90,7 +90,7 @@ class Boundary:
             raise error
         logger.warning(f"{error} Once, the run goes back to {sound}.")
         checkpoint.restore(sound, self.state)
-        self.writer.rewind(self.state.update)
+        self.writer.rewind(self.state.update, self.state.epoch)
         self.gone_back = True
 
 

@@ -6,13 +6,13 @@ The only file beside main.py and config.py that reads the configuration: all oth
 import functools
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import timm
 import torch
+import torchvision
 import yaml
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 import data
 import models
-from engine import checkpoint, promise
+from engine import checkpoint, promise, world
 from engine.boundary import Boundary, Interruptible
 from engine.checkpoint import TrainState
 from engine.divergence import Divergence
@@ -66,10 +66,10 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str, stop: StopRequest) -
         classes = train_set.classes
         updates_per_epoch = data.updates_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
         logger.info(f"Training on {train_set}; validating on {val_set}")
-        facts = _facts(cfg.MODEL.NAME, text, level, train_set, updates_per_epoch, process)
+        facts = _facts(text, level, train_set, val_set, updates_per_epoch, process)
         found = _find_checkpoint(cfg, folder)
         if found is not None:
-            _check_same_run(found, facts)
+            world.check(found, facts, cfg.CHECKPOINT.ACCEPT)
 
         # --- Model --------------------------------------------------------------------------------
         model = _build_model(cfg, len(classes), process)
@@ -99,7 +99,7 @@ def train(cfg: CfgNode, sources: dict[str, str], text: str, stop: StopRequest) -
         distributed.barrier()  # all have read what the first one is about to write and prune
         if process.is_main:
             write_atomically(folder.path / "config.yaml", text)
-        writer = MetricWriter(own_path, state.update, cfg.PRINT_FREQ)
+        writer = MetricWriter(own_path, state.update, state.epoch, cfg.PRINT_FREQ)
 
         # --- Between updates ----------------------------------------------------------------------
         sampler = _slot_sampler(cfg, train_set, recipe, process)
@@ -530,29 +530,35 @@ def _protocol(cfg: CfgNode) -> str:
 
 
 def _facts(
-    model: str,
     text: str,
     level: str,
     train_set: data.ImageDataset,
+    val_set: data.ImageDataset,
     updates_per_epoch: int,
     process: Process,
 ) -> dict:
     """What a checkpoint tells beside the state: enough to understand it, and to notice a changed world."""
+    settings = yaml.safe_load(text)
     return {
-        "model": model,
+        "model": settings["MODEL"]["NAME"],
         "classes": train_set.classes,
         "data": train_set.fingerprint,
+        "val_data": val_set.fingerprint,
+        "decoder": data.decoder_fingerprint(),
         "updates_per_epoch": updates_per_epoch,
         "promise": level,
         "processes": process.world_size,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
             "timm": timm.__version__,
         },
-        "revision": _revision(),
-        "threads": torch.get_num_threads(),
-        "config": yaml.safe_load(text),
+        "revision": world.revision(),
+        "device": world.device_name(process.device),
+        # What a GPU computes does not depend on the threads beside it.
+        "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
+        "config": settings,
     }
 
 
@@ -575,27 +581,6 @@ def _find_checkpoint(cfg: CfgNode, folder: RunFolder) -> Path | None:
     return own
 
 
-def _check_same_run(path: Path, facts: dict) -> None:
-    """Refuse a checkpoint whose position would mean something else here; say what else has changed since."""
-    saved = checkpoint.read_facts(path)
-    for name, remedy in (
-        ("model", "set MODEL.NAME to it"),
-        ("classes", "point --data-path to the data it was trained on"),
-        ("updates_per_epoch", "restore the training images and TRAIN.GLOBAL_BATCH_SIZE"),
-    ):
-        if saved[name] != facts[name]:
-            raise CheckpointError(
-                f"{path} cannot be resumed: its {name} is {_short(saved[name])} and here it is {_short(facts[name])}. "
-                f"Either {remedy}, or start a new run from its weights: --pretrained {path} --tag NAME."
-            )
-    before, now = _flat(saved), _flat(facts)
-    for name in sorted(before.keys() | now.keys()):
-        if name in now and before.get(name) != now[name]:
-            logger.warning(
-                f"Changed since the checkpoint: {name} was {before.get(name)}, is {now[name]}"
-            )
-
-
 # --- Small facts ----------------------------------------------------------------------------------
 
 
@@ -606,7 +591,7 @@ def _run_path(cfg: CfgNode) -> Path:
 def _log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
     logger.info(
         f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each, "
-        f"torch {torch.__version__}, timm {timm.__version__}, code {_revision()}"
+        f"torch {torch.__version__}, timm {timm.__version__}, code {world.revision()}"
     )
     if cfg.AMP_DTYPE == "float16" and process.device.type == "cpu":
         logger.warning("float16 is slow on a CPU: --amp-dtype bfloat16 or float32 is not")
@@ -616,35 +601,3 @@ def _log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
         settings.setdefault(source.partition(":")[0], []).append(f"{name} {value}")
     for source, values in settings.items():
         logger.info(f"{source}: {', '.join(values)}")
-
-
-def _revision() -> str:
-    """The commit of this code, marked where files differ from it; "unknown" outside of a repository."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
-    return flat
-
-
-def _short(value: object) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list) else str(value)

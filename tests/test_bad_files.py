@@ -161,6 +161,18 @@ def test_what_cannot_be_read_is_wrong_and_has_no_loss(tmp_path):
     assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_skipped_image_is_black_however_the_others_are_resized(exact, tmp_path):
+    root = write_image_folder(tmp_path, classes=1, train=1, val=2)
+    (root / "val" / "class_0" / "000.jpg").write_bytes(b"")
+    val = ImageDataset(root, "val", transform=eval_transform(32, exact=exact), skip_bad=True)
+    skipped, sound = val[0], val[1]
+    assert skipped.label == NO_LABEL
+    assert skipped.image.shape == sound.image.shape
+    assert skipped.image.dtype == sound.image.dtype
+    assert not skipped.image.any()
+
+
 def test_a_run_on_all_of_them(every_kind, tmp_path, capfd):
     """Trained with a worker, evaluated with SKIP_BAD; every bad file is reported, and no other."""
     root, expected = every_kind

@@ -260,15 +260,30 @@ def test_evaluation_is_the_mean_over_images(batch_size):
 
 
 def test_records_beyond_the_resumed_update_are_cut(tmp_path):
-    writer = MetricWriter(tmp_path, 0, every=1)
+    writer = MetricWriter(tmp_path, 0, 0, every=1)
     for update in (1, 2, 3):
         writer.metrics(update, {"train/loss": 0.5})
     writer.close()
     whole = (tmp_path / "metrics.jsonl").read_text()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"update": 4, "train/lo')  # a kill in mid-line
-    writer = MetricWriter(tmp_path, 2, every=1)
+    writer = MetricWriter(tmp_path, 2, 0, every=1)
     writer.metrics(3, {"train/loss": 0.5})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == whole
     assert [json.loads(line)["update"] for line in whole.splitlines()] == [1, 2, 3]
+
+
+def test_the_evaluation_of_an_epoch_that_was_not_closed_is_recorded_once(tmp_path):
+    """A run that is asked to stop at the end of an epoch is saved before its evaluation."""
+    writer = MetricWriter(tmp_path, 0, 0, every=1)
+    writer.metrics(1, {"train/loss": 0.5})
+    writer.metrics(1, {"epoch": 1, "val/acc1": 50.0})
+    writer.close()
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    MetricWriter(tmp_path, 1, 1, every=1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    writer = MetricWriter(tmp_path, 1, 0, every=1)  # killed before the epoch was saved as closed
+    writer.metrics(1, {"epoch": 1, "val/acc1": 50.0})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole

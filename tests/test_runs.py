@@ -258,11 +258,31 @@ def test_evaluation_without_weights(images, tmp_path, capsys):
 def test_checkpoint_of_another_model(images, unbroken, tmp_path, capsys):
     argv = arguments(tmp_path, images, "--resume", str(run_of(unbroken)), tag="other")
     more = ["--opts", "MODEL.ARGS.dims", "[16, 32, 32, 64]"]
-    refused(capsys, argv + more, 4, "stages.3", "MODEL.ARGS")
+    refused(capsys, argv + more, 4, "--accept MODEL.ARGS")
+    refused(capsys, [*argv, "--accept", "MODEL.ARGS", *more], 4, "stages.3", "MODEL.ARGS")
     more = ["--opts", "MODEL.NAME", "dat_tiny"]
     refused(capsys, argv + more, 4, "dat_micro", "dat_tiny", "MODEL.NAME")
     more = ["--opts", "TRAIN.GLOBAL_BATCH_SIZE", "12"]
     refused(capsys, argv + more, 4, "updates_per_epoch", "TRAIN.GLOBAL_BATCH_SIZE")
+
+
+def test_another_recipe_has_to_be_accepted(images, unbroken, tmp_path, capsys):
+    shutil.copytree(run_of(unbroken), run_of(tmp_path))
+    longer = "--opts", "TRAIN.EPOCHS=4", "TRAIN.BASE_LR=0.02", "PRINT_FREQ=2"
+    names = "--accept TRAIN.BASE_LR,TRAIN.EPOCHS"
+    refused(capsys, arguments(tmp_path, images, *longer), 4, "TRAIN.EPOCHS was 3, is 4", names)
+    assert main.main(arguments(tmp_path, images, *names.split(" "), *longer)) == 0
+    assert "PRINT_FREQ was 1, is 2" in capsys.readouterr().out
+    assert main.main(arguments(tmp_path, images, *longer)) == 0  # accepted once for all
+    assert outcome(tmp_path)["update"] == 8
+
+
+def test_other_images_have_to_be_accepted(copy, unbroken, tmp_path, capsys):
+    shutil.copytree(run_of(unbroken), run_of(tmp_path))
+    with (copy / "train" / "class_0" / "000.jpg").open("ab") as file:
+        file.write(b"\0")
+    refused(capsys, arguments(tmp_path, copy), 3, "data was", "--accept data")
+    assert main.main(arguments(tmp_path, copy, "--accept", "data")) == 0
 
 
 def test_damaged_checkpoint_is_refused_by_name_and_passed_over_in_a_run(

@@ -562,7 +562,7 @@ def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, told
 
 
 def record(folder: Path, *updates: int, resumed: int = 0) -> bytes:
-    writer = MetricWriter(folder, resumed, every=2)
+    writer = MetricWriter(folder, resumed, 0, every=2)
     for update in updates:
         writer.metrics(update, {"train/loss": 1 / update})
         writer.timing(update, {"time/images_per_s": 0.5})
@@ -603,7 +603,7 @@ def test_tensorboard_drops_what_is_recorded_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tensorboard, "SummaryWriter", lambda *args, **kwargs: calls.append(kwargs) or io.BytesIO()
     )
-    MetricWriter(tmp_path, 7, every=10).close()
+    MetricWriter(tmp_path, 7, 0, every=10).close()
     assert calls == [{"purge_step": 8}]
 
 
@@ -613,7 +613,7 @@ def test_records_wait_while_there_is_no_room(tmp_path, told, monkeypatch):
     whole = record(tmp_path / "whole", *range(1, 200))
 
     def record_under_a_limit() -> None:
-        writer = MetricWriter(tmp_path / "tight", 0, every=2)
+        writer = MetricWriter(tmp_path / "tight", 0, 0, every=2)
         for update in range(1, 200):
             limit = 3001 if update < 150 else -1  # in the middle of a line
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
@@ -626,8 +626,8 @@ def test_records_wait_while_there_is_no_room(tmp_path, told, monkeypatch):
     assert (tmp_path / "tight" / "metrics.jsonl").read_bytes() == whole
 
     (tmp_path / "full" / "metrics.jsonl").symlink_to("/dev/full")
-    monkeypatch.setattr("utils.logging._cut_records", lambda path, update: 0)
-    writer = MetricWriter(tmp_path / "full", 0, every=2)
+    monkeypatch.setattr("utils.logging._cut_records", lambda *position: 0)
+    writer = MetricWriter(tmp_path / "full", 0, 0, every=2)
     writer.metrics(1, {"train/loss": 1.0})
     with pytest.raises(StorageError, match="last records"):
         writer.close()

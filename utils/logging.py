@@ -49,22 +49,25 @@ class MetricWriter:
 
     And to skipped.jsonl the images of updates that were not applied.
 
-    Records beyond `update` are cut off first, so that a resumed run's files have each update once and, for the
-    deterministic ones, the bytes of a run that was never stopped; that there is one `every` so many updates tells
+    Records beyond `update` and `epoch` are cut off first, so that a resumed run's files have each update once and, for
+    the deterministic ones, the bytes of a run that was never stopped; that there is one `every` so many updates tells
     whether some are missing. Records that a full disk refuses wait in memory. On any process but the first (`folder`
     None) nothing is written. Raises StorageError.
     """
 
-    def __init__(self, folder: Path | None, update: int, every: int):
+    def __init__(self, folder: Path | None, update: int, epoch: int, every: int):
         self._folder = folder
         self._every = every
         self._files: dict[str, io.FileIO] = {}
         self._waiting = {"metrics": b"", "timing": b"", "skipped": b""}
         self._board = None
-        self.rewind(update)
+        self.rewind(update, epoch)
 
-    def rewind(self, update: int) -> None:
-        """Go on after `update`: the records beyond it are cut off."""
+    def rewind(self, update: int, epoch: int) -> None:
+        """Go on after `update`, with `epoch` epochs closed: the records beyond are cut off.
+
+        The evaluation of an epoch that was trained and not closed is among them: it is done again.
+        """
         self.close()
         if self._folder is None:
             return
@@ -74,7 +77,7 @@ class MetricWriter:
         try:
             for name in self._waiting:
                 path = self._folder / f"{name}.jsonl"
-                last = _cut_records(path, update)
+                last = _cut_records(path, update, epoch)
                 if name == "metrics" and last < update // self._every * self._every:
                     logger.warning(f"{path} lacks records of updates {last + 1} to {update}")
                 self._files[name] = path.open("ab", buffering=0)
@@ -140,25 +143,30 @@ class MetricWriter:
             raise StorageError("The last records of the run could not be written. Make room.")
 
 
-def _cut_records(path: Path, update: int) -> int:
-    """Drop the records of later updates than `update` and a line that a kill left unfinished; the last one's update."""
+def _cut_records(path: Path, update: int, epoch: int) -> int:
+    """Drop the records beyond `update` and `epoch` and a line that a kill left unfinished; the last one's update."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    updates = [_update_of(line) for line in lines]
+    places = [_place_of(line) for line in lines]
     kept = [
-        (u, line) for u, line in zip(updates, lines, strict=True) if u is not None and u <= update
+        (place[0], line)
+        for place, line in zip(places, lines, strict=True)
+        if place is not None and place[0] <= update and place[1] <= epoch
     ]
-    if None in updates[:-1]:
-        logger.warning(f"{path}: {updates[:-1].count(None)} damaged records are dropped")
+    if None in places[:-1]:
+        logger.warning(f"{path}: {places[:-1].count(None)} damaged records are dropped")
     if len(kept) < len(lines):
         write_atomically(path, b"".join(line for _, line in kept).decode())
     return kept[-1][0] if kept else 0
 
 
-def _update_of(line: bytes) -> int | None:
-    """The update of a record, None where it is damaged or unfinished."""
+def _place_of(line: bytes) -> tuple[int, int] | None:
+    """Update and epoch of a record, 0 for one without an epoch; None where it is damaged or unfinished."""
     try:
-        return int(json.loads(line.decode())["update"]) if line.endswith(b"\n") else None
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        record = json.loads(line.decode())
+        return (
+            (int(record["update"]), int(record.get("epoch", 0))) if line.endswith(b"\n") else None
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
