@@ -541,7 +541,8 @@ def sample_by_rows(x: Tensor, positions: Tensor) -> Tensor:
     after = (points - corner)[..., None]
     share = torch.cat((1 - after, after), dim=-1)  # (B, S, G, 2 axes, 2)
     weights = share[..., 0, :, None] * share[..., 1, None, :]  # (B, S, G, 2, 2)
-    rows = rows + (corner.long() * steps).sum(-1, keepdim=True) + taps  # (B, S, G, 4)
+    # NaN has no cell: it passes on in the weights.
+    rows = rows + (corner.nan_to_num().long() * steps).sum(-1, keepdim=True) + taps  # (B, S, G, 4)
     table = F.pad(x, (0, 0, 1, 1, 1, 1)).view(-1, channels // groups)
     weights = weights.flatten(0, 2).flatten(1)
     read = F.embedding_bag(rows.flatten(0, 2), table, per_sample_weights=weights, mode="sum")

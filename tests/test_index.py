@@ -95,9 +95,12 @@ def test_every_change_is_noticed(split, monkeypatch, change):
     assert found == content(Folder(split))
 
 
-def test_a_file_overwritten_in_place_is_read_anew(split):
+def test_a_file_overwritten_in_place_is_noticed_until_its_folder_is_touched(split):
     Folder(split)
     (split / "class_0/000.jpg").write_bytes(b"new")
+    with pytest.raises(ValueError, match="touch its folder if that is meant"):
+        Folder(split).read(0)
+    (split / "class_0").touch()
     assert Folder(split).read(0) == b"new"
 
 
