@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=int, default=1000, help="of a pass, spread over the set")
     parser.add_argument("--workers", type=int, default=2, help="of every loader")
+    parser.add_argument("--threads", type=int, default=1, help="of the process that is fed")
     parser.add_argument("--batch-size", type=int, default=50, help="even, as mixing needs it")
     parser.add_argument("--rounds", type=int, default=5, help="counted passes of every loader")
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> dict:
 
     Raises DataError without data, or without as many images as a batch has.
     """
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder, plain, small = (Path(scratch) / name for name in ("folder", "plain", "small"))
         count = _sample(args.data_path, folder, args.images, args.batch_size)
