@@ -1,12 +1,13 @@
 # make demo   train and evaluate a small DAT on real handwritten digits, from nothing
 # make test   the whole test suite
 # make lint   style
+# make scorecard   what a run survives, in about six minutes
 PYTHON ?= python3
 VENV ?= .venv
 OPTS ?=                 # further configuration of the demo, as TRAIN.EPOCHS=3
 RUN = output/dat_micro/digits
 
-.PHONY: demo test lint
+.PHONY: demo test lint scorecard
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,3 +27,6 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+scorecard: $(VENV)/installed
+	$(VENV)/bin/python tools/scorecard.py --short
