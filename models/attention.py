@@ -105,7 +105,10 @@ def being_recorded() -> bool:
 
 
 def constant(function: Callable) -> Callable:
-    """Remember the tensors that `function` makes of sizes and a device: every forward pass needs the same few."""
+    """Remember the tensors that `function` makes of sizes and a device: every forward pass needs the same few.
+
+    They are shared: nobody may change them in place.
+    """
     remembered = functools.lru_cache(maxsize=256)(function)
 
     @functools.wraps(function)
@@ -207,7 +210,7 @@ def window_mask(
     size: tuple[int, int],
     window: tuple[int, int],
     shift: tuple[int, int],
-    device: torch.device | None = None,
+    device: torch.device,
 ) -> Tensor:
     """What is added to the scores of padded and shifted windows, (K, n, n).
 
@@ -275,7 +278,8 @@ class NeighborhoodAttention(nn.Module):
 
     def masked_macs(self, height: int, width: int) -> int:
         """Multiply-adds per image that `forward` spends on keys outside the queries' windows."""
-        computed = neighbourhoods(height, width, self.window_size, None).relative.numel()
+        device = self.rpb.device
+        computed = neighbourhoods(height, width, self.window_size, device).relative.numel()
         size = min(self.window_size, height) * min(self.window_size, width)
         return 2 * self.proj.in_features * (computed - height * width * size)
 
@@ -298,9 +302,7 @@ class Neighbourhoods(NamedTuple):
 
 
 @constant
-def neighbourhoods(
-    height: int, width: int, window: int, device: torch.device | None
-) -> Neighbourhoods:
+def neighbourhoods(height: int, width: int, window: int, device: torch.device) -> Neighbourhoods:
     """Tiles of at most `window` × `window` queries over a map."""
     rows, columns = (neighbourhood(length, window, device) for length in (height, width))
     index = rows.relative[:, None, :, None, :, None] * (2 * window)
@@ -321,7 +323,7 @@ class Neighbourhood(NamedTuple):
     relative: Tensor  # (T, t, R) key − query + w − 1, or 2w − 1 where the key is outside the query's window
 
 
-def neighbourhood(length: int, window: int, device: torch.device | None = None) -> Neighbourhood:
+def neighbourhood(length: int, window: int, device: torch.device) -> Neighbourhood:
     """Tiles of at most `window` queries over an axis of `length` positions."""
     tile = reach = min(window, length)  # queries of a tile; keys of a query
     region = min(tile + reach - 1, length)
@@ -421,11 +423,11 @@ class SamplingPositions(nn.Module):
             ).permute(0, 2, 3, 1)  # (B, Hk, Wk, C)
             theta = self.proj(self.act(self.norm(theta.unflatten(-1, (self.groups, -1)))))
         theta = theta.permute(0, 3, 1, 2, 4)  # (B, G, Hk, Wk, 2)
-        return self.geometry.place(self.reference(theta.shape[2:4], theta.device), theta)
+        return self.geometry.place(self.reference(theta.shape[2:4]), theta)
 
-    def reference(self, size: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    def reference(self, size: tuple[int, int]) -> Tensor:
         """The reference points, (Hk, Wk, 2)."""
-        return grid(self.geometry.reference, tuple(size), device)
+        return grid(self.geometry.reference, tuple(size), self.dwconv.weight.device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
@@ -481,7 +483,7 @@ class DeformableAttention(nn.Module):
 
 @constant
 def grid(
-    axis: Callable[[Tensor, int], Tensor], size: tuple[int, int], device: torch.device | None = None
+    axis: Callable[[Tensor, int], Tensor], size: tuple[int, int], device: torch.device
 ) -> Tensor:
     """The points (H, W, 2) of `size` = (H, W), float32, where `axis(index, length)` places those of one axis."""
     y, x = (axis(torch.arange(n, device=device, dtype=torch.float32), n) for n in size)

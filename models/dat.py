@@ -368,7 +368,7 @@ class DAT(nn.Module):
         found = []
 
         def collect(stage: int, block: int, module: nn.Module, inputs: tuple, positions: Tensor):
-            reference = module.reference(positions.shape[2:4], positions.device)
+            reference = module.reference(positions.shape[2:4])
             reference = module.geometry.place(reference, torch.zeros_like(reference))
             map_size, reduction = tuple(inputs[0].shape[1:3]), self.feature_info[stage]["reduction"]
             found.append(Sampling(stage, block, positions, reference, map_size, reduction))

@@ -143,7 +143,9 @@ def derived(model: nn.Module) -> dict[str, Tensor]:
             name = f"stages.{i}.attns.{j}"
             tensors[f"{name}.relative_position_index"] = relative_position_index(attn.window_size)
             if letter == "S":
-                tensors[f"{name}.attn_mask"] = window_mask(size, window, shift)
+                tensors[f"{name}.attn_mask"] = window_mask(
+                    size, window, shift, torch.device("cpu")
+                ).clone()
     return tensors
 
 

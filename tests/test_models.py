@@ -167,7 +167,7 @@ def test_gradients_are_the_derivatives(layer):
 
 
 def test_shifted_windows_separate_what_only_the_roll_joined():
-    mask = window_mask((10, 10), (5, 5), (3, 3))  # (4 windows, 25, 25)
+    mask = window_mask((10, 10), (5, 5), (3, 3), torch.device("cpu"))  # (4 windows, 25, 25)
     assert mask[0].eq(0).all()
     # The last window holds rows and columns 8, 9 | 0, 1, 2 of the map: four corners of it, kept apart.
     corner = torch.tensor([[2 * (i > 1) + (j > 1) for j in range(5)] for i in range(5)]).flatten()
