@@ -35,48 +35,51 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q · kᵀ / √D + bias) · v with q (b, M, N, D), k and v (b, M, S, D), to (b, M, N, D).
+    """softmax(q · kᵀ / √D + bias) · v with q (b, N, D), k and v (b, S, D), to (b, N, D); b = batch · windows · heads.
 
-    bias is (b', M, N, S): b' divides b, and the bias is repeated.
+    bias is (b', N, S): b' divides b, and the bias is repeated. It may be overwritten.
     """
     bias = bias.to(q.dtype)
-    if bias.shape[0] not in (1, q.shape[0]):
-        bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1, 1)
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    # On a CPU a product that begins with the bias is faster than the fused kernel for windows of 49 positions. Scaled
+    if q.is_cuda:  # the kernel repeats the bias as it reads
+        q, k, v = (part.unflatten(0, (-1, bias.shape[0])) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).flatten(0, 1)
+    # On a CPU a product that is added to the bias is faster than the fused kernel for windows of 49 positions. Scaled
     # after the product, as released: bilinear reads have kinks, so rounding shows in the gradients of offsets.
     if bias.shape[0] != q.shape[0]:
-        bias = bias.expand(q.shape[0], -1, -1, -1)
-    scores = torch.baddbmm(
-        bias.flatten(0, 1), q.flatten(0, 1), k.mT.flatten(0, 1), alpha=q.shape[-1] ** -0.5
-    )
-    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(q.shape)
+        bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1)
+    scores = bias.baddbmm_(q, k.mT, alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(dim=-1), v)
 
 
 def split_heads(
-    x: Tensor, window: tuple[int, int], num_heads: int, parts: int = 1
+    x: Tensor, size: tuple[int, int], window: tuple[int, int], num_heads: int, parts: int = 1
 ) -> tuple[Tensor, ...]:
-    """(B, H, W, parts · C) to `parts` times (B · K, M, n, D): windows in reading order, head by head."""
-    (batch, height, width, _), (rows, columns) = x.shape, window
-    x = x.view(batch, height // rows, rows, width // columns, columns, parts, num_heads, -1)
+    """B maps of `size` (H, W) with parts · C channels, in any shape, to `parts` times (B · K · M, n, D).
+
+    Windows in reading order, head by head.
+    """
+    (height, width), (rows, columns) = size, window
+    dim = x.shape[-1] // (parts * num_heads)
+    x = x.view(-1, height // rows, rows, width // columns, columns, parts, num_heads, dim)
     x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (parts, B, K's rows and columns, M, n's, D)
-    return x.reshape(parts, -1, num_heads, rows * columns, x.shape[-1]).unbind(0)
+    return x.reshape(parts, -1, rows * columns, dim).unbind(0)
 
 
-def merge_heads(z: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The inverse: (B · K, M, n, D) to (B, H, W, C) with (H, W) = `size`."""
-    (rows, columns), (height, width), (_, heads, _, dim) = window, size, z.shape
-    z = z.view(-1, height // rows, width // columns, heads, rows, columns, dim)
-    return z.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, heads * dim)
+def merge_heads(
+    z: Tensor, size: tuple[int, int], window: tuple[int, int], num_heads: int
+) -> Tensor:
+    """The inverse: (B · K · M, n, D) to the maps' positions one after the other, (B · H · W, C)."""
+    (height, width), (rows, columns), dim = size, window, z.shape[-1]
+    z = z.view(-1, height // rows, width // columns, num_heads, rows, columns, dim)
+    return z.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, num_heads * dim)
 
 
 def attend_all(q: Tensor, kv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
-    """`attend` from every position of q (B, H, W, C) to all of kv (B, S, 2C); bias (B or 1, M, N, S)."""
-    size = tuple(q.shape[1:3])
-    (q,) = split_heads(q, size, num_heads)
-    k, v = split_heads(kv[:, None], (1, kv.shape[1]), num_heads, parts=2)
-    return merge_heads(attend(q, k, v, bias), size, size)
+    """`attend` from every position of q (B, H, W, C) to all of kv (B, S, 2C), to (B · H · W, C)."""
+    size, keys = tuple(q.shape[1:3]), (1, kv.shape[1])
+    (q,) = split_heads(q, size, size, num_heads)
+    k, v = split_heads(kv, keys, keys, num_heads, parts=2)
+    return merge_heads(attend(q, k, v, bias), size, size, num_heads)
 
 
 def in_parts(forward: Forward) -> Forward:
@@ -169,15 +172,18 @@ class WindowAttention(nn.Module):
         )
         padding = -height % window[0], -width % window[1]
 
-        bias = self.bias(window)  # (1, M, n, n)
+        bias = self.bias(window)  # (M, n, n)
         if any(shift) or any(padding):
-            bias = bias + window_mask((height, width), window, shift, x.device)[:, None]
+            mask = window_mask((height, width), window, shift, x.device)
+            bias = (bias + mask[:, None]).flatten(0, 1)  # (K · M, n, n)
         if any(padding):
             x = F.pad(x, (0, 0, 0, padding[1], 0, padding[0]))
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
-        q, k, v = split_heads(self.qkv(x), window, self.num_heads, parts=3)
-        x = self.proj(merge_heads(attend(q, k, v, bias), window, x.shape[1:3]))
+        size = tuple(x.shape[1:3])
+        q, k, v = split_heads(self.qkv(x.flatten(0, 2)), size, window, self.num_heads, parts=3)
+        z = merge_heads(attend(q, k, v, bias), size, window, self.num_heads)
+        x = self.proj(z).view(x.shape)
         if any(shift):
             x = x.roll(shift, (1, 2))
         return x[:, :height, :width] if any(padding) else x
@@ -187,14 +193,14 @@ class WindowAttention(nn.Module):
         return x.nbytes * max(3, self.num_heads * self.window_size**2 // x.shape[-1])
 
     def bias(self, window: tuple[int, int]) -> Tensor:
-        """The bias (1, M, n, n) of a window no larger than the table's."""
+        """The bias (M, n, n) of a window no larger than the table's."""
         rows, columns = window
         size = self.window_size
         index = self.relative_position_index
         if window != (size, size):
             index = index.view(size, size, size, size)[:rows, :columns, :rows, :columns]
             index = index.reshape(rows * columns, rows * columns)
-        return F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1)[None]
+        return F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1)
 
 
 def relative_position_index(size: int) -> Tensor:
@@ -231,7 +237,7 @@ def window_mask(
 
 def windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     """(H, W) to (K, n), windows in reading order."""
-    return split_heads(x[None, :, :, None], window, num_heads=1)[0].flatten(1)
+    return split_heads(x[..., None], tuple(x.shape), window, num_heads=1)[0].squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------- neighbourhoods
@@ -243,7 +249,8 @@ class NeighborhoodAttention(nn.Module):
 
     At a border the window moves inward, so that it always holds w² keys; on a map smaller than w it holds the map. The
     map is cut into w × w tiles of queries; the windows of a tile lie within 2w − 1 rows and columns, which are read
-    once and masked per query, so that dense matrix products do the work.
+    once and masked per query, so that dense matrix products do the work. An axis of up to 2w positions is not cut:
+    reading all of it costs less than gathering parts of it.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int):
@@ -260,14 +267,21 @@ class NeighborhoodAttention(nn.Module):
         """(B, H, W, C) to the same shape."""
         height, width, channels = x.shape[1:]
         tiles = neighbourhoods(height, width, self.window_size, x.device)
+        bias = self.bias(tiles.relative)
+        if tiles.region == (height, width):
+            q, k, v = split_heads(
+                self.qkv(x.flatten(0, 2)), tiles.region, tiles.region, self.num_heads, parts=3
+            )
+            z = merge_heads(attend(q, k, v, bias), tiles.region, tiles.region, self.num_heads)
+            return self.proj(z).view(x.shape)
         q, kv = self.qkv(x).split((channels, 2 * channels), dim=-1)
         q = F.pad(q, (0, 0, 0, -width % tiles.tile[1], 0, -height % tiles.tile[0]))
-        padded = q.shape[1:3]
-        (q,) = split_heads(q, tiles.tile, self.num_heads)
+        padded = tuple(q.shape[1:3])
+        (q,) = split_heads(q, padded, tiles.tile, self.num_heads)
         kv = kv.index_select(1, tiles.rows).index_select(2, tiles.columns)
-        k, v = split_heads(kv, tiles.region, self.num_heads, parts=2)
-        z = merge_heads(attend(q, k, v, self.bias(tiles.relative)), tiles.tile, padded)
-        return self.proj(z[:, :height, :width])
+        k, v = split_heads(kv, tuple(kv.shape[1:3]), tiles.region, self.num_heads, parts=2)
+        z = merge_heads(attend(q, k, v, bias), padded, tiles.tile, self.num_heads)
+        return self.proj(z.view(-1, *padded, channels)[:, :height, :width])
 
     def largest(self, x: Tensor) -> int:
         """Bytes of the scores, or of the keys and values of all regions."""
@@ -284,11 +298,10 @@ class NeighborhoodAttention(nn.Module):
         return 2 * self.proj.in_features * (computed - height * width * size)
 
     def bias(self, relative: Tensor) -> Tensor:
-        """The bias (K, M, n, keys of a region), −∞ outside a query's window."""
+        """The bias (K · M, n, keys of a region), −∞ outside a query's window."""
         table = F.pad(self.rpb, (0, 1, 0, 1), value=-torch.inf).flatten(1)
-        return (
-            table.index_select(1, relative.flatten()).unflatten(1, relative.shape).transpose(0, 1)
-        )
+        bias = table.index_select(1, relative.flatten()).unflatten(1, relative.shape)
+        return bias.transpose(0, 1).flatten(0, 1)
 
 
 class Neighbourhoods(NamedTuple):
@@ -303,7 +316,7 @@ class Neighbourhoods(NamedTuple):
 
 @constant
 def neighbourhoods(height: int, width: int, window: int, device: torch.device) -> Neighbourhoods:
-    """Tiles of at most `window` × `window` queries over a map."""
+    """The tiles of a map."""
     rows, columns = (neighbourhood(length, window, device) for length in (height, width))
     index = rows.relative[:, None, :, None, :, None] * (2 * window)
     index = index + columns.relative[None, :, None, :, None, :]
@@ -324,8 +337,9 @@ class Neighbourhood(NamedTuple):
 
 
 def neighbourhood(length: int, window: int, device: torch.device) -> Neighbourhood:
-    """Tiles of at most `window` queries over an axis of `length` positions."""
-    tile = reach = min(window, length)  # queries of a tile; keys of a query
+    """The tiles of an axis of `length` positions."""
+    tile = length if length <= 2 * window else window  # queries of a tile
+    reach = min(window, length)  # keys of a query
     region = min(tile + reach - 1, length)
     first = torch.arange(0, length, tile, device=device)[:, None]
     keys = (first - window // 2).clamp(0, length - region) + torch.arange(region, device=device)
@@ -362,9 +376,8 @@ class DATGeometry:
     @classmethod
     def place(cls, reference: Tensor, theta: Tensor) -> Tensor:
         """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
-        return reference + theta.tanh() * cls.range_factor / extent(
-            *reference.shape[:2], theta.device
-        )
+        cells = extent(*reference.shape[:2], theta.device)
+        return torch.addcdiv(reference, theta.tanh(), cells, value=cls.range_factor)
 
 
 class DATPlusPlusGeometry:
@@ -472,7 +485,8 @@ class DeformableAttention(nn.Module):
         positions = self.positions(q)
         queries = grid(self.geometry.query, tuple(x.shape[1:3]), x.device)
         bias = displacement_bias(self.displacement_bias_table, queries, positions)
-        return self.proj(attend_all(q, self.kv(sample(x, positions)), self.num_heads, bias))
+        z = attend_all(q, self.kv(sample(x, positions)), self.num_heads, bias)
+        return self.proj(z).view(x.shape)
 
     def largest(self, x: Tensor) -> int:
         """Bytes of the bias, which is float32."""
@@ -497,17 +511,17 @@ def extent(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def displacement_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
-    """The heads' tables (M, …) read at half the displacement from every query to every key, (B, M, N, S), float32.
+    """The heads' tables (M, …) read at half the displacement from every query to every key, (B · M, N, S), float32.
 
     Queries stand at (H, W, 2), keys at (B, G, Hk, Wk, 2).
     """
     batch, groups = positions.shape[:2]
-    # Halved, and turned to the (x, y) that grid_sample wants, while they are few.
-    queries = queries.view(-1, 1, 2).flip(-1) / 2  # (N, 1, 2)
-    keys = positions.reshape(batch * groups, 1, -1, 2).flip(-1) / 2  # (B·G, 1, S, 2)
-    tables = tables.to(keys.dtype).unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
-    bias = F.grid_sample(tables, queries - keys, align_corners=True)  # (B·G, M/G, N, S)
-    return bias.view(batch, -1, *bias.shape[2:])
+    keys = positions.reshape(batch * groups, 1, -1, 2)
+    displacement = torch.sub(queries.view(-1, 1, 2) / 2, keys, alpha=0.5)  # (B·G, N, S, 2)
+    # grid_sample wants (x, y): (y, x) is that of the transposed table.
+    tables = tables.mT.to(keys.dtype).unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
+    bias = F.grid_sample(tables, displacement, align_corners=True)  # (B·G, M/G, N, S)
+    return bias.flatten(0, 1)
 
 
 def sample(x: Tensor, positions: Tensor) -> Tensor:
@@ -533,39 +547,59 @@ def sample_by_rows(x: Tensor, positions: Tensor) -> Tensor:
     """`sample` as the weighted sum of four rows of x for each reading: nothing is rearranged."""
     batch, height, width, channels = x.shape
     groups = positions.shape[1]
-    rows, steps, taps = row_numbers(batch, height, width, groups, x.device)
-    last = extent(height, width, x.device) - 1
-    points = (positions.flatten(2, 3).transpose(1, 2) + 1) * (last / 2)  # (B, S, G, 2), in cells
-    points = points.maximum(-torch.ones_like(last)).minimum(
-        last + 1
-    )  # a border of zeros lies around the map
-    corner = points.detach().floor().minimum(last)  # of the four cells around a point, the first
-    after = (points - corner)[..., None]
-    share = torch.cat((1 - after, after), dim=-1)  # (B, S, G, 2 axes, 2)
-    weights = share[..., 0, :, None] * share[..., 1, None, :]  # (B, S, G, 2, 2)
+    rows = row_numbers(batch, height, width, groups, positions.shape[2:4].numel(), x.device)
+    points = (positions.flatten(2, 3).transpose(1, 2) + 1) * rows.half  # (B, S, G, 2), in cells
+    points = points.clamp(rows.before, rows.after)  # a border of zeros lies around the map
+    corner = (
+        points.detach().floor().minimum(rows.last)
+    )  # of the four cells around a point, the first
+    beyond = (points - corner).unsqueeze(-1)  # (B, S, G, 2, 1)
+    along_y, along_x = torch.addcmul(rows.first, beyond, rows.sign).unbind(-2)  # (B, S, G, 4)
     # NaN has no cell: it passes on in the weights.
-    rows = rows + (corner.nan_to_num().long() * steps).sum(-1, keepdim=True) + taps  # (B, S, G, 4)
+    taps = (corner.nan_to_num().long() * rows.steps).sum(-1, keepdim=True) + rows.taps
     table = F.pad(x, (0, 0, 1, 1, 1, 1)).view(-1, channels // groups)
-    weights = weights.flatten(0, 2).flatten(1)
-    read = F.embedding_bag(rows.flatten(0, 2), table, per_sample_weights=weights, mode="sum")
+    weights = (along_y * along_x).flatten()
+    read = F.embedding_bag(
+        taps.flatten(), table, rows.offsets, per_sample_weights=weights, mode="sum"
+    )
     return read.view(batch, -1, channels)
+
+
+class RowNumbers(NamedTuple):
+    """What `sample_by_rows` needs to know of maps (B, H, W, G · c) with a border of one cell, as rows of c values."""
+
+    half: Tensor  # (2) from a coordinate to cells
+    before: Tensor  # (2) the border
+    last: Tensor
+    after: Tensor
+    first: Tensor  # (2, 4) a tap's share along y and x: this
+    sign: Tensor  # and this times the way beyond the first cell
+    steps: Tensor  # (2) rows from a cell to the next along y and x
+    taps: Tensor  # (B, 1, G, 4) rows of the four cells that begin with cell (0, 0)
+    offsets: Tensor  # (B · S · G) where the four taps of a reading begin
 
 
 @constant
 def row_numbers(
-    batch: int, height: int, width: int, groups: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For maps (batch, height, width, groups · c) with a border of one cell, taken as rows of c values.
-
-    The row of cell (0, 0) for every image and group (B, 1, G, 1); from there to the next cell along y and x (2); and
-    from a cell to the four that begin with it (4).
-    """
+    batch: int, height: int, width: int, groups: int, readings: int, device: torch.device
+) -> RowNumbers:
+    """For S = `readings` of each group."""
+    last = extent(height, width, device) - 1
     along_y = (width + 2) * groups
-    cells = (height + 2) * along_y
-    rows = torch.arange(batch, device=device)[:, None] * cells + torch.arange(groups, device=device)
-    steps = torch.tensor((along_y, groups), device=device)
-    taps = torch.tensor((0, groups, along_y, along_y + groups), device=device)
-    return (rows + along_y + groups)[:, None, :, None], steps, taps
+    images = torch.arange(batch, device=device) * ((height + 2) * along_y) + along_y + groups
+    cells = torch.tensor((0, groups, along_y, along_y + groups), device=device)
+    taps = images[:, None, None] + torch.arange(groups, device=device)[:, None] + cells
+    return RowNumbers(
+        half=last / 2,
+        before=torch.full_like(last, -1),
+        last=last,
+        after=last + 1,
+        first=torch.tensor(((1.0, 1, 0, 0), (1, 0, 1, 0)), device=device),
+        sign=torch.tensor(((-1.0, -1, 1, 1), (-1, 1, -1, 1)), device=device),
+        steps=torch.tensor((along_y, groups), device=device),
+        taps=taps[:, None],
+        offsets=torch.arange(0, 4 * batch * readings * groups, 4, device=device),
+    )
 
 
 # ------------------------------------------------------------------------------------ the whole map
@@ -599,7 +633,7 @@ class GlobalAttention(nn.Module):
         keys = grid(DATGeometry.reference, tuple(reduced.shape[1:3]), x.device)
         bias = displacement_bias(self.displacement_bias_table, queries, keys[None, None])
         kv = self.kv(reduced.flatten(1, 2))
-        return self.proj(attend_all(self.q(x), kv, self.num_heads, bias))
+        return self.proj(attend_all(self.q(x), kv, self.num_heads, bias)).view(x.shape)
 
 
 # --------------------------------------------------------------------------- deformable convolution

@@ -8,7 +8,7 @@ Sizes are rounded up. What DAT++ changes around the attention hangs on `plus_plu
 LocalPerception. Inside, it is attention.py's DATPlusPlusGeometry instead of DATGeometry.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -36,6 +36,7 @@ from models.attention import (
     GlobalAttention,
     NeighborhoodAttention,
     WindowAttention,
+    being_recorded,
     in_parts,
 )
 from models.released import checkpoint_filter_fn
@@ -178,17 +179,67 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, plus_plus: bool):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.local = LocalPerception(hidden_dim) if plus_plus else nn.Identity()
+        self.local = LocalPerception(hidden_dim) if plus_plus else None
         self.fc2 = GELULinear(hidden_dim, dim)
 
     @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        return self.fc2(self.local(self.fc1(x)))
+        hidden = self.fc1(x.flatten(0, 2))
+        if self.local is not None:
+            hidden = self.local(hidden.view(*x.shape[:3], -1)).flatten(0, 2)
+        return self.fc2(hidden).view(x.shape)
 
     def largest(self, x: Tensor) -> int:
         """Bytes of the hidden layer."""
         return x.nbytes // self.fc1.in_features * self.fc1.out_features
+
+
+class AddToSome(torch.autograd.Function):
+    """x with scale · added at the images `chosen`. Unlike index_add it does not keep `added` for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, chosen: Tensor, added: Tensor, scale: float) -> Tensor:
+        """x (B, …), chosen (b), added (b, …) to (B, …)."""
+        ctx.save_for_backward(chosen)
+        ctx.scale, ctx.dtype = scale, added.dtype
+        return x.index_add(0, chosen, added.to(x.dtype), alpha=scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        """The gradients of x and added from that of the output."""
+        (chosen,) = ctx.saved_tensors
+        return grad, None, (grad.index_select(0, chosen) * ctx.scale).to(ctx.dtype), None
+
+
+class DropPath(nn.Module):
+    """x + branch(x); in training some images go without the branch, which is not computed for them.
+
+    Stochastic depth (arXiv 1603.09382): each image of a batch is dropped with probability `drop_prob`, and what the
+    branch adds to the others is divided by 1 − `drop_prob`.
+    """
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x (B, …) and a function that maps (b, …) to the same shape, image by image."""
+        if not self.training or not self.drop_prob:
+            return x + branch(x)
+        keep_prob = 1 - self.drop_prob
+        kept = torch.empty(len(x)).bernoulli_(
+            keep_prob
+        )  # drawn where the count is needed: on the host
+        if being_recorded():
+            return x + branch(x) * (kept.to(x) / keep_prob).view(-1, *[1] * (x.ndim - 1))
+        if kept.all():
+            return torch.add(x, branch(x), alpha=1 / keep_prob)
+        # If none is kept, one is computed all the same and added 0 times: every weight needs a gradient.
+        scale = 1 / keep_prob if kept.any() else 0.0
+        chosen = kept.nonzero().flatten() if scale else torch.tensor([0])
+        chosen = chosen.to(x.device, non_blocking=True)
+        return AddToSome.apply(x, chosen, branch(x.index_select(0, chosen)), scale)
 
 
 class Block(nn.Module):
@@ -206,8 +257,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         x = self.perception(x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.drop_path(x, lambda kept: self.attn(self.norm1(kept)))
+        return self.drop_path(x, lambda kept: self.mlp(self.norm2(kept)))
 
 
 class Stage(nn.Module):

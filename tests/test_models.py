@@ -186,11 +186,11 @@ def test_padding_is_never_attended_to(shifted):
 
 
 def poison(x: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """`x` (1, 10, 10, C), rolled where shifted, with other values in its padding (rows from 7, columns from 6)."""
-    real = torch.zeros(1, 10, 10, 1, dtype=torch.bool)
-    real[:, :7, :6] = True
-    real = real.roll((-3, -3), (1, 2)) if shifted else real
-    return torch.where(real, x, 100.0)
+    """A map `x` (10 · 10, C), rolled where shifted, with other values in its padding (rows from 7, columns from 6)."""
+    real = torch.zeros(10, 10, dtype=torch.bool)
+    real[:7, :6] = True
+    real = real.roll((-3, -3), (0, 1)) if shifted else real
+    return torch.where(real.view(-1, 1), x, 100.0)
 
 
 @BOTH

@@ -1,5 +1,6 @@
 """What makes the models fast, without timing anything: operations, memory, and that every path computes the same."""
 
+import functools
 from argparse import Namespace
 
 import pytest
@@ -7,16 +8,16 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from models import attention
+from models import attention, dat
 from models.attention import attend, sample, sample_by_grid, sample_by_rows
-from models.dat import GELULinear
+from models.dat import DropPath, GELULinear
 from tools.bench_model import Subject
 
 BOTH = pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
 
 
 @pytest.mark.parametrize(
-    ("name", "operations", "mib"), [("dat_tiny", 860, 60), ("dat_pp_tiny", 2600, 104)]
+    ("name", "operations", "mib"), [("dat_tiny", 700, 60), ("dat_pp_tiny", 2220, 104)]
 )
 def test_operations_and_memory_of_a_forward_pass(name, operations, mib):
     subject = Subject(name, Namespace(device="cpu", dtype="bfloat16", size=224, batch=4))
@@ -67,16 +68,20 @@ def test_a_position_that_is_no_number_gives_no_number():
 @pytest.mark.parametrize("repeats", [1, 2, 6])
 def test_attention_equals_the_fused_kernel(repeats):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(6, 2, n, 4, dtype=torch.float64) for n in (5, 3, 3))
-    bias = torch.randn(6 // repeats, 2, 5, 3, dtype=torch.float64)
+    q, k, v = (torch.randn(6, n, 4, dtype=torch.float64) for n in (5, 3, 3))
+    bias = torch.randn(6 // repeats, 5, 3, dtype=torch.float64)
 
-    def fused(q, k, v, bias):
-        return F.scaled_dot_product_attention(q, k, v, bias.repeat(repeats, 1, 1, 1))
+    def fused(q, k, v, bias):  # as on CUDA
+        q, k, v = (part.unflatten(0, (repeats, -1)) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, bias).flatten(0, 1)
 
-    for own, other in zip(
-        gradients(attend, q, k, v, bias), gradients(fused, q, k, v, bias), strict=True
+    def own(q, k, v, bias):
+        return attend(q, k, v, bias.clone())
+
+    for one, other in zip(
+        gradients(own, q, k, v, bias), gradients(fused, q, k, v, bias), strict=True
     ):
-        torch.testing.assert_close(own, other)
+        torch.testing.assert_close(one, other)
 
 
 def test_the_gelu_that_is_computed_again_is_the_same():
@@ -95,6 +100,37 @@ def test_the_gelu_that_is_computed_again_is_the_same():
         torch.testing.assert_close(own, other)
 
 
+@pytest.mark.parametrize("drop_prob", [0.02, 0.5, 0.98])  # often all, some, often none
+def test_dropped_images_are_not_computed_and_nothing_else_changes(drop_prob, monkeypatch):
+    layer, drop_path = torch.nn.Linear(3, 3).double(), DropPath(drop_prob)
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    computed, seen = [], []
+
+    def add(seed, x, weight, bias):
+        def branch(some):
+            computed.append(len(some))
+            return F.linear(some, weight, bias)
+
+        torch.manual_seed(seed)
+        return drop_path(x, branch)
+
+    for seed in range(20):
+        run = functools.partial(
+            gradients, functools.partial(add, seed), x, layer.weight, layer.bias
+        )
+        monkeypatch.setattr(dat, "being_recorded", lambda: False)
+        found = run()
+        monkeypatch.setattr(dat, "being_recorded", lambda: True)  # computes all and multiplies by 0
+        for own, other in zip(found, run(), strict=True):
+            torch.testing.assert_close(own, other)
+        kept = (found[0] != x).flatten(1).any(1).sum()
+        assert computed[0] == max(1, kept)
+        seen.append(int(kept))
+        computed.clear()
+    assert abs(sum(seen) / 80 - (1 - drop_prob)) < 0.15
+    assert torch.equal(drop_path.eval()(x, layer), x + layer(x))
+
+
 @BOTH
 def test_parts_of_a_batch_are_the_same_as_all_of_it(name, monkeypatch):
     torch.manual_seed(0)
@@ -109,8 +145,8 @@ def test_parts_of_a_batch_are_the_same_as_all_of_it(name, monkeypatch):
     monkeypatch.setattr(attention, "CPU_BYTES", two_images)
     for own, other in zip(gradients(model, images), whole, strict=True):
         torch.testing.assert_close(own, other)
-    assert calls == [2, 2, 1]
+    assert calls == [2 * 256, 2 * 256, 256]
     seen = []
     mlp.fc1.register_forward_hook(lambda *args: seen.append(len(args[2])))
     model(images)
-    assert seen == [5]  # who looks inside sees whole batches
+    assert seen == [5 * 256]  # who looks inside sees whole batches
