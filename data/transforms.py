@@ -236,8 +236,10 @@ def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Sequence[int]) -> I
     whole = np.floor(shifts)
     t = (shifts - whole).astype(np.float32)[:, None, None]
     columns = np.arange(-1, width + 2) + whole.astype(np.int64)[:, None]
-    nearest = columns.clip(0, width - 1) + width * np.arange(height)[:, None]
-    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)[nearest]  # (height, width + 3)
+    nearest = columns.clip(0, width - 1, out=columns)
+    nearest += width * np.arange(height)[:, None]
+    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
+    pixels = pixels.take(nearest)  # (height, width + 3)
     values = pixels.view(np.uint8).reshape(height, width + 3, 4).astype(np.int16)
     a, b, c, d = (values[:, first : first + width] for first in range(4))
     # The cubic convolution that Pillow's transforms use, b + t (c - a + t (2 (a - b) + c - d + t (b - a + d - c))),
@@ -251,7 +253,10 @@ def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Sequence[int]) -> I
     result += b
     drawn = result.clip(0, 255, out=result).astype(np.uint8)
     centres = np.arange(width) + 0.5 + shifts[:, None]
-    drawn[(centres < 0) | (centres >= width)] = (*fill, 0)
+    outside = (centres < 0) | (centres >= width)
+    np.copyto(
+        drawn.view(np.uint32)[..., 0], np.array((*fill, 0), np.uint8).view(np.uint32), where=outside
+    )
     return Image.frombytes("RGB", image.size, drawn, "raw", "RGBX")
 
 

@@ -384,7 +384,7 @@ def _parallel(model: nn.Module, img_size: int, process: Process) -> nn.Module:
     net = DistributedDataParallel(
         model,
         device_ids=[process.device] if process.device.type == "cuda" else None,
-        broadcast_buffers=False,  # the reduction does, after an update instead of before it
+        forward_sync_buffers=False,  # the reduction does, after an update instead of before it
         gradient_as_bucket_view=True,
     )
     net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()

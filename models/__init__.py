@@ -3,10 +3,8 @@
 import copy
 import difflib
 import inspect
-import math
 import re
 import sys
-from collections.abc import Sequence
 
 import timm
 import torch
@@ -68,16 +66,10 @@ def count_macs(model: nn.Module, height: int, width: int, in_chans: int = 3) -> 
     for module in model.modules():
         if isinstance(module, NeighborhoodAttention):
             module.register_forward_hook(collect)
-    formulas = {torch.ops.torchvision.deform_conv2d: deformable_convolution_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(torch.empty(1, in_chans, height, width, device="meta"))
     return counter.get_total_flops() // 2 - masked
-
-
-def deformable_convolution_flops(x: Sequence, weight: Sequence, *rest, out_shape: Sequence) -> int:
-    """Floating-point operations of a deformable convolution, for shapes: those of a convolution, no bilinear reads."""
-    return 2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(weight)
 
 
 def constructor_arguments(name: str, class_name: str) -> list[str]:

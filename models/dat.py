@@ -209,7 +209,7 @@ class AddToSome(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
         """The gradients of x and added from that of the output."""
         (chosen,) = ctx.saved_tensors
-        return grad, None, (grad.index_select(0, chosen) * ctx.scale).to(ctx.dtype), None
+        return grad, None, grad.index_select(0, chosen).mul_(ctx.scale).to(ctx.dtype), None
 
 
 class DropPath(nn.Module):

@@ -110,7 +110,7 @@ def test_windows_equal_timms_swin(shifted, size):
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (4, 4), (6, 3)])
 @pytest.mark.parametrize(("num_heads", "groups"), [(1, 1), (4, 1), (4, 2), (2, 2)])
 def test_deformable_convolution_equals_nine_bilinear_readings(num_heads, groups, size):
-    """Torchvision does the work in the layer; here `grid_sample` reads and one product per tap sums."""
+    """The layer reads rows; here `grid_sample` reads and one product per tap sums. Torchvision's agrees with both."""
     layer = randomised(DeformableConvolution(8, num_heads, groups))
     x = features(2, *size, 8)
     theta = layer.positions(x)
@@ -132,6 +132,8 @@ def test_deformable_convolution_equals_nine_bilinear_readings(num_heads, groups,
         kernel = layer.conv.weight[:, :, tap // 3, tap % 3, None, None]
         out = out + F.conv2d(torch.cat(read, 1), kernel, groups=num_heads).permute(0, 2, 3, 1)
     torch.testing.assert_close(layer(x), layer.proj(out + layer.conv.bias))
+    parts = theta[..., : 18 * groups], masks.flatten(-2)
+    torch.testing.assert_close(layer.by_rows(x, *parts), layer.by_torchvision(x, *parts))
 
 
 def test_deformable_convolution_begins_as_half_a_convolution():

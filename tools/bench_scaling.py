@@ -63,7 +63,9 @@ def work(
     model = build(args)
     net = model
     if world_size > 1:  # as in a run
-        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(
+            model, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
     optimizer = create_optimizer(model, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
     images = torch.randn(args.batch // world_size, 3, args.size, args.size)
     while pipe.recv():
