@@ -534,7 +534,7 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def fast_scatter(device: torch.device) -> bool:
-    """Whether kernels may be used whose gradient is summed in no fixed order: on a GPU that need not repeat its bits."""
+    """Whether to use kernels whose gradient is summed in no fixed order: on a GPU that need not repeat its bits."""
     return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
 
 
