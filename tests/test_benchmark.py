@@ -16,8 +16,9 @@ from images import write_image_folder
 from runs import SMALL
 from torch import nn
 
+from engine import checkpoint
 from engine.phases import PHASES
-from tools import bench_loop, bench_model, bench_scaling, benchmark
+from tools import bench_loop, bench_model, bench_scaling, benchmark, compare
 
 TINY = ["--size", "32", "--batch", "2", "--rounds", "2", "--threads", "1"]
 
@@ -28,6 +29,45 @@ def same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+# --- compare --------------------------------------------------------------------------------------
+
+
+def test_configurations_side_by_side_with_the_accuracies_of_their_finished_runs(tmp_path, capsys):
+    for name, letters in (("one", "L"), ("two", "G")):
+        model = f"{{NAME: dat_micro, ARGS: {{stages: [{letters}, L, L, L]}}}}"
+        text = f"TAG: {name}\nDATA: {{IMG_SIZE: 32}}\nMODEL: {model}"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    for seed, tag, state in ((0, "one", "done"), (1, "one", "done"), (0, "two", "running")):
+        run = tmp_path / f"seed{seed}" / "dat_micro" / tag
+        facts = {
+            "update": 3,
+            "epoch": 1,
+            "skipped": 0,
+            "best": {},
+            "scaler": {},
+            "classes": ["a", "b"],
+        }
+        facts = json.dumps(facts).encode()
+        checkpoint.write(run / "checkpoints", "step-3", {"state.json": facts})
+        (run / "status.json").write_text(json.dumps({"state": state}))
+        records = (
+            {"update": 1, "val/acc1": 1.0},
+            {"update": 3, "val/acc1": 50.0 + seed},
+            {"update": 3},
+        )
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    cfgs = [str(tmp_path / f"{name}.yaml") for name in ("one", "two")]
+    runs = [str(tmp_path / f"seed{seed}") for seed in (0, 1, 2)]
+    options = ["--batch", "2", "--rounds", "2"]
+    assert compare.main([*cfgs, "--runs", *runs, *options]) == 0
+    one, two = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
+    assert (one[0], one[6], one[7]) == ("| one", "50.00 · 51.00", "— |")
+    assert (two[0], two[6], two[7]) == ("| two", "—", "— |")
+    assert float(two[1].split()[0]) - float(one[1].split()[0]) > 0.2  # 998 classes more
+    assert compare.main([str(tmp_path / "three.yaml"), *options]) == 2
+    assert "three.yaml" in capsys.readouterr().err
 
 
 # --- model ----------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ BOTH = pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
     ("name", "operations", "mib"), [("dat_tiny", 700, 60), ("dat_pp_tiny", 2220, 104)]
 )
 def test_operations_and_memory_of_a_forward_pass(name, operations, mib):
-    subject = Subject(name, Namespace(device="cpu", dtype="bfloat16", size=224, batch=4))
+    args = Namespace(device="cpu", dtype="bfloat16", size=224, batch=4)
+    subject = Subject.named(name, args)
     assert subject.kept_mib() <= mib  # and masks and grids are remembered
     assert subject.operations() <= operations
 

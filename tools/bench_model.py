@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
@@ -107,13 +107,20 @@ def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[
 class Subject:
     """A model with a batch of random images and the two things that are timed."""
 
-    def __init__(self, name: str, args: argparse.Namespace):
+    def __init__(
+        self, net: nn.Module, *, batch: int, size: int, dtype: str, device: str, **_: object
+    ):
         torch.manual_seed(0)
-        self.device = torch.device(args.device)
-        self.dtype = getattr(torch, args.dtype)
-        net = models.build(name, num_classes=1000, img_size=args.size, drop_path_rate=0.2)
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype)
         self.net = net.to(self.device)
-        self.images = torch.randn(args.batch, 3, args.size, args.size, device=self.device)
+        self.images = torch.randn(batch, 3, size, size, device=self.device)
+
+    @classmethod
+    def named(cls, name: str, args: argparse.Namespace) -> "Subject":
+        """What timm knows as `name`."""
+        net = models.build(name, num_classes=1000, img_size=args.size, drop_path_rate=0.2)
+        return cls(net, **vars(args))
 
     @torch.inference_mode()
     def evaluate(self) -> Tensor:
@@ -188,7 +195,7 @@ def kind(operation: str) -> str:
 def peak_mib(name: str, args: argparse.Namespace) -> float:
     """MiB at the peak of a training step: the accelerator's, or all of a process that does nothing else."""
     torch.set_num_threads(args.threads)
-    subject = Subject(name, args)
+    subject = Subject.named(name, args)
     if subject.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(subject.device)
     subject.train()
@@ -221,7 +228,7 @@ def run(args: argparse.Namespace) -> dict:
         raise ConfigError("--device cuda: there is no CUDA device here, expected cpu")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    subjects = {name: Subject(name, args) for name in (args.model, args.peer)}
+    subjects = {name: Subject.named(name, args) for name in (args.model, args.peer)}
     limit, limit_gflop = matrix_product(getattr(torch, args.dtype), device)
     conditions = ("model", "peer", "dtype", "batch", "size", "threads", "device")
     result = {name: getattr(args, name) for name in conditions} | {"models": {}}
