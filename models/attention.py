@@ -518,10 +518,21 @@ def displacement_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Ten
     batch, groups = positions.shape[:2]
     keys = positions.reshape(batch * groups, 1, -1, 2)
     displacement = torch.sub(queries.view(-1, 1, 2) / 2, keys, alpha=0.5)  # (B·G, N, S, 2)
+    tables = tables.to(keys.dtype)
+    if displacement.is_cuda and not fast_scatter(displacement.device):
+        return bias_by_rows(tables, displacement.unflatten(0, (batch, groups)))
     # grid_sample wants (x, y): (y, x) is that of the transposed table.
-    tables = tables.mT.to(keys.dtype).unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
+    tables = tables.mT.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
     bias = F.grid_sample(tables, displacement, align_corners=True)  # (B·G, M/G, N, S)
     return bias.flatten(0, 1)
+
+
+def bias_by_rows(tables: Tensor, displacement: Tensor) -> Tensor:
+    """The tables (M, …) read at (B, G, N, S, 2), to (B · M, N, S), with a gradient that is summed in a fixed order."""
+    batch, _, queries, keys, _ = displacement.shape
+    maps = tables.permute(1, 2, 0).expand(batch, -1, -1, -1)
+    bias = sample_by_rows(maps, displacement)  # (B, N · S, M)
+    return bias.transpose(1, 2).reshape(-1, queries, keys)
 
 
 def sample(x: Tensor, positions: Tensor) -> Tensor:
@@ -562,9 +573,8 @@ def read_cells(x: Tensor, points: Tensor, weights: Tensor | None = None) -> Tens
     readings, groups = points.shape[1:3]
     rows = row_numbers(batch, height, width, groups, readings, x.device)
     points = points.clamp(rows.before, rows.after)  # a border of zeros lies around the map
-    corner = (
-        points.detach().floor().minimum(rows.last)
-    )  # of the four cells around a point, the first
+    # Of the four cells around a point, the first.
+    corner = points.detach().floor().minimum(rows.last)
     beyond = (points - corner).unsqueeze(-1)  # (B, S, G, 2, 1)
     along_y, along_x = torch.addcmul(rows.first, beyond, rows.sign).unbind(-2)  # (B, S, G, 4)
     share = along_y * along_x

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from models import attention, dat
-from models.attention import attend, sample, sample_by_grid, sample_by_rows
+from models.attention import (
+    attend,
+    bias_by_rows,
+    displacement_bias,
+    sample,
+    sample_by_grid,
+    sample_by_rows,
+)
 from models.dat import DropPath, GELULinear
 from tools.bench_model import Subject
 
@@ -56,6 +63,20 @@ def test_readings_by_rows_and_by_grid_are_the_same():
     assert (rows[0].view(2, 24, 3, 4)[0, 0, 0] == 0).all()  # far outside
     assert rows[0].is_contiguous()
     assert grid[0].is_contiguous()
+
+
+def test_the_bias_by_rows_and_by_grid_is_the_same():
+    torch.manual_seed(0)
+    tables = torch.randn(6, 9, 13, dtype=torch.float64)
+    queries, keys = torch.rand(5, 7, 2, dtype=torch.float64) * 2 - 1, positions()
+
+    def by_rows(tables, queries, keys):
+        displacement = (queries.view(-1, 1, 2) - keys.flatten(2, 3)[:, :, None]) / 2
+        return bias_by_rows(tables, displacement)
+
+    one, other = (gradients(f, tables, queries, keys) for f in (displacement_bias, by_rows))
+    for own, peer in zip(one, other, strict=True):
+        torch.testing.assert_close(own, peer)
 
 
 def test_a_position_that_is_no_number_gives_no_number():
