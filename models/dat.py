@@ -36,9 +36,9 @@ from models.attention import (
     GlobalAttention,
     NeighborhoodAttention,
     WindowAttention,
-    being_recorded,
     in_parts,
 )
+from models.reading import being_recorded
 from models.released import checkpoint_filter_fn
 from utils.errors import ConfigError
 

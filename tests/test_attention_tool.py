@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from engine import checkpoint
 from engine.checkpoint import TrainState
-from models.attention import sample
 from models.dat import MIXERS, DATConfig
+from models.reading import sample
 from tools import attention
 from tools.attention import NOT_READ, look, read
 

@@ -9,15 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from models import attention, dat
-from models.attention import (
-    attend,
-    bias_by_rows,
-    displacement_bias,
-    sample,
-    sample_by_grid,
-    sample_by_rows,
-)
+from models.attention import attend
 from models.dat import DropPath, GELULinear
+from models.reading import bias_by_rows, displacement_bias, sample, sample_by_grid, sample_by_rows
 from tools.bench_model import Subject
 
 BOTH = pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
