@@ -26,7 +26,8 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         agreed = isinstance(error, (DivergedError, StopRequested))  # every process says the same
         if rank == 0 or not agreed:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            # In one write: torchrun's processes share the pipe, unbuffered, and print would write the newline apart.
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -228,9 +228,7 @@ class DropPath(nn.Module):
         if not self.training or not self.drop_prob:
             return x + branch(x)
         keep_prob = 1 - self.drop_prob
-        kept = torch.empty(len(x)).bernoulli_(
-            keep_prob
-        )  # drawn where the count is needed: on the host
+        kept = torch.empty(len(x)).bernoulli_(keep_prob)  # on the host, which needs the count
         if being_recorded():
             return x + branch(x) * (kept.to(x) / keep_prob).view(-1, *[1] * (x.ndim - 1))
         if kept.all():

@@ -107,9 +107,9 @@ def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[
 class Subject:
     """A model with a batch of random images and the two things that are timed."""
 
-    def __init__(
-        self, net: nn.Module, *, batch: int, size: int, dtype: str, device: str, **_: object
-    ):
+    def __init__(self, net: nn.Module, *, batch: int, size: int, dtype: str, device: str):
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: there is no CUDA device here, expected cpu")
         torch.manual_seed(0)
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
@@ -120,7 +120,7 @@ class Subject:
     def named(cls, name: str, args: argparse.Namespace) -> "Subject":
         """What timm knows as `name`."""
         net = models.build(name, num_classes=1000, img_size=args.size, drop_path_rate=0.2)
-        return cls(net, **vars(args))
+        return cls(net, batch=args.batch, size=args.size, dtype=args.dtype, device=args.device)
 
     @torch.inference_mode()
     def evaluate(self) -> Tensor:
@@ -224,8 +224,6 @@ def facts(name: str, subject: Subject, args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> dict:
     """Time both models and the machine's limit in turns. Raises ConfigError."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no CUDA device here, expected cpu")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     subjects = {name: Subject.named(name, args) for name in (args.model, args.peer)}

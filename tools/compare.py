@@ -66,10 +66,10 @@ def build(cfg: CfgNode, runs: list[Path]) -> torch.nn.Module:
 
 
 def compare(args: argparse.Namespace) -> list[list[str]]:
-    """The rows of the table. Raises ConfigError for a configuration that cannot be read."""
+    """The rows of the table. Raises ConfigError for a configuration that cannot be read, or without the device."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    cfgs = {Path(path).stem: config.parse(["--cfg", path, "--throughput"]).cfg for path in args.cfg}
+    cfgs = {path: config.parse(["--cfg", path, "--throughput"]).cfg for path in args.cfg}
     runs = {name: finished(cfg, args.runs) for name, cfg in cfgs.items()}
     subjects = {
         name: Subject(
