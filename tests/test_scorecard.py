@@ -88,10 +88,13 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch)
     assert [record["number"] for record in card["figures"]] == [1]
 
 
-def test_an_unknown_figure_is_refused(tmp_path, capsys):
+def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--only", "13,25")
     assert "--only 25: expected numbers from 1 to 24" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        scorecard.main(["--only", "13", "--out", str(tmp_path)])
+    assert "a folder, expected a file to write" in capsys.readouterr().err
 
 
 def test_the_ledger_counts_what_was_kept_and_what_was_lost(tmp_path):

@@ -160,6 +160,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--only {','.join(unknown)}: expected numbers from 1 to {len(FIGURES)}")
     args.figures = [known[name] for name in names]
+    if args.out.is_dir():
+        parser.error(f"--out {args.out}: a folder, expected a file to write")
     return args
 
 
