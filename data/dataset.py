@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from data.checksums import read_checksums
-from data.decode import SAMPLE, UNREADABLE, decode
+from data.decode import SAMPLE, UNREADABLE, decode_pixels
 from data.files import open_split
 from utils.errors import DataError
 from utils.rng import key, reseed
@@ -79,7 +78,7 @@ class ImageDataset(Dataset):
 
     classes: the class list that decides the labels, in order; by default the sorted folder names.
     allow_missing: declares the split a subset, so that classes may have no images.
-    transform: PIL picture to uint8 tensor [3, H, W]; with another input if it has its own `decode`.
+    transform: an image's pixels, uint8 [height, width, 3], to uint8 [3, H, W].
     seed: of the augmentation and of substitutes; only training uses it.
     upright: turn images as their EXIF data asks for.
     checksums: index of tools/doctor.py --sha with which the bytes of each image are compared.
@@ -94,7 +93,7 @@ class ImageDataset(Dataset):
         root: str | Path,
         split: str,
         *,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[torch.Tensor], torch.Tensor],
         train: bool = False,
         seed: int = 0,
         classes: Sequence[str] | None = None,
@@ -105,7 +104,6 @@ class ImageDataset(Dataset):
     ):
         self.source = open_split(root, split)
         self.transform = transform
-        self.decode = getattr(transform, "decode", decode)
         self.train = train
         self.seed = seed
         self.upright = upright
@@ -200,7 +198,7 @@ class ImageDataset(Dataset):
                     f"{self.path(index)}: {error}; evaluation never substitutes an image: restore "
                     "the file, or let it count as wrong with TEST.SKIP_BAD=True"
                 ) from error
-            black = torch.zeros_like(self.transform(self.decode(SAMPLE)))
+            black = torch.zeros_like(self.transform(decode_pixels(SAMPLE)))
             bad = BadFile(self.path(index), str(error), None, index)
             return EvalSample(black, NO_LABEL, index, [bad])
         return EvalSample(self.transform(image), int(self.labels[index]), index, [])
@@ -214,7 +212,7 @@ class ImageDataset(Dataset):
             word = key(self.seed, "substitute", epoch, index, attempt)
             yield int(others[word % len(others)])
 
-    def _image(self, index: int) -> Image.Image | torch.Tensor:
+    def _image(self, index: int) -> torch.Tensor:
         data = b""
         try:
             data = self.read(index)
@@ -222,7 +220,7 @@ class ImageDataset(Dataset):
                 digest = hashlib.sha256(data).digest()
                 if digest != self.checksums[index].tobytes():
                     raise ValueError("its SHA-256 is another than in the index of DATA.VERIFY")
-            return self.decode(data, upright=self.upright)
+            return decode_pixels(data, upright=self.upright)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
             size = len(data) or self.source.where[index, 0]

@@ -1,4 +1,7 @@
-"""What happens to one picture on its way to a uint8 tensor, in training and in evaluation?"""
+"""What happens to one picture in training and in evaluation?
+
+From its pixels, uint8 [height, width, 3], to the model's, uint8 [3, H, W].
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +16,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.nn.functional import interpolate
 from torchvision import transforms
-from torchvision.transforms.functional import center_crop
+from torchvision.transforms.functional import center_crop, pil_to_tensor
 
-from data.decode import decode_pixels
 from utils.errors import ConfigError
 
 BY_TORCH = ("bilinear", "bicubic")  # the interpolations that torch has with antialiasing
@@ -33,7 +35,7 @@ def train_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     padding: int = 0,
 ) -> transforms.Compose:
-    """timm's training augmentation up to the uint8 tensor [3, img_size, img_size].
+    """timm's training augmentation, from pixels to [3, img_size, img_size].
 
     Every random number is timm's. Pixels may differ by rounding where timm's operation is slow:
     bilinear and bicubic crops are resized by torch (`RandomResizedCrop`), bicubic shears and shifts
@@ -57,19 +59,20 @@ def train_transform(
         use_prefetcher=True,
         separate=True,
     )
-    kind = transforms.Compose
     if padding:
         crop.transforms[:1] = [
+            to_picture,
             transforms.Resize(img_size, interpolation=str_to_interp_mode(interpolation)),
             transforms.RandomCrop(img_size, padding=padding),
         ]
     elif interpolation in BY_TORCH:
         crop.transforms[0] = RandomResizedCrop(img_size, scale, ratio, interpolation)
-        kind = PixelTransform
+    else:
+        crop.transforms.insert(0, to_picture)
     replaced = REPLACED | (REPLACED_IF_BICUBIC if interpolation == "bicubic" else {})
     for op in _augment_ops(augment):
         op.aug_fn = replaced.get(op.aug_fn, op.aug_fn)
-    return kind([*crop.transforms, *augment.transforms, *to_tensor.transforms])
+    return transforms.Compose([*crop.transforms, *augment.transforms, *to_tensor.transforms])
 
 
 def eval_transform(
@@ -79,8 +82,8 @@ def eval_transform(
     crop_pct: float = 0.875,
     interpolation: str = "bicubic",
     exact: bool = True,
-) -> transforms.Compose:
-    """Resize and centre crop up to the uint8 tensor [3, img_size, img_size].
+) -> "ResizedCenterCrop":
+    """Resize and centre crop, from pixels to [3, img_size, img_size].
 
     protocol: `official`, as the released DAT code: squash to a square of img_size / crop_pct,
     whatever the aspect ratio; `standard`, as timm: shorter side to img_size / crop_pct. Another
@@ -92,11 +95,9 @@ def eval_transform(
         raise ConfigError(f"evaluation protocol {protocol!r}: expected official or standard")
     squash = protocol == "official"
     side = round(img_size / crop_pct) if squash else math.floor(img_size / crop_pct)
-    if not exact and interpolation in BY_TORCH:
-        crop = FastResizedCenterCrop(img_size, side, squash=squash, interpolation=interpolation)
-        return PixelTransform([crop])
-    crop = ResizedCenterCrop(img_size, side, squash=squash, interpolation=interpolation)
-    return transforms.Compose([crop, transforms.PILToTensor()])
+    fast = not exact and interpolation in BY_TORCH
+    crop = FastResizedCenterCrop if fast else ResizedCenterCrop
+    return crop(img_size, side, squash=squash, interpolation=interpolation)
 
 
 class ResizedCenterCrop:
@@ -115,15 +116,17 @@ class ResizedCenterCrop:
         self.resample = str_to_pil_interp(interpolation)
         self.mode = interpolation
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        """A picture of any size to one of img_size x img_size."""
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels of a picture of any size to [3, img_size, img_size]."""
+        picture = to_picture(pixels)
         (width, (x0, x1), left), (height, (y0, y1), top) = map(
             self._axis, picture.size, self._resized(picture.size)
         )
         whole = picture.height
         picture = picture.resize((width, whole), self.resample, (x0, 0, x1, whole))
         picture = picture.resize((width, height), self.resample, (0, y0, width, y1))
-        return picture.crop((left, top, left + self.img_size, top + self.img_size))
+        picture = picture.crop((left, top, left + self.img_size, top + self.img_size))
+        return pil_to_tensor(picture)
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.squash:
@@ -141,32 +144,31 @@ class ResizedCenterCrop:
 
 
 class FastResizedCenterCrop(ResizedCenterCrop):
-    """The same by torch, from pixels to pixels."""
+    """The same by torch."""
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels uint8 [height, width, 3] of any size to [3, img_size, img_size]."""
+        """Pixels of a picture of any size to [3, img_size, img_size]."""
         height, width, _ = pixels.shape
         resized = resize(pixels, self._resized((height, width)), self.mode)
         return center_crop(resized, self.img_size)
-
-
-class PixelTransform(transforms.Compose):
-    """A transform that begins with pixels, uint8 [height, width, 3], and says how to get them."""
-
-    decode = staticmethod(decode_pixels)
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
     """timm's crop, resized by torch."""
 
     def __call__(self, pixels: torch.Tensor) -> Image.Image:
-        """Pixels uint8 [height, width, 3] to a picture of `self.size`."""
+        """Pixels to a picture of `self.size`."""
         image = pixels.permute(2, 0, 1)
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         # Of pictures of a few pixels timm's crop can round to nothing.
         crop = pixels[top : top + max(1, height), left : left + max(1, width)]
         resized = resize(crop, self.size, self.interpolation.value)
-        return Image.fromarray(resized.permute(1, 2, 0).numpy())
+        return to_picture(resized.permute(1, 2, 0))
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """Pixels as Pillow has them."""
+    return Image.fromarray(pixels.numpy())
 
 
 def resize(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:

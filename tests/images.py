@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 
@@ -27,6 +28,11 @@ def write_image_folder(
                 picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
                 picture.save(folder / f"{number:03d}.jpg", quality=90)
     return Path(root)
+
+
+def as_they_are(pixels: torch.Tensor) -> torch.Tensor:
+    """The transform that changes nothing: [height, width, 3] to [3, height, width]."""
+    return pixels.permute(2, 0, 1)
 
 
 def write_zip(folder: Path, path: Path, prefix: str = "", method: int = zipfile.ZIP_STORED) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import write_image_folder
+from images import as_they_are, write_image_folder
 from PIL import Image, ImageFile
 from runs import arguments
 from torch import nn
-from torchvision.transforms import PILToTensor
 
 import data.dataset
 import data.decode
@@ -66,7 +65,7 @@ def no_hang():
 
 
 def dataset(root, split="train", **options):
-    return ImageDataset(root, split, transform=PILToTensor(), **options)
+    return ImageDataset(root, split, transform=as_they_are, **options)
 
 
 @pytest.fixture(scope="module")

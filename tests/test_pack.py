@@ -5,8 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from images import write_image_folder
-from torchvision.transforms import PILToTensor
+from images import as_they_are, write_image_folder
 
 from data import ImageDataset
 from tools import pack
@@ -19,7 +18,7 @@ def root(tmp_path):
 
 
 def dataset(root, split="train", **options):
-    return ImageDataset(root, split, transform=PILToTensor(), **options)
+    return ImageDataset(root, split, transform=as_they_are, **options)
 
 
 def contents(data):

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config
 import data
 import models
-from data.decode import UNREADABLE, decode
+from data.decode import UNREADABLE, decode_pixels
 from engine import checkpoint
 from engine.pretrained import load_pretrained
 from models.attention import DeformableAttention, DeformableConvolution, GlobalAttention
@@ -397,7 +397,7 @@ def load_model(cfg: CfgNode, pretrained: str, run: str) -> tuple[nn.Module, str]
 def load_image(cfg: CfgNode, path: Path) -> Tensor:
     """The model's input before normalisation, (3, H, W) uint8, prepared as for an evaluation."""
     try:
-        picture = decode(path.read_bytes())
+        pixels = decode_pixels(path.read_bytes())
     except UNREADABLE as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"--image {path} cannot be read as an image: {reason}") from None
@@ -407,7 +407,7 @@ def load_image(cfg: CfgNode, path: Path) -> Tensor:
         crop_pct=cfg.TEST.CROP_PCT,
         interpolation=cfg.DATA.INTERPOLATION,
     )
-    return transform(picture)
+    return transform(pixels)
 
 
 def parse_point(text: str) -> tuple[float, float]:

@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 from PIL import Image
-from torchvision.transforms import PILToTensor
 
 from data import ImageDataset
 from data.decode import UNREADABLE, decode
@@ -381,7 +381,7 @@ def read_fuzzed(seed: int, folder: Path) -> str:
     path.parent.mkdir(parents=True)
     path.write_bytes(damaged)
     try:
-        dataset = ImageDataset(path.parent, "train", transform=PILToTensor(), skip_bad=True)
+        dataset = ImageDataset(path.parent, "train", transform=torch.clone, skip_bad=True)
     except DataError:
         return REFUSED
     return BAD if any(dataset[index].bad for index in range(len(dataset))) else GOOD

@@ -16,12 +16,12 @@ import numpy as np
 import timm.data
 import torch
 from timm.data import auto_augment
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
 from data.decode import decode, decode_pixels
-from data.files import open_split
+from data.files import Source, open_split
 from data.transforms import posterize
 from tools import pack
 from utils.errors import DataError
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> dict:
         pack.pack(folder, plain, "train", 0, QUALITY, max(1, args.workers))
         pack.pack(folder, small, "train", SHORTER_SIDE, QUALITY, max(1, args.workers))
         passes = {
-            "decoding, Pillow": _decoding(_only_decoding(folder, decode), args),
-            "decoding, libjpeg-turbo": _decoding(_only_decoding(folder, decode_pixels), args),
+            "decoding, Pillow": _decoding(folder, decode, args),
+            "decoding, libjpeg-turbo": _decoding(folder, decode_pixels, args),
             f"training, {PEER}": _timm_training(folder, args, prefetcher=True),
             "training, timm": _timm_training(folder, args, prefetcher=False),
             "training, ours": _training(folder, args),
@@ -232,20 +232,23 @@ def _timm_evaluation(
 # --- Decoding alone -------------------------------------------------------------------------------
 
 
-def _only_decoding(root: Path, how: Callable[[bytes], object]) -> data.ImageDataset:
-    """Every file of a folder read and decoded, and nothing kept."""
-    dataset = data.ImageDataset(root, "train", transform=_nothing)
-    dataset.decode = how
-    return dataset
+class OnlyDecoded(Dataset):
+    """Every image of `source` read and decoded, and nothing kept."""
+
+    def __init__(self, source: Source, how: Callable[[bytes], object]):
+        self.source = source
+        self.how = how
+
+    def __len__(self) -> int:
+        return len(self.source.names)
+
+    def __getitem__(self, index: int) -> None:
+        self.how(self.source.read(index))
 
 
-def _nothing(picture: object) -> torch.Tensor:
-    return torch.zeros(1)
-
-
-def _decoding(dataset: data.ImageDataset, args: argparse.Namespace) -> Pass:
+def _decoding(root: Path, how: Callable[[bytes], object], args: argparse.Namespace) -> Pass:
     loader = DataLoader(
-        dataset,
+        OnlyDecoded(open_split(root, "train"), how),
         args.batch_size,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
