@@ -34,7 +34,7 @@ from engine import checkpoint
 from engine.pretrained import load_pretrained
 from models.attention import DeformableAttention, DeformableConvolution, GlobalAttention
 from models.dat import DAT
-from utils.errors import ConfigError, DataError, StorageError, UserError
+from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.rng import key, reseed
 
 KINDS = {
@@ -466,8 +466,9 @@ def make_picture(args: argparse.Namespace) -> str:
     return title
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command; returns the process's exit code (see utils/errors.py)."""
+@as_exit_code
+def main(arguments: list[str]) -> None:
+    """Draw one picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -496,12 +497,7 @@ def main(arguments: list[str]) -> int:
         "--opts", nargs="*", default=[], metavar="KEY VALUE", help="any key of the configuration"
     )
     args = parser.parse_args(arguments)
-    try:
-        print(f"{args.out}: {make_picture(args)}")
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    print(f"{args.out}: {make_picture(args)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools import bench_data, bench_loop, bench_model, bench_scaling
-from utils.errors import StorageError, UserError
+from utils.errors import StorageError, as_exit_code
 
 SUBJECTS = {
     "model": bench_model,
@@ -26,8 +26,9 @@ SUBJECTS = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    """Run one benchmark; returns the process's exit code (see utils/errors.py)."""
+@as_exit_code
+def main(arguments: list[str]) -> None:
+    """Run one benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,15 +38,10 @@ def main(arguments: list[str]) -> int:
         module.add_arguments(subparser)
         subparser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     args = parser.parse_args(arguments)
-    try:
-        result = SUBJECTS[args.subject].run(args)
-        print(SUBJECTS[args.subject].table(result))
-        if args.json:
-            write(args.json, result)
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    result = SUBJECTS[args.subject].run(args)
+    print(SUBJECTS[args.subject].table(result))
+    if args.json:
+        write(args.json, result)
 
 
 def write(path: Path, result: dict) -> None:

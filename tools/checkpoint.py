@@ -25,7 +25,7 @@ from torch import Tensor
 from engine import checkpoint
 from engine.pretrained import read_weights, refuse_nonfinite
 from models.released import DERIVED, derived, identify, to_ours, to_released
-from utils.errors import CheckpointError, ConfigError, StorageError, UserError
+from utils.errors import CheckpointError, ConfigError, StorageError, as_exit_code
 
 
 def read(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
@@ -208,17 +208,13 @@ def check_out(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.out} exists: name another file, or add --force to replace it")
 
 
-def main(arguments: list[str]) -> int:
-    """Run one sub-command; returns the exit code of utils/errors.py."""
+@as_exit_code
+def main(arguments: list[str]) -> None:
+    """Run one sub-command."""
     args = parse(arguments)
-    try:
-        if args.out is not None:
-            check_out(args)
-        args.run(args)
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    if args.out is not None:
+        check_out(args)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import config
 import models
 from engine import checkpoint
 from tools.bench_model import Subject, at_least, in_turns
-from utils.errors import UserError
+from utils.errors import as_exit_code
 
 COLUMNS = (
     "configuration",
@@ -106,8 +106,9 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
     return rows
 
 
-def main(arguments: list[str]) -> int:
-    """Print the table as Markdown; returns the exit code of utils/errors.py."""
+@as_exit_code
+def main(arguments: list[str]) -> None:
+    """Print the table as Markdown."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -118,14 +119,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=at_least(2), default=7, help="turns that count")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(arguments)
-    try:
-        rows = compare(args)
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    rows = compare(args)
     for row in (COLUMNS, ["---"] * len(COLUMNS), *rows):
         print(f"| {' | '.join(row)} |")
-    return 0
 
 
 if __name__ == "__main__":

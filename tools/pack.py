@@ -31,7 +31,7 @@ from data import ImageDataset
 from data.decode import UNREADABLE, decode
 from data.files import Pack, Source, open_split
 from data.pack import shard_name, write_index
-from utils.errors import ConfigError, DataError, StorageError, UserError
+from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.logging import write_atomically
 
 SHARD_BYTES = 64 * 2**20  # of the files that go into a shard
@@ -173,8 +173,9 @@ def verify(root: Path, out: Path, split: str) -> None:
     )
 
 
-def main(arguments: list[str]) -> int:
-    """Pack or verify; returns the exit code of utils/errors.py."""
+@as_exit_code
+def main(arguments: list[str]) -> None:
+    """Pack or verify."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -207,16 +208,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--verify", action="store_true", help="check the packs in OUT against ROOT")
     args = parser.parse_args(arguments)
-    try:
-        for split in args.split:
-            if args.verify:
-                verify(args.root, args.out, split)
-            else:
-                pack(args.root, args.out, split, args.shorter_side, args.quality, args.workers)
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    for split in args.split:
+        if args.verify:
+            verify(args.root, args.out, split)
+        else:
+            pack(args.root, args.out, split, args.shorter_side, args.quality, args.workers)
 
 
 if __name__ == "__main__":

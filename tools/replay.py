@@ -31,7 +31,7 @@ from engine.epoch import _accumulate
 from engine.phases import Phases
 from engine.reduce import FastReduction
 from utils import distributed
-from utils.errors import CheckpointError, UserError
+from utils.errors import CheckpointError, as_exit_code
 from utils.logging import start_logging
 
 SHOWN = 10  # rows of a table
@@ -168,22 +168,18 @@ def without_nan(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def main(argv: list[str]) -> int:
-    """Replay one update; returns the exit code."""
+@as_exit_code
+def main(argv: list[str]) -> None:
+    """Replay one update."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, help="diverged-<update> or step-<update>")
     parser.add_argument("--data-path", help="where the data is, if not where it was")
     args = parser.parse_args(argv)
-    try:
-        found = replay(configuration(args.path, args.data_path), args.path)
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    found = replay(configuration(args.path, args.data_path), args.path)
     report = args.path / "replay.json"
     report.write_text(json.dumps(without_nan({"verdict": verdict(found), **found}), indent=1))
     print_tables(found)
     print(f"\nUpdate {found['update']}: {verdict(found)} All numbers are in {report}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ A message names the file or key, says what was expected and what to do. torchrun
 its own 1, so the code is written to the run's `status.json` too.
 """
 
+import functools
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """Base of every error that a user can mend; never raised itself."""
@@ -49,3 +53,18 @@ class StopRequested(UserError):
     """The run was asked to stop; it is saved and goes on when started again."""
 
     exit_code = 75
+
+
+def as_exit_code(main: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
+    """A tool's `main` that returns its exit code: 0, or that of a UserError, which it prints in one line."""
+
+    @functools.wraps(main)
+    def wrapped(arguments: list[str]) -> int:
+        try:
+            main(arguments)
+        except UserError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return error.exit_code
+        return 0
+
+    return wrapped
