@@ -8,6 +8,7 @@ from typing import NoReturn
 import config
 from engine.stop import StopRequest
 from utils.errors import DivergedError, StopRequested, UserError
+from utils.memory import use_large_pages
 
 
 def main(arguments: list[str]) -> int:
@@ -36,9 +37,7 @@ def main(arguments: list[str]) -> int:
 
 def _execute(command: config.Command) -> None:
     """Import torch, which --help and a refused command need not wait for, and do what is asked."""
-    # PyTorch's switch for large tensors in pages of 2 MiB: on a CPU the first touch of pages of 4 KiB takes a tenth of
-    # a training step.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    use_large_pages()
     if command.mode == "train":
         with StopRequest(command.cfg.TRAIN.MAX_SECONDS).listening() as stop:
             from engine import run

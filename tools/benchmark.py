@@ -15,8 +15,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools import bench_data, bench_loop, bench_model, bench_scaling
-from utils.errors import StorageError, as_exit_code
+from utils.memory import use_large_pages
+
+use_large_pages()  # as main.py does
+from tools import bench_data, bench_loop, bench_model, bench_scaling  # noqa: E402
+from utils.errors import StorageError, as_exit_code  # noqa: E402
 
 SUBJECTS = {
     "model": bench_model,
