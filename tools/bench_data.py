@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 SIZE = 224
 AUGMENT = "rand-m9-mstd0.5-inc1"
 MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.0}
-SHORTER_SIDE, QUALITY = 288, 90  # of the pack that is encoded anew
+QUALITY = 90  # of the pack that is encoded anew
 PEER = "timm with prefetcher"
 CEILINGS = ("Pillow", "libjpeg-turbo")
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="of every loader")
     parser.add_argument("--threads", type=int, default=1, help="of the process that is fed")
     parser.add_argument("--batch-size", type=int, default=50, help="even, as mixing needs it")
+    parser.add_argument("--shorter-side", type=int, default=288, help="of a pack encoded anew")
     parser.add_argument("--rounds", type=int, default=5, help="counted passes of every loader")
 
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> dict:
         folder, plain, small = (Path(scratch) / name for name in ("folder", "plain", "small"))
         count = _sample(args.data_path, folder, args.images, args.batch_size)
         pack.pack(folder, plain, "train", 0, QUALITY, max(1, args.workers))
-        pack.pack(folder, small, "train", SHORTER_SIDE, QUALITY, max(1, args.workers))
+        pack.pack(folder, small, "train", args.shorter_side, QUALITY, max(1, args.workers))
         passes = {
             "decoding, Pillow": _decoding(folder, decode, args),
             "decoding, libjpeg-turbo": _decoding(folder, decode_pixels, args),
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> dict:
             "training, timm": _timm_training(folder, args, prefetcher=False),
             "training, ours": _training(folder, args),
             "training, ours, packed": _training(plain, args),
-            f"training, ours, packed at {SHORTER_SIDE} px": _training(small, args),
+            f"training, ours, packed at {args.shorter_side} px": _training(small, args),
         }
         for protocol, crop_mode in (("official", "squash"), ("standard", "center")):
             phase = f"evaluation ({protocol})"
