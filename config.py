@@ -7,7 +7,6 @@ is imported, so that help and refusals come at once.
 
 import argparse
 import difflib
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from yacs.config import CfgNode
 
 from utils.download import PINNED
 from utils.errors import ConfigError
+from utils.yaml_values import Dumper, Loader, converted, place, plain, shown
 
 # --- Checks of one value --------------------------------------------------------------------------
 
@@ -354,7 +354,7 @@ def parse(argv: list[str]) -> Command:
 
 def dump(cfg: CfgNode) -> str:
     """The whole configuration as YAML; a file of it, given to `--cfg`, makes an equal configuration."""
-    return yaml.dump(cfg, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(cfg, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def check_world_size(cfg: CfgNode, world_size: int) -> None:
@@ -525,7 +525,7 @@ class Draft:
             if isinstance(node, yaml.MappingNode):
                 self.set_all(node, label, f"{name}.")
             else:
-                got = f"got {_shown(node)}, expected keys below it"
+                got = f"got {shown(node)}, expected keys below it"
                 self.refuse(where, f"{name}: {got}; set {name}.<key> or remove it")
         elif name.startswith("MODEL.ARGS."):
             self.set_argument(name, node, where)
@@ -543,8 +543,8 @@ class Draft:
         """Set every key of a mapping."""
         lines = {}
         for key, value in node.value:
-            name = f"{prefix}{key.value}" if isinstance(key, yaml.ScalarNode) else _shown(key)
-            where = _place(label, key)
+            name = f"{prefix}{key.value}" if isinstance(key, yaml.ScalarNode) else shown(key)
+            where = place(label, key)
             if name in lines:
                 message = f"stands twice, first in line {lines[name]}; remove one"
                 self.refuse(where, f"{name}: {message}", name)
@@ -564,7 +564,7 @@ class Draft:
             self.refuse(where, f"{name}: not an argument's name; write MODEL.ARGS.name")
         else:
             try:
-                self.values[name] = _plain(node)
+                self.values[name] = plain(node)
                 self.sources[name] = where
             except ValueError as error:
                 self.refuse(where, f"{name}: {error}")
@@ -610,6 +610,17 @@ def _advice(name: str) -> tuple[str, list[str]]:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def _value(key: Key, node: yaml.Node) -> bool | int | float | str | list:
+    """The value of a node for a key; ValueError says what was got and expected."""
+    try:
+        value = converted(node, key.default)
+    except (ValueError, yaml.YAMLError):
+        raise ValueError(f"got {shown(node)}, expected {key.expected}") from None
+    if not key.check.holds(value):
+        raise ValueError(f"got {shown(node)}, expected {key.expected}{key.check.remedy(value)}")
+    return value
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -702,7 +713,7 @@ def _node_of(text: str, name: str) -> yaml.Node:
     """A word of the command line as YAML; as mere text where the key is text, or where it is no YAML."""
     if name not in KEYS or not isinstance(KEYS[name].default, str):
         try:
-            return yaml.compose(text, _Loader) or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+            return yaml.compose(text, Loader) or yaml.ScalarNode("tag:yaml.org,2002:null", "")
         except (yaml.YAMLError, RecursionError):
             pass
     return yaml.ScalarNode("tag:yaml.org,2002:str", text)
@@ -722,12 +733,10 @@ def _read_file(path: str, where: str, draft: Draft, above: tuple[str, ...] = ())
         return
     above = (*above, path)
     for value in (value for key, value in node.value if key.value == "BASE"):
-        asked = f"{_place(path, value)}: BASE"
+        asked = f"{place(path, value)}: BASE"
         for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
             if not isinstance(base, yaml.ScalarNode) or not base.value:
-                draft.refuse(
-                    asked, f"got {_shown(base)}, expected a path from this file, or a list"
-                )
+                draft.refuse(asked, f"got {shown(base)}, expected a path from this file, or a list")
                 continue
             target = os.path.normpath(os.path.join(os.path.dirname(path), base.value))
             if os.path.realpath(target) in map(os.path.realpath, above):
@@ -760,7 +769,7 @@ def _compose_file(path: str, where: str, draft: Draft) -> yaml.MappingNode | Non
 
 def _compose_text(text: str, path: str, draft: Draft) -> yaml.MappingNode | None:
     try:
-        node = yaml.compose(text, _Loader)
+        node = yaml.compose(text, Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         tab = "\\t" in error.problem
@@ -776,7 +785,7 @@ def _compose_text(text: str, path: str, draft: Draft) -> yaml.MappingNode | None
         if isinstance(node, yaml.MappingNode):
             return node
         example = "expected keys such as MODEL: {NAME: dat_tiny}"
-        got = "is empty" if node is None else f"got {_shown(node)}"
+        got = "is empty" if node is None else f"got {shown(node)}"
         draft.refuse(path, f"{got}, {example}")
     return None
 
@@ -788,103 +797,3 @@ def _nearest_file(path: str) -> str:
     if close:
         return f"; did you mean {folder / close[0]}?"
     return "; its folder holds " + (", ".join(sorted(names)) or "no .yaml file, or does not exist")
-
-
-# --- From YAML to values --------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML: 1e-3 is a number and dates are text; tags could build objects, aliases endless structures."""
-
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.tag:
-            problem = "a tag (!…) or an alias (*…), which are refused; write the plain value"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML that `_Loader` reads back as it was, with lists on one line."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-    def represent_list(self, data: list) -> yaml.Node:
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
-
-
-_READ_TYPES = (":bool", ":int", ":float", ":null")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag.endswith(_READ_TYPES)]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _class in (_Loader, _Dumper):  # YAML 1.1 takes 1e-3 for text
-    pattern = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789"))
-_Dumper.add_representer(CfgNode, yaml.SafeDumper.represent_dict)
-_Dumper.add_representer(list, _Dumper.represent_list)
-
-
-def _place(label: str, node: yaml.Node) -> str:
-    """The flag, or the file with its line, that a node comes from."""
-    return label if label.startswith("--") else f"{label}:{node.start_mark.line + 1}"
-
-
-def _shown(node: yaml.Node) -> str:
-    """A node as its author wrote it, on one short line."""
-    if not isinstance(node, yaml.ScalarNode):
-        text = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
-        text = " ".join(text.split())
-    elif node.tag.endswith(":str"):
-        text = repr(node.value)
-    else:
-        text = node.value or "nothing"
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _value(key: Key, node: yaml.Node) -> bool | int | float | str | list:
-    """The value of a node for a key; ValueError says what was got and expected."""
-    try:
-        value = _converted(node, key.default)
-    except (ValueError, yaml.YAMLError):
-        raise ValueError(f"got {_shown(node)}, expected {key.expected}") from None
-    if not key.check.holds(value):
-        raise ValueError(f"got {_shown(node)}, expected {key.expected}{key.check.remedy(value)}")
-    return value
-
-
-def _converted(node: yaml.Node, like: object) -> bool | int | float | str | list:
-    """A node as a value of the type of `like`; ValueError where it is of another."""
-    if isinstance(like, list):
-        if isinstance(node, yaml.ScalarNode) and node.value.startswith("("):  # yacs allows tuples
-            node = yaml.compose(f"[{node.value.strip('()')}]", _Loader)
-        if not isinstance(node, yaml.SequenceNode) or len(node.value) != len(like):
-            raise ValueError
-        return [_converted(item, like[0]) for item in node.value]
-    if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
-        raise ValueError
-    if isinstance(like, str):
-        return node.value
-    if isinstance(like, bool):
-        if not node.tag.endswith(":bool"):
-            raise ValueError
-        return node.value.lower() in ("true", "yes", "on")
-    if isinstance(like, int):
-        return int(node.value)
-    value = float(node.value)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-def _plain(node: yaml.Node) -> object:
-    """A node of a free mapping as what it looks like: None, bool, int, float, str, list or dict."""
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item) for item in node.value]
-    if isinstance(node, yaml.MappingNode):
-        names = [_shown(key).strip("'") for key, _ in node.value]
-        if len(set(names)) < len(names):
-            raise ValueError(f"got {_shown(node)}, where a name stands twice; remove one")
-        return {name: _plain(value) for name, (_, value) in zip(names, node.value, strict=True)}
-    return yaml.constructor.SafeConstructor().construct_object(node)
