@@ -78,7 +78,7 @@ def train_epoch(
         rate = recipe.schedule(state.update)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        losses = _accumulate(state, reduction, batches, recipe, process, phases)
+        losses = accumulate(state, reduction, batches, recipe, process, phases)
         with phases("optimizer"):
             norm = _step(state, recipe.clip_grad)
         state.update += 1
@@ -108,7 +108,7 @@ def train_epoch(
     logger.info(verdict(epoch_seconds))
 
 
-def _accumulate(
+def accumulate(
     state: TrainState,
     reduction: Reduction,
     batches: Iterator,

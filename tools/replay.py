@@ -27,7 +27,7 @@ import config
 import data
 from engine import checkpoint, run
 from engine.divergence import images_of
-from engine.epoch import _accumulate
+from engine.epoch import accumulate
 from engine.phases import Phases
 from engine.reduce import FastReduction
 from utils import distributed
@@ -83,7 +83,7 @@ def replay(cfg: CfgNode, path: Path) -> dict:
             rows.clear()
             alone = dataclasses.replace(recipe, slots=range(slot, slot + 1))
             reduction = FastReduction(state.model, alone.slots, process)
-            (loss,) = _accumulate(state, reduction, batches, alone, process, phases)
+            (loss,) = accumulate(state, reduction, batches, alone, process, phases)
             own = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             for name, gradient in own.items():
                 gradients[name] += gradient / len(recipe.slots)
@@ -148,8 +148,10 @@ def print_tables(found: dict) -> None:
 
 def configuration(path: Path, data_path: str | None) -> CfgNode:
     """The configuration of the checkpoint at `path`, in float32, perhaps with the data elsewhere."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder; expected diverged-<update> or step-<update>")
+    if not (path / checkpoint.MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path} is no checkpoint; expected RUN/diverged-<update> or RUN/checkpoints/step-<update>"
+        )
     if damage := checkpoint.verify(path):
         raise CheckpointError(f"{path}: {damage}")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
