@@ -34,6 +34,9 @@ from utils.rng import key, reseed
 
 # --- 20: soak -------------------------------------------------------------------------------------
 
+LOOK = 0.1  # seconds between two looks: a batch on its way is a descriptor, of which there are more or fewer
+ENDING = 2.0  # last seconds of a run, in which it lets go of what it holds
+
 
 def belongings(pid: int) -> dict[str, int]:
     """What a process and its children hold: resident bytes, file descriptors, threads."""
@@ -61,7 +64,7 @@ def soak(lab: Lab) -> Outcome:
     victim = launch(command, log=folder / "log", processes=2)
     pids = [process.pid for process in victim.processes]
     samples: list[dict[str, int]] = []
-    while not victim.ended_within(1.0):
+    while not victim.ended_within(LOOK):
         with contextlib.suppress(OSError):  # it ended meanwhile
             held = [belongings(pid) for pid in pids]
             samples.append({name: sum(h[name] for h in held) for name in held[0]})
@@ -71,7 +74,8 @@ def soak(lab: Lab) -> Outcome:
     first, last = statistics.median(speeds[:tenth]), statistics.median(speeds[-tenth:])
     drift = 1 - last / first
     third = len(samples) // 3
-    early, late = (least(part) for part in (samples[third : 2 * third], samples[2 * third : -2]))
+    end = len(samples) - round(ENDING / LOOK)
+    early, late = least(samples[third : 2 * third]), least(samples[2 * third : end])
     growth = {name: late[name] - early[name] for name in late}
     left = [name for name in os.listdir("/dev/shm") if any(f"_{pid}_" in name for pid in pids)]
     leaks = max(growth["descriptors"], 0) + max(growth["threads"], 0) + len(left)
