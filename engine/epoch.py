@@ -141,9 +141,8 @@ def _step(state: TrainState, clip_grad: float) -> float:
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad or float("inf")).item()
     finite = norm < float("inf")
-    if (
-        finite or state.scaler.is_enabled()
-    ):  # an enabled scaler skips by itself, and lowers its scale
+    # An enabled scaler skips by itself, and lowers its scale.
+    if finite or state.scaler.is_enabled():
         state.scaler.step(state.optimizer)
         state.scaler.update()
     if finite and state.ema is not None:

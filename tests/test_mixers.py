@@ -118,9 +118,8 @@ def test_deformable_convolution_equals_nine_bilinear_readings(num_heads, groups,
     masks = theta[..., 18 * groups :].unflatten(-1, (groups, 9)).sigmoid()
     cell = torch.stack(torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij"), dim=-1)
     extent = torch.tensor(size)
-    image = F.pad(
-        x.permute(0, 3, 1, 2), (1, 1, 1, 1)
-    )  # one pixel of zeros: maps of 1 need an extent
+    # Inside one pixel of zeros: maps of 1 need an extent.
+    image = F.pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1))
     out = torch.zeros_like(x)
     for tap in range(9):
         read = []

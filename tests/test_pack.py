@@ -73,9 +73,8 @@ def test_it_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):
     run(root, tmp_path, "--shorter-side", "32", code=DataError.exit_code)
     assert not (tmp_path / "train.pack").exists()
     broken.write_bytes(healthy)
-    run(
-        root, tmp_path, "--shorter-side", "32", code=2
-    )  # the files are others than those it began with
+    # The files are others than those it began with.
+    run(root, tmp_path, "--shorter-side", "32", code=2)
     begun = {path: path.stat().st_mtime_ns for path in folder.glob("part-*.npy")}
     assert begun
     plan = json.loads((folder / "plan.json").read_text())

@@ -274,9 +274,8 @@ def test_timm_loads_a_file_into_other_ends(architecture, kwargs, fresh, tmp_path
     state = model.state_dict()
     assert {n for n, v in state.items() if not torch.equal(v, saved[n])} == set(fresh)
     if "in_chans" in kwargs:
-        torch.testing.assert_close(
-            state["stem.0.weight"].sum(1), saved["stem.0.weight"].sum(1)
-        )  # as timm does it: a grey image is answered as before
+        # As timm does it: a grey image is answered as before.
+        torch.testing.assert_close(state["stem.0.weight"].sum(1), saved["stem.0.weight"].sum(1))
 
 
 @BOTH

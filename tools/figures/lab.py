@@ -173,10 +173,8 @@ class Victim:
     def signal(self, number: int, *ranks: int) -> None:
         """Send signal `number` to some of the processes, by default to all."""
         for process in [self.processes[rank] for rank in ranks] or self.processes:
-            if process.is_alive():
-                os.kill(
-                    process.pid, number
-                )  # a zombie until it is joined: the number is not another's
+            if process.is_alive():  # or a zombie until it is joined: the number is not another's
+                os.kill(process.pid, number)
 
     def wait(self, seconds: float = PATIENCE) -> list[int]:
         """The exit codes, once all have ended; a victim that does not is killed, and answers -9."""
