@@ -1,7 +1,7 @@
 # make demo   train and evaluate a small DAT on real handwritten digits, from nothing
 # make test   the whole test suite
 # make lint   style
-# make scorecard   what a run survives, in about six minutes
+# make scorecard   what a run survives, in about five minutes
 PYTHON ?= python3
 VENV ?= .venv
 OPTS ?=                 # further configuration of the demo, as TRAIN.EPOCHS=3

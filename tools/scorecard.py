@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What does this trainer survive, and does it end in the same bits? The 24 figures of the fault map, measured.
 
-python tools/scorecard.py --short                    eight minutes on two quiet cores
-python tools/scorecard.py                            a night
+python tools/scorecard.py --short                    five minutes on two quiet cores
+python tools/scorecard.py                            an hour
 python tools/scorecard.py --only 1,7 --fault-seed 5  two figures, with the kills and damages of seed 5
 
 One line per figure. The details of every trial are in the file of --out, which is written after each figure: what an
