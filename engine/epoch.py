@@ -125,7 +125,7 @@ def accumulate(
         reseed(key(recipe.seed, "slot", state.update, slot), process.device)
         with phases("transform"):
             images, targets = recipe.transform(batch.images, batch.labels)
-        with reduction.slot(slot):
+        with reduction.slot(slot, phases):
             with phases("forward"), autocast(process.device, recipe.amp_dtype):
                 logits = reduction.net(images)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)

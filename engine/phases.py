@@ -15,7 +15,7 @@ class Phases:
 
     A CUDA device computes behind the process that tells it what to do, so there marks are left in its stream, which
     wait for nothing, and "data_wait" is how long the device itself stood still. What lies between the blocks is
-    "other". DDP reduces gradients during "backward".
+    "other". Gradients are reduced during "backward".
     """
 
     def __init__(self, device: torch.device):

@@ -1,7 +1,7 @@
 """How do the gradients of an update's slots become one, over all processes?
 
 Either reduction leaves the mean gradient in the parameters, and on every process the same running statistics of
-BatchNorm, so that all of them evaluate, average and save one model.
+BatchNorm, so that all of them evaluate, average and save one model. Its time belongs to the backward pass.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from engine.phases import Phases
 from utils import distributed
 from utils.distributed import Process
 
@@ -30,13 +31,14 @@ class FastReduction:
         self._statistics = running_statistics(net)
 
     @contextmanager
-    def slot(self, slot: int) -> Iterator[None]:
+    def slot(self, slot: int, phases: Phases) -> Iterator[None]:
         """Around the forward and backward pass of a slot; after the last one the gradient is the mean of all."""
         last = slot == self._slots[-1]
         with nullcontext() if last or self._process.world_size == 1 else self.net.no_sync():
             yield
         if last:
-            distributed.broadcast(self._statistics)
+            with phases("backward"):
+                distributed.broadcast(self._statistics)
 
     def mean_loss(self, losses: list[torch.Tensor]) -> torch.Tensor:
         """The mean loss of all slots of all processes; `losses` are those of this process, divided."""
@@ -58,20 +60,21 @@ class ExactReduction:
         self._statistics = running_statistics(model)
 
     @contextmanager
-    def slot(self, slot: int) -> Iterator[None]:
+    def slot(self, slot: int, phases: Phases) -> Iterator[None]:
         """Around the forward and backward pass of a slot; after the last one the gradient is the mean of all."""
         self.net.zero_grad(set_to_none=True)
         yield
-        if slot == self._slots[0]:
-            self._sum = PairwiseSum()
-            self._first_statistics = [tensor.clone() for tensor in self._statistics]
-        self._sum.add(parameters_to_vector(p.grad for p in self._parameters))
-        if slot == self._slots[-1]:
-            gradient = distributed.pairwise_sum(self._sum.total())
-            vector_to_parameters(gradient, (p.grad for p in self._parameters))
-            for tensor, first in zip(self._statistics, self._first_statistics, strict=True):
-                tensor.copy_(first)
-            distributed.broadcast(self._statistics)  # of the process whose first slot is slot 0
+        with phases("backward"):
+            if slot == self._slots[0]:
+                self._sum = PairwiseSum()
+                self._first_statistics = [tensor.clone() for tensor in self._statistics]
+            self._sum.add(parameters_to_vector(p.grad for p in self._parameters))
+            if slot == self._slots[-1]:
+                gradient = distributed.pairwise_sum(self._sum.total())
+                vector_to_parameters(gradient, (p.grad for p in self._parameters))
+                for tensor, first in zip(self._statistics, self._first_statistics, strict=True):
+                    tensor.copy_(first)
+                distributed.broadcast(self._statistics)  # of the process whose first slot is slot 0
 
     def mean_loss(self, losses: list[torch.Tensor]) -> torch.Tensor:
         """The mean loss of all slots of all processes; `losses` are those of this process, divided."""

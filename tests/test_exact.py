@@ -16,6 +16,7 @@ from torch import nn
 
 import config
 from engine import checkpoint, promise
+from engine.phases import Phases
 from engine.reduce import ExactReduction, PairwiseSum
 from utils.distributed import Process
 from utils.errors import ConfigError
@@ -88,7 +89,7 @@ def test_the_gradient_is_the_tree_of_its_slots_and_slot_0_moves_the_statistics()
     model.load_state_dict(start)
     reduction = ExactReduction(model, range(4), Process(0, 1, torch.device("cpu")))
     for slot, images in enumerate(slots):
-        with reduction.slot(slot):
+        with reduction.slot(slot, Phases(torch.device("cpu"))):
             (loss_of(images) / reduction.divisor).backward()
     for parameter, *terms in zip(model.parameters(), *gradients, strict=True):
         assert torch.equal(parameter.grad, tree(terms))

@@ -15,6 +15,8 @@ from runs import arguments
 
 import main
 from engine.phases import PHASES, Phases, shares, verdict
+from engine.reduce import ExactReduction, FastReduction
+from utils.distributed import Process
 
 
 @pytest.fixture
@@ -59,6 +61,18 @@ def test_every_second_is_in_one_phase(clock, device):
     with phases("save"):
         clock(4)
     assert phases.lap() == {phase: {"save": 4, "other": 2}.get(phase, 0) for phase in PHASES}
+
+
+@pytest.mark.parametrize("reduction", [FastReduction, ExactReduction])
+def test_the_reduction_is_a_part_of_the_backward_pass(clock, monkeypatch, reduction):
+    cpu, model = torch.device("cpu"), torch.nn.BatchNorm1d(2)
+    reduce = reduction(model, range(2), Process(0, 1, cpu))
+    monkeypatch.setattr("utils.distributed.broadcast", lambda tensors: clock(3))
+    phases = Phases(cpu)
+    for slot in range(2):
+        with reduce.slot(slot, phases):
+            model(torch.randn(4, 2)).sum().backward()
+    assert phases.lap()["backward"] == 3
 
 
 def seconds(**known: float) -> dict[str, float]:
