@@ -37,14 +37,16 @@ COLUMNS = (
 )
 
 
+def state(run: Path) -> str:
+    """What the status of `run` says, "" where there is none."""
+    file = run / "status.json"
+    return json.loads(file.read_text())["state"] if file.exists() else ""
+
+
 def finished(cfg: CfgNode, outputs: list[Path]) -> list[Path]:
     """The runs of `cfg` below `outputs` that came to their end."""
     runs = [output / cfg.MODEL.NAME / cfg.TAG for output in outputs]
-    status = {run: run / "status.json" for run in runs}
-    return [
-        run for run in runs
-        if status[run].exists() and json.loads(status[run].read_text())["state"] == "done"
-    ]  # fmt: skip
+    return [run for run in runs if state(run) == "done"]
 
 
 def accuracies(run: Path) -> dict[str, float]:
