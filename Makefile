@@ -16,7 +16,7 @@ $(VENV)/installed: requirements.txt
 
 demo: $(VENV)/installed
 	rm -rf $(RUN)
-	$(VENV)/bin/python tools/digits.py output/digits
+	$(VENV)/bin/python tools/prepare.py output/digits
 	$(VENV)/bin/torchrun --standalone --nproc-per-node 2 main.py --cfg configs/digits.yaml --opts $(OPTS)
 	$(VENV)/bin/python main.py --cfg configs/digits.yaml --eval --resume $(RUN) --opts $(OPTS)
 	@echo "The run lies in $(RUN); look at it with: $(VENV)/bin/tensorboard --logdir output"
@@ -29,4 +29,4 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 
 scorecard: $(VENV)/installed
-	$(VENV)/bin/python tools/scorecard.py --short
+	$(VENV)/bin/python tests/reliability/scorecard.py --short

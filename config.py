@@ -16,9 +16,9 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
-from utils.download import PINNED
+from utils.download import PINNED_URL
 from utils.errors import ConfigError
-from utils.yaml_values import Dumper, Loader, converted, place, plain, shown
+from utils.schema import Dumper, Loader, converted, place, plain, shown
 
 # --- Checks of one value --------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ PATH = Check(PATH_TEXT, _literal_path)
 FILLED_PATH = Check(PATH_TEXT, lambda value: bool(value) and _literal_path(value))
 WEIGHTS = Check(
     "a path, written out (no ~ or $), or https://…#sha256=<64 hex digits>",
-    lambda value: _literal_path(value) or PINNED.fullmatch(value),
+    lambda value: _literal_path(value) or PINNED_URL.fullmatch(value),
     lambda value: "; only https with the file's SHA-256 is downloaded" if "://" in value else "",
 )
 RUN_PATH = Check(
@@ -155,7 +155,10 @@ SCHEMA = (
     Key("OUTPUT", "output", FILLED_PATH, "folder of all runs; this one is <OUTPUT>/<MODEL.NAME>/<TAG>"),
     Key("TAG", "default", FOLDER_NAME, "name that tells this run from others of the same model"),
     Key("SEED", 0, at_least(0), "every random number of the run is a function of it"),
-    Key("PRINT_FREQ", 10, at_least(1), "updates from one log line and metrics record to the next"),
+    Key("PRINT_FREQ", 10, at_least(1), "steps from one log line and metrics record to the next"),
+    Key("EVAL_FREQ", 1, at_least(1), "epochs from one evaluation to the next"),
+    Key("SAVE_FREQ", 1, at_least(1), "epochs from one checkpoint to the next"),
+    Key("SAVE_STEPS", 0, at_least(0), "steps from one checkpoint to the next; 0: by epochs alone"),
     Key("THREADS", 0, at_least(0), "CPU threads of a process; 0: cores / processes"),
     Key("DEVICE", "auto", one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda where there is one"),
     Key("AMP_DTYPE", "float16", one_of("float32", "bfloat16", "float16"), "autocast type; float32: no autocast"),
@@ -164,7 +167,7 @@ SCHEMA = (
     Key("DATA.PATH", "", PATH, "dataset: folder with train and val, each a folder, .zip or .tar of class folders"),
     Key("DATA.CLASS_LIST", "", PATH, "text file, a class name a line; empty: the training set's class folders"),
     Key("DATA.VAL_SUBSET", False, ANY, "the validation set may lack classes"),
-    Key("DATA.BATCH_SIZE", 128, at_least(1), "images of a slot: what a process forwards at once"),
+    Key("DATA.BATCH_SIZE", 128, at_least(1), "images of a micro-batch: what a process forwards at once"),
     Key("DATA.IMG_SIZE", 224, at_least(32), "pixels of the model's input, height and width"),
     Key("DATA.INTERPOLATION", "bicubic", one_of("nearest", "bilinear", "bicubic", "lanczos"), "for resizing"),
     Key("DATA.MEAN", [0.485, 0.456, 0.406], COLOURS, "of the red, green and blue values, scaled to 0 … 1"),
@@ -195,14 +198,14 @@ SCHEMA = (
     Key("AUG.RECOUNT", 1, at_least(1), "most boxes erased in an image"),
     Key("AUG.MIXUP", 0.8, at_least(0), "Mixup's alpha; 0: off"),
     Key("AUG.CUTMIX", 1.0, at_least(0), "CutMix's alpha; 0: off"),
-    Key("AUG.MIXUP_PROB", 1.0, SHARE, "probability that a slot is mixed"),
+    Key("AUG.MIXUP_PROB", 1.0, SHARE, "probability that a micro-batch is mixed"),
     Key("AUG.MIXUP_SWITCH_PROB", 0.5, SHARE, "probability of CutMix where both are on"),
     Key("AUG.MIXUP_MODE", "batch", one_of("batch", "pair", "elem"), "what shares one mixing coefficient"),
 
     # ---- training; the learning rates are per 512 images of the global batch ----
     Key("TRAIN.EPOCHS", 300, at_least(1), "passes over the training set"),
     Key("TRAIN.WARMUP_EPOCHS", 20, at_least(0), "of them with a rising learning rate"),
-    Key("TRAIN.GLOBAL_BATCH_SIZE", 4096, between(1, 1_000_000), "images of an update, over all processes and slots"),
+    Key("TRAIN.GLOBAL_BATCH_SIZE", 4096, between(1, 1_000_000), "images of a step, over all processes"),
     Key("TRAIN.BASE_LR", 5e-4, POSITIVE, "highest learning rate, per 512 images"),
     Key("TRAIN.WARMUP_LR", 5e-7, at_least(0), "first learning rate, per 512 images"),
     Key("TRAIN.MIN_LR", 5e-6, at_least(0), "last learning rate, per 512 images"),
@@ -210,27 +213,24 @@ SCHEMA = (
     Key("TRAIN.CLIP_GRAD", 5.0, at_least(0), "largest norm of the gradient; 0: not clipped"),
     Key("TRAIN.ADAM_BETAS", [0.9, 0.999], BETAS, "AdamW's"),
     Key("TRAIN.ADAM_EPS", 1e-8, POSITIVE, "AdamW's"),
-    Key("TRAIN.EMA_DECAY", 0.0, DECAY, "share of the averaged weights kept by an update; 0: no average"),
+    Key("TRAIN.EMA_DECAY", 0.0, DECAY, "share of the averaged weights kept by a step; 0: no average"),
     Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
     Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
     Key("TRAIN.HANG_SECONDS", 300.0, at_least(0),
         "without progress until stacks are written and the run ends (exit 76); half for a batch to load; 0: never"),
     Key("TRAIN.MAX_SKIPPED", 20, at_least(1),
-        "updates in a row without a finite gradient that end the run; fp16's loss scale may need 16 to come down"),
-    Key("TRAIN.EVAL_FREQ", 1, at_least(1), "epochs from one evaluation to the next"),
+        "steps in a row without a finite gradient that end the run; fp16's loss scale may need 16 to come down"),
 
     # ---- checkpoints ----
     Key("CHECKPOINT.RESUME", "", RUN_PATH, "run or checkpoint folder to go on from; goes before PRETRAINED"),
     Key("CHECKPOINT.AUTO_RESUME", True, ANY, "go on from the run folder's own newest checkpoint"),
     Key("CHECKPOINT.ACCEPT", "", NAMES, "what changed on purpose since the checkpoint: names that a refusal lists"),
     Key("CHECKPOINT.PRETRAINED", "", WEIGHTS, "weights to start from: a file, or https://…#sha256=<64 hex digits>"),
-    Key("CHECKPOINT.EPOCHS", 1, at_least(1), "epochs from one save to the next"),
-    Key("CHECKPOINT.UPDATES", 0, at_least(0), "updates from one save to the next; 0: by epochs alone"),
     Key("CHECKPOINT.KEEP", 3, at_least(2), "newest checkpoints kept besides the best"),
 
     # ---- evaluation ----
-    Key("TEST.PROTOCOL", "official", one_of("official", "standard"),
-        "official: squash to IMG_SIZE / CROP_PCT squared, crop; standard: shorter side to that size, crop"),
+    Key("TEST.CROP_MODE", "squash", one_of("squash", "center"),
+        "squash: resize to IMG_SIZE / CROP_PCT squared, crop; center: resize the shorter side to that, crop"),
     Key("TEST.EXACT", True, ANY, "resize with Pillow, as published; False: with torch, twice the images/s, pixels ±1"),
     Key("TEST.CROP_PCT", 0.875, SHARE_ABOVE_0, "side of the centre crop / side of the resized image"),
     Key("TEST.SKIP_BAD", False, ANY, "an unreadable image counts as wrong instead of ending the evaluation"),
@@ -267,7 +267,14 @@ _ACCUMULATION = "TRAIN.GLOBAL_BATCH_SIZE; the steps of accumulation follow from 
 _TORCHRUN = "torchrun [--nproc-per-node N] main.py …, which sets ranks itself"
 FOREIGN = {
     "AMP_ENABLE": "AMP_DTYPE; float32 means off",
-    "SAVE_FREQ": "CHECKPOINT.EPOCHS",
+    "TRAIN.EVAL_FREQ": "EVAL_FREQ",
+    "CHECKPOINT.EPOCHS": "SAVE_FREQ",
+    "CHECKPOINT.UPDATES": "SAVE_STEPS",
+    "TEST.PROTOCOL": "TEST.CROP_MODE, squash (before: official) or center (before: standard)",
+    "MODEL.ARGS.heads": "MODEL.ARGS.num_heads",
+    "MODEL.ARGS.groups": "MODEL.ARGS.offset_groups",
+    "MODEL.ARGS.reductions": "MODEL.ARGS.sr_ratios",
+    "MODEL.ARGS.table_img_size": "MODEL.ARGS.rpe_img_size",
     "BASE": "it at the top of a file; --opts cannot change what a file builds on",
     "DATA.DATASET": "DATA.PATH alone: any folder of class folders, .zip or .tar is read",
     "MODEL.TYPE": "MODEL.NAME, any name that timm knows",
@@ -278,7 +285,7 @@ FOREIGN = {
     "TRAIN.ACCUMULATION_STEPS": _ACCUMULATION,
     "TRAIN.USE_CHECKPOINT": "MODEL.GRAD_CHECKPOINTING",
     "TRAIN.OPTIMIZER": "TRAIN.ADAM_BETAS and TRAIN.ADAM_EPS; the optimizer is AdamW",
-    "TRAIN.LR_SCHEDULER": "TRAIN.EPOCHS, WARMUP_EPOCHS and MIN_LR; the schedule is a cosine per update",
+    "TRAIN.LR_SCHEDULER": "TRAIN.EPOCHS, WARMUP_EPOCHS and MIN_LR; the schedule is a cosine per step",
     "TEST.CROP": "TEST.CROP_PCT; 1.0 means no crop",
     "--accumulation-steps": _ACCUMULATION,
     "--grad-accum-steps": _ACCUMULATION,
@@ -358,31 +365,33 @@ def dump(cfg: CfgNode) -> str:
 
 
 def check_world_size(cfg: CfgNode, world_size: int) -> None:
-    """Refuse to train on a number of processes that cannot share the slots of an update evenly.
+    """Refuse to train on a number of processes that cannot share the micro-batches of a step evenly.
 
     Raises:
-        ConfigError: names numbers of processes and slot sizes that work.
+        ConfigError: names numbers of processes and micro-batch sizes that work.
     """
-    total, slot = cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE
-    slots = total // slot
-    if slots % world_size == 0:
+    total, micro_batch = cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE
+    micro_batches = total // micro_batch
+    if micro_batches % world_size == 0:
         return
-    start = f"start {_nearest_divisors(slots, world_size)} processes"
-    if cfg.TRAIN.EXACT_WORLD_SIZE:  # the slots are a power of two, and so is what divides them
+    start = f"start {_nearest_divisors(micro_batches, world_size)} processes"
+    if (
+        cfg.TRAIN.EXACT_WORLD_SIZE
+    ):  # the micro-batches are a power of two, and so is what divides them
         raise ConfigError(
-            "TRAIN.EXACT_WORLD_SIZE takes 1, 2, 4 … processes, at most as many as the slots of an update, "
-            f"got {world_size} for {slots} slots; {start}"
+            "TRAIN.EXACT_WORLD_SIZE takes 1, 2, 4 … processes, at most as many as the micro-batches of a step, "
+            f"got {world_size} for {micro_batches} micro-batches; {start}"
         )
     remedies = [start]
-    sizes = _nearest_divisors(total // world_size, slot, even=_mixes(cfg.AUG))
+    sizes = _nearest_divisors(total // world_size, micro_batch, even=_mixes(cfg.AUG))
     if total % world_size == 0 and sizes:
         remedies.append(f"set --batch-size to {sizes}")
     else:
-        share = slot * world_size
+        share = micro_batch * world_size
         remedies.append(f"set TRAIN.GLOBAL_BATCH_SIZE to {-(-total // share) * share}")
     raise ConfigError(
-        f"{world_size} processes cannot share the {slots} slots of an update evenly (TRAIN.GLOBAL_BATCH_SIZE "
-        f"{total} / DATA.BATCH_SIZE {slot}); {', or '.join(remedies)}"
+        f"{world_size} processes cannot share the {micro_batches} micro-batches of a step evenly (TRAIN.GLOBAL_BATCH_SIZE "
+        f"{total} / DATA.BATCH_SIZE {micro_batch}); {', or '.join(remedies)}"
     )
 
 
@@ -417,24 +426,26 @@ def _weight_conflicts(weights: CfgNode, mode: str, sources: dict[str, str]) -> I
 
 
 def _batch_conflicts(cfg: CfgNode) -> Iterator[Conflict]:
-    total, slot, mixes = cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE, _mixes(cfg.AUG)
-    if mixes and slot % 2:
-        message = "images are mixed in pairs; use an even slot, or set AUG.MIXUP and CUTMIX to 0"
+    total, micro_batch, mixes = cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE, _mixes(cfg.AUG)
+    if mixes and micro_batch % 2:
+        message = (
+            "images are mixed in pairs; use an even micro-batch, or set AUG.MIXUP and CUTMIX to 0"
+        )
         yield "DATA.BATCH_SIZE AUG.MIXUP AUG.CUTMIX AUG.MIXUP_PROB", message
-    if total % slot:
-        sizes = _nearest_divisors(total, slot, even=mixes)
-        message = f"an update is a whole number of slots; set the update to {-(-total // slot) * slot} images"
-        message += f", or the slot to {sizes}" if sizes else ""
+    if total % micro_batch:
+        sizes = _nearest_divisors(total, micro_batch, even=mixes)
+        message = f"a step is a whole number of micro-batches; set the step to {-(-total // micro_batch) * micro_batch} images"
+        message += f", or the micro-batch to {sizes}" if sizes else ""
         yield "DATA.BATCH_SIZE TRAIN.GLOBAL_BATCH_SIZE", message
 
 
 def _exactness_conflicts(cfg: CfgNode) -> Iterator[Conflict]:
     if not cfg.TRAIN.EXACT_WORLD_SIZE:
         return
-    slots, rest = divmod(cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE)
-    if not rest and slots & (slots - 1):
-        below = cfg.DATA.BATCH_SIZE << (slots.bit_length() - 1)
-        message = f"slots are summed in pairs, but {slots} is no power of two; set the update to {below} or "
+    micro_batches, rest = divmod(cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE)
+    if not rest and micro_batches & (micro_batches - 1):
+        below = cfg.DATA.BATCH_SIZE << (micro_batches.bit_length() - 1)
+        message = f"micro-batches are summed in pairs, but {micro_batches} is no power of two; set the step to {below} or "
         message += f"{2 * below} images"
         yield "TRAIN.EXACT_WORLD_SIZE TRAIN.GLOBAL_BATCH_SIZE DATA.BATCH_SIZE", message
     if not cfg.THREADS:

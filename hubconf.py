@@ -27,7 +27,7 @@ def _entry(name: str) -> collections.abc.Callable[..., torch.nn.Module]:
         if weights is not None:
             # The classifier may differ from the file's only where a number of classes was named, or none is wanted.
             whole = "num_classes" not in kwargs and not features
-            path = utils.download.fetched(str(weights))
+            path = utils.download.download(str(weights))
             report = engine.pretrained.load_pretrained(model, path, whole=whole)
             if report.resized or report.new:
                 warnings.warn(f"{weights}: {report}", stacklevel=2)

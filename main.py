@@ -6,9 +6,9 @@ import sys
 from typing import NoReturn
 
 import config
-from engine.stop import StopRequest
 from utils.errors import DivergedError, StopRequested, UserError
 from utils.memory import use_large_pages
+from utils.signals import StopRequest
 
 
 def main(arguments: list[str]) -> int:
@@ -39,17 +39,17 @@ def _execute(command: config.Command) -> None:
     """Import torch, which --help and a refused command need not wait for, and do what is asked."""
     use_large_pages()
     if command.mode == "train":
-        with StopRequest(command.cfg.TRAIN.MAX_SECONDS).listening() as stop:
-            from engine import run
+        with StopRequest(command.cfg.TRAIN.MAX_SECONDS).handle_signals() as stop:
+            from engine import train
 
-            run.train(command.cfg, command.sources, config.dump(command.cfg), stop)
+            train.train(command.cfg, command.sources, config.dump(command.cfg), stop)
         return
-    from engine import run
+    from engine import train
 
     if command.mode == "eval":
-        run.evaluate(command.cfg, command.sources)
+        train.evaluate(command.cfg, command.sources)
     else:
-        run.throughput(command.cfg, command.sources)
+        train.throughput(command.cfg, command.sources)
 
 
 def leave(code: int) -> NoReturn:

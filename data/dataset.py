@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from data.checksums import read_checksums
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
-from data.files import open_split
+from data.readers import open_split
 from utils.errors import DataError
 from utils.rng import key, reseed
 

@@ -7,13 +7,13 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from data.dataset import BadFile, EvalSample, ImageDataset, TrainSample
-from data.stream import ShardSampler, SlotSampler
-from data.workers import Noted, explained, hear_of_deaths, start_worker
+from data.samplers import ShardSampler, TrainBatchSampler
+from data.workers import TrackedDataset, explain, install_sigchld_handler, start_worker
 from utils.errors import DataError
 
 
 class TrainBatch(NamedTuple):
-    """A slot: images uint8 [B, 3, H, W] (channels last), labels int64 [B], substituted files."""
+    """A micro-batch: images uint8 [B, 3, H, W] (channels last), labels int64 [B], substituted files."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -41,7 +41,7 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator:
         try:
             batches = super().__iter__()
-            hear_of_deaths()
+            install_sigchld_handler()
             yield from batches
         except DataError as error:
             # torch puts the worker's traceback in front of the message. Its own traceback is a cycle
@@ -50,19 +50,19 @@ class Loader(DataLoader):
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
         except RuntimeError as error:
             if "DataLoader timed out" in str(error):
-                raise self.dataset.hanging(self.timeout) from None
-            raise explained(error) from None
+                raise self.dataset.worker_hang(self.timeout) from None
+            raise explain(error) from None
 
 
 def train_loader(
     dataset: ImageDataset,
-    sampler: SlotSampler,
+    sampler: TrainBatchSampler,
     *,
     num_workers: int,
     pin_memory: bool = False,
     timeout: float = 300.0,
 ) -> Loader:
-    """One `TrainBatch` per slot of `sampler`, in its order.
+    """One `TrainBatch` per micro-batch of `sampler`, in its order.
 
     timeout: seconds without a batch after which a worker is taken for hung (DataError); 0: none.
     """
@@ -83,14 +83,14 @@ def eval_loader(
 
 def _loader(
     dataset: ImageDataset,
-    sampler: SlotSampler | ShardSampler,
+    sampler: TrainBatchSampler | ShardSampler,
     collate: Callable,
     num_workers: int,
     pin_memory: bool,
     timeout: float,
 ) -> Loader:
     return Loader(
-        Noted(dataset, num_workers),
+        TrackedDataset(dataset, num_workers),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,

@@ -1,6 +1,6 @@
 """How does a packed split lie on disk? As shards of files end to end, and an index that is written last.
 
-`tools/pack.py` writes such a folder, `data/files.py` reads it by position.
+`tools/pack.py` writes such a folder, `data/readers.py` reads it by position.
 """
 
 import hashlib

@@ -78,22 +78,22 @@ def train_transform(
 def eval_transform(
     img_size: int,
     *,
-    protocol: str = "official",
+    crop_mode: str = "squash",
     crop_pct: float = 0.875,
     interpolation: str = "bicubic",
     exact: bool = True,
 ) -> "ResizedCenterCrop":
     """Resize and centre crop, from pixels to [3, img_size, img_size].
 
-    protocol: `official`, as the released DAT code: squash to a square of img_size / crop_pct,
-    whatever the aspect ratio; `standard`, as timm: shorter side to img_size / crop_pct. Another
+    crop_mode: `squash`, as the released DAT code: squash to a square of img_size / crop_pct,
+    whatever the aspect ratio; `center`, as timm: shorter side to img_size / crop_pct. Another
     one raises ConfigError.
     exact: resize with Pillow; without it, where interpolation is bilinear or bicubic, with torch,
     four times as fast and for one in 30 values 1 away.
     """
-    if protocol not in ("official", "standard"):
-        raise ConfigError(f"evaluation protocol {protocol!r}: expected official or standard")
-    squash = protocol == "official"
+    if crop_mode not in ("squash", "center"):
+        raise ConfigError(f"crop mode {crop_mode!r}: expected squash or center")
+    squash = crop_mode == "squash"
     side = round(img_size / crop_pct) if squash else math.floor(img_size / crop_pct)
     fast = not exact and interpolation in BY_TORCH
     crop = FastResizedCenterCrop if fast else ResizedCenterCrop

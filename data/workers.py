@@ -1,4 +1,4 @@
-"""What is each loader worker doing? Noted, so that one that dies or hangs is named with the image it was reading."""
+"""What is each loader worker doing? TrackedDataset, so that one that dies or hangs is named with the image it was reading."""
 
 import os
 import re
@@ -16,11 +16,11 @@ from utils.errors import DataError
 
 IDLE = -1
 
-_noted: "weakref.WeakSet[Noted]" = weakref.WeakSet()
+_noted: "weakref.WeakSet[TrackedDataset]" = weakref.WeakSet()
 _torch_handler = None
 
 
-class Noted(Dataset):
+class TrackedDataset(Dataset):
     """The samples of `dataset`, of which each worker notes which one it reads, in memory that all processes share."""
 
     def __init__(self, dataset: ImageDataset, num_workers: int):
@@ -42,7 +42,7 @@ class Noted(Dataset):
         self.notes[worker.id, 1] = IDLE
         return sample
 
-    def hanging(self, timeout: float) -> DataError:
+    def worker_hang(self, timeout: float) -> DataError:
         """That no batch came for `timeout` seconds, with the worker that reads longest and its image."""
         reading = [note for note in self.notes.tolist() if note[1] != IDLE]
         if not reading:
@@ -55,7 +55,7 @@ class Noted(Dataset):
             f"{self._image(index)} for {time.monotonic() - since:.0f} s. Look at that file and its disk."
         )
 
-    def dead(self, pids: list[int]) -> DataError | None:
+    def worker_death(self, pids: list[int]) -> DataError | None:
         """That one of this dataset's workers, which is among `pids`, died, with its image."""
         for pid, index, _ in self.notes.tolist():
             if pid in pids:
@@ -71,13 +71,13 @@ class Noted(Dataset):
 
 
 def start_worker(number: int) -> None:
-    """Make worker `number`, of a loader of `Noted`, end with its process and with nothing else."""
+    """Make worker `number`, of a loader of `TrackedDataset`, end with its process and with nothing else."""
     get_worker_info().dataset.notes[number, 0] = os.getpid()
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     os.setpgrp()  # a signal to all, as Ctrl-C, is for the process that decides
 
 
-def hear_of_deaths() -> None:
+def install_sigchld_handler() -> None:
     """Let a DataError tell of a dead worker; to be called when torch's own handler is set, that is with workers.
 
     torch's raises a RuntimeError with no more than the worker's number, wherever the main thread is.
@@ -89,15 +89,15 @@ def hear_of_deaths() -> None:
         signal.signal(signal.SIGCHLD, _on_death)
 
 
-def explained(error: RuntimeError) -> Exception:
+def explain(error: RuntimeError) -> Exception:
     """`error` as a DataError if it is torch's about dead workers that are known here, else as it is."""
     told = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
     pids = [int(pid) for pid in told[1].split(",")] if told else []
-    return next(filter(None, (noted.dead(pids) for noted in _noted)), error)
+    return next(filter(None, (noted.worker_death(pids) for noted in _noted)), error)
 
 
 def _on_death(number: int, frame: FrameType | None) -> None:
     try:
         _torch_handler(number, frame)
     except RuntimeError as error:
-        raise explained(error) from None
+        raise explain(error) from None

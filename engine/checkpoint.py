@@ -1,6 +1,6 @@
 """What is saved, how is it written so that a kill cannot hurt it, and how does a run find its way back?
 
-A checkpoint is a folder `step-<update>` of safetensors and JSON files with a manifest of their sizes and SHA-256. It is
+A checkpoint is a folder `step-<n>` of safetensors and JSON files with a manifest of their sizes and SHA-256. It is
 written under another name, synced and renamed: a folder of that name is whole, or its manifest says what is wrong.
 """
 
@@ -30,8 +30,8 @@ from utils.logging import logger
 MANIFEST = "manifest.json"
 REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 FILES = REQUIRED | {"ema.safetensors"}
-# "replaced": an older one of the same update, until the newer is on the disk.
-STEP = re.compile(r"step-(\d+)(-replaced-\d+)?")
+# "replaced": an older one of the same step, until the newer is on the disk.
+CHECKPOINT_NAME = re.compile(r"step-(\d+)(-replaced-\d+)?")
 MAX_FAILURES = 3  # saves in a row that may fail before the run ends
 
 
@@ -43,15 +43,15 @@ class TrainState:
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    update: int = 0  # updates done: the position in the run
+    step: int = 0  # steps done: the position in the run
     epoch: int = 0  # epochs closed: trained and, where due, validated
-    skipped: int = 0  # updates in a row whose gradient was not finite
-    best: dict = field(default_factory=lambda: {"acc1": 0.0, "update": 0})
+    skipped: int = 0  # steps in a row whose gradient was not finite
+    best: dict = field(default_factory=lambda: {"acc1": 0.0, "step": 0})
 
     def counters(self) -> dict:
         """The state that is not tensors."""
         return {
-            "update": self.update,
+            "step": self.step,
             "epoch": self.epoch,
             "skipped": self.skipped,
             "best": self.best,
@@ -67,7 +67,7 @@ POINTS = (  # of a save, in this order; some are reached several times
     "file",  # a file is written
     "file-synced",
     "folder-synced",
-    "set-aside",  # the older checkpoint of the same update has another name
+    "set-aside",  # the older checkpoint of the same step has another name
     "renamed",  # the new one has its name
     "committed",  # and is on the disk
     "hidden",  # one that is no longer kept has lost its name
@@ -112,15 +112,15 @@ class Saver:
         if self.failures and kind in (None, StopRequested):
             raise self._error
 
-    def save(self, state: TrainState, facts: dict) -> None:
-        """Copy `state` and `facts` now; they are written while training goes on."""
+    def save(self, state: TrainState, metadata: dict) -> None:
+        """Copy `state` and `metadata` now; they are written while training goes on."""
         self.wait()
         start = time.perf_counter()
-        files = snapshot(state, facts)
+        files = snapshot(state, metadata)
         copied = time.perf_counter() - start
         reached("snapshot")
         self._writing = self._thread.submit(
-            self._write, f"step-{state.update}", files, f"step-{state.best['update']}", copied
+            self._write, f"step-{state.step}", files, f"step-{state.best['step']}", copied
         )
         if self.failures == MAX_FAILURES - 1:
             self.wait()
@@ -147,12 +147,12 @@ class Saver:
         logger.info(f"{path} saved: copied in {copied:.2f} s, written in {written:.2f} s meanwhile")
 
 
-def snapshot(state: TrainState, facts: dict) -> dict[str, bytes]:
-    """The files of a checkpoint of `state`, by name; `facts` stand beside the counters in state.json."""
+def snapshot(state: TrainState, metadata: dict) -> dict[str, bytes]:
+    """The files of a checkpoint of `state`, by name; `metadata` stand beside the counters in state.json."""
     files = {
         "model.safetensors": _serialize(state.model.state_dict()),
         "optimizer.safetensors": _serialize(_optimizer_tensors(state)),
-        "state.json": json.dumps({**state.counters(), **facts}, indent=1).encode(),
+        "state.json": json.dumps({**state.counters(), **metadata}, indent=1).encode(),
     }
     if state.ema is not None:
         files["ema.safetensors"] = _serialize(state.ema.module.state_dict())
@@ -202,14 +202,14 @@ def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
 def prune(written: Path, keep: int, best: str) -> None:
     """Delete the checkpoints beside `written` that are older than the newest `keep` whole ones and not named `best`.
 
-    Later updates than `written`'s are not counted and stay: the run that goes on here has left them.
+    Later steps than `written`'s are not counted and stay: the run that goes on here has left them.
     """
     kept = 0
     try:
-        sweep(written.parent)
-        for path in steps(written.parent):
-            replaced = STEP.fullmatch(path.name)[2]
-            if _update(path) > _update(written):
+        remove_partial(written.parent)
+        for path in list_checkpoints(written.parent):
+            replaced = CHECKPOINT_NAME.fullmatch(path.name)[2]
+            if _step_of(path) > _step_of(written):
                 continue
             if (kept >= keep and path.name != best) or (kept and replaced):
                 hidden = path.with_name(f".tmp-{path.name}")
@@ -224,7 +224,7 @@ def prune(written: Path, keep: int, best: str) -> None:
     reached("pruned")
 
 
-def sweep(folder: Path) -> None:
+def remove_partial(folder: Path) -> None:
     """Delete what a kill left half-written in `folder`."""
     for path in folder.glob(".tmp-*"):
         if path.is_dir():
@@ -259,19 +259,23 @@ def _sync_folder(folder: Path) -> None:
 # --- Find -----------------------------------------------------------------------------------------
 
 
-def steps(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, newest first, whole or not."""
     try:
-        found = [path for path in folder.iterdir() if STEP.fullmatch(path.name) and path.is_dir()]
+        found = [
+            path
+            for path in folder.iterdir()
+            if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()
+        ]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise StorageError(f"{folder} cannot be listed: {error.strerror}") from error
-    return sorted(found, key=lambda path: (-_update(path), path.name))
+    return sorted(found, key=lambda path: (-_step_of(path), path.name))
 
 
-def _update(path: Path) -> int:
-    return int(STEP.fullmatch(path.name)[1])
+def _step_of(path: Path) -> int:
+    return int(CHECKPOINT_NAME.fullmatch(path.name)[1])
 
 
 def verify(path: Path) -> str | None:
@@ -295,12 +299,12 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def newest(folder: Path) -> Path | None:
+def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`, naming the damaged ones passed over; None if there is none at all.
 
     Raises CheckpointError where every checkpoint is damaged: starting afresh would be a silent loss.
     """
-    candidates = steps(folder)
+    candidates = list_checkpoints(folder)
     for path in candidates:
         damage = verify(path)
         if damage is None:
@@ -314,19 +318,19 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def locate(path: Path, *, best: bool = False) -> Path:
+def resolve(path: Path, *, best: bool = False) -> Path:
     """The checkpoint that `path` means: a checkpoint itself, or the newest (or the best) of a run's folder.
 
     Raises CheckpointError if there is none or if it is damaged.
     """
     if (path / "checkpoints").is_dir():
-        found = newest(path / "checkpoints")
+        found = latest(path / "checkpoints")
         if best and found is not None:
-            update = read_facts(found)["best"]["update"]
-            at_best = found.parent / f"step-{update}"
+            step = read_metadata(found)["best"]["step"]
+            at_best = found.parent / f"step-{step}"
             if (damage := verify(at_best)) is None:
                 found = at_best
-            elif update:
+            elif step:
                 logger.warning(f"{at_best}, the best, is passed over for {found.name}: {damage}")
     else:
         found = path if path.name.startswith("step-") and path.is_dir() else None
@@ -336,7 +340,7 @@ def locate(path: Path, *, best: bool = False) -> Path:
             )
     if found is None:
         raise CheckpointError(
-            f"{path} is neither a run (a folder with checkpoints/step-<update> in it) nor a checkpoint. "
+            f"{path} is neither a run (a folder with checkpoints/step-<n> in it) nor a checkpoint. "
             "Weights from elsewhere are given with --pretrained."
         )
     return found
@@ -345,7 +349,7 @@ def locate(path: Path, *, best: bool = False) -> Path:
 # --- Read -----------------------------------------------------------------------------------------
 
 
-class Facts(dict):
+class JsonDict(dict):
     """An object in the JSON `file`; a key that is asked for and missing is a CheckpointError."""
 
     def __init__(self, file: Path, values: dict):
@@ -358,20 +362,20 @@ class Facts(dict):
         )
 
 
-def read_facts(path: Path) -> Facts:
+def read_metadata(path: Path) -> JsonDict:
     """The state.json of the checkpoint at `path`. Raises CheckpointError, also at keys that are looked up in vain."""
     file = path / "state.json"
     try:
-        facts = json.loads(file.read_bytes(), object_hook=functools.partial(Facts, file))
+        metadata = json.loads(file.read_bytes(), object_hook=functools.partial(JsonDict, file))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    kinds = {"update": int, "epoch": int, "skipped": int, "best": dict, "scaler": dict}
-    if not isinstance(facts, dict):
-        raise CheckpointError(f"{file} holds {type(facts).__name__}, expected an object")
+    kinds = {"step": int, "epoch": int, "skipped": int, "best": dict, "scaler": dict}
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file} holds {type(metadata).__name__}, expected an object")
     for key, kind in kinds.items():
-        if not isinstance(facts[key], kind):
-            raise CheckpointError(f"{file}: {key} is {facts[key]!r}, expected {kind.__name__}")
-    return facts
+        if not isinstance(metadata[key], kind):
+            raise CheckpointError(f"{file}: {key} is {metadata[key]!r}, expected {kind.__name__}")
+    return metadata
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -394,11 +398,11 @@ def restore(path: Path, state: TrainState) -> None:
             logger.warning(f"{path} has no EMA: it starts from the checkpoint's weights")
         load_strictly(state.ema.module, file if file.exists() else path / "model.safetensors")
     _restore_optimizer(path / "optimizer.safetensors", state)
-    facts = read_facts(path)
-    if state.scaler.is_enabled() and facts["scaler"]:
-        state.scaler.load_state_dict(facts["scaler"])
-    state.update, state.epoch = facts["update"], facts["epoch"]
-    state.skipped, state.best = facts["skipped"], facts["best"]
+    metadata = read_metadata(path)
+    if state.scaler.is_enabled() and metadata["scaler"]:
+        state.scaler.load_state_dict(metadata["scaler"])
+    state.step, state.epoch = metadata["step"], metadata["epoch"]
+    state.skipped, state.best = metadata["skipped"], metadata["best"]
 
 
 def load_strictly(model: nn.Module, file: Path) -> None:
@@ -414,7 +418,7 @@ def load_strictly(model: nn.Module, file: Path) -> None:
     ]
     if problems:
         raise CheckpointError(
-            f"{file} is of another model: {some(problems)}. "
+            f"{file} is of another model: {join_some(problems)}. "
             "Set MODEL.NAME and MODEL.ARGS as in the checkpoint's state.json."
         )
     model.load_state_dict(tensors)
@@ -436,7 +440,7 @@ def _restore_optimizer(file: Path, state: TrainState) -> None:
         if name in parameters and value.ndim and _kind(value) != _kind(parameters[name])
     ]
     if problems:
-        raise CheckpointError(f"{file} holds no moments of this model's: {some(problems)}")
+        raise CheckpointError(f"{file} holds no moments of this model's: {join_some(problems)}")
     state.optimizer.state.clear()
     for name, values in moments.items():
         parameter = parameters[name]
@@ -450,7 +454,7 @@ def _kind(tensor: torch.Tensor) -> str:
     return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def some(items: Iterable[str], count: int = 10) -> str:
+def join_some(items: Iterable[str], count: int = 10) -> str:
     """The first `count` of `items` for a message, and how many there are beyond."""
     items = list(items)
     more = f" and {len(items) - count} more" if len(items) > count else ""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
+from models.convert import Description, identify, to_ours, unwrap
 from models.dat import DAT
-from models.released import Description, identify, to_ours, unwrap
 from utils.errors import CheckpointError
 from utils.logging import logger
 
@@ -62,7 +62,7 @@ class Report:
                 shapes = {n: [list(t[n].shape) for t in (self._file, self._model)] for n in names}
                 names = [f"{n} is {file} instead of {model}" for n, (file, model) in shapes.items()]
             if names:
-                parts.append(f"{shares}: {checkpoint.some(names)}")
+                parts.append(f"{shares}: {checkpoint.join_some(names)}")
         return "; ".join(parts)
 
 
@@ -77,7 +77,7 @@ def read_weights(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
             f"{path} does not exist: expected a file of weights, a run or a checkpoint"
         )
     if path.is_dir():
-        step = checkpoint.locate(path, best=True)
+        step = checkpoint.resolve(path, best=True)
         file = step / ("ema.safetensors" if ema else "model.safetensors")
         if not file.exists():
             raise CheckpointError(f"{step} has no EMA: its run had TRAIN.EMA_DECAY 0")
@@ -111,7 +111,7 @@ def refuse_nonfinite(path: Path, tensors: dict[str, Tensor]) -> None:
     names = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if names:
         raise CheckpointError(
-            f"{path} holds NaN or infinite weights, in {checkpoint.some(names)}. "
+            f"{path} holds NaN or infinite weights, in {checkpoint.join_some(names)}. "
             "The run that wrote it had diverged: take an earlier checkpoint of it."
         )
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from models.attention import NeighborhoodAttention
-from models.dat import DAT, VARIANTS, DATConfig, Sampling
+from models.dat import DAT, VARIANTS, DATConfig, SamplingPoints
 from utils.errors import ConfigError
 
-__all__ = ["Sampling", "build", "count_macs"]
+__all__ = ["SamplingPoints", "build", "count_macs"]
 
 # PyTorch's counter knows this product, but not in place.
 flop_registry[torch.ops.aten.baddbmm_] = flop_registry[torch.ops.aten.baddbmm]

@@ -29,14 +29,14 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
-from models.reading import (
-    being_recorded,
+from models.ops import (
+    allow_atomic_add,
+    bilinear_gather,
     constant,
-    displacement_bias,
-    extent,
-    fast_scatter,
     grid,
-    read_cells,
+    is_tracing,
+    map_extent,
+    rpe_bias,
     sample,
 )
 
@@ -103,7 +103,7 @@ def in_parts(forward: Forward) -> Forward:
     @functools.wraps(forward)
     def wrapped(self: nn.Module, x: Tensor) -> Tensor:
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.children())
-        if x.device.type != "cpu" or hooked or being_recorded():
+        if x.device.type != "cpu" or hooked or is_tracing():
             return forward(self, x)
         parts = -(-self.largest(x) // CPU_BYTES)
         if parts <= 1:
@@ -211,11 +211,11 @@ def window_mask(
     queries to padded keys, so that padding never changes a real output, however large its scores.
     """
     region, real = [], []
-    for length, step, offset in zip(size, window, shift, strict=True):
-        padded = length + -length % step
-        slot = torch.arange(padded, device=device)
-        region.append((slot >= padded - step).long() + (slot >= padded - offset).long())
-        real.append(((slot + offset) % padded) < length)
+    for length, extent, offset in zip(size, window, shift, strict=True):
+        padded = length + -length % extent
+        index = torch.arange(padded, device=device)
+        region.append((index >= padded - extent).long() + (index >= padded - offset).long())
+        real.append(((index + offset) % padded) < length)
     regions = windows(3 * region[0][:, None] + region[1], window)  # (K, n)
     reals = windows(real[0][:, None] & real[1], window)
     mask = -100.0 * (regions[:, :, None] != regions[:, None, :])
@@ -362,8 +362,8 @@ class DATGeometry:
 
     @classmethod
     def place(cls, reference: Tensor, theta: Tensor) -> Tensor:
-        """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
-        cells = extent(*reference.shape[:2], theta.device)
+        """SamplingPoints positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
+        cells = map_extent(*reference.shape[:2], theta.device)
         return torch.addcdiv(reference, theta.tanh(), cells, value=cls.range_factor)
 
 
@@ -387,7 +387,7 @@ class DATPlusPlusGeometry:
 
     @staticmethod
     def place(reference: Tensor, theta: Tensor) -> Tensor:
-        """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
+        """SamplingPoints positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
         return (reference + theta).clamp(-1, 1)
 
 
@@ -463,7 +463,7 @@ class DeformableAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.positions = SamplingPositions(dim, groups, kernel, stride, geometry)
         table = torch.zeros(num_heads, 2 * table_size[0] - 1, 2 * table_size[1] - 1)
-        self.displacement_bias_table = nn.Parameter(trunc_normal_(table, std=0.01))
+        self.rpe_table = nn.Parameter(trunc_normal_(table, std=0.01))
 
     @in_parts
     def forward(self, x: Tensor) -> Tensor:
@@ -471,7 +471,7 @@ class DeformableAttention(nn.Module):
         q = self.q(x)
         positions = self.positions(q)
         queries = grid(self.geometry.query, tuple(x.shape[1:3]), x.device)
-        bias = displacement_bias(self.displacement_bias_table, queries, positions)
+        bias = rpe_bias(self.rpe_table, queries, positions)
         z = attend_all(q, self.kv(sample(x, positions)), self.num_heads, bias)
         return self.proj(z).view(x.shape)
 
@@ -504,14 +504,14 @@ class GlobalAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
         table = torch.zeros(num_heads, 2 * table_size[0] - 1, 2 * table_size[1] - 1)
-        self.displacement_bias_table = nn.Parameter(trunc_normal_(table, std=0.01))
+        self.rpe_table = nn.Parameter(trunc_normal_(table, std=0.01))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         reduced = self.reduce(x)  # (B, Hk, Wk, C)
         queries = grid(DATGeometry.query, tuple(x.shape[1:3]), x.device)
         keys = grid(DATGeometry.reference, tuple(reduced.shape[1:3]), x.device)
-        bias = displacement_bias(self.displacement_bias_table, queries, keys[None, None])
+        bias = rpe_bias(self.rpe_table, queries, keys[None, None])
         kv = self.kv(reduced.flatten(1, 2))
         return self.proj(attend_all(self.q(x), kv, self.num_heads, bias)).view(x.shape)
 
@@ -541,7 +541,7 @@ class DeformableConvolution(nn.Module):
         # In the weights' precision: coordinates are never computed in half precision.
         theta = self.positions(x).to(self.conv.weight.dtype)
         offsets, weights = theta.tensor_split((2 * theta.shape[-1] // 3,), dim=-1)
-        convolve = self.by_torchvision if fast_scatter(x.device) else self.by_rows
+        convolve = self.by_torchvision if allow_atomic_add(x.device) else self.by_rows
         return self.proj(convolve(x.to(theta.dtype), offsets, weights.sigmoid()))
 
     def by_torchvision(self, x: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -556,7 +556,7 @@ class DeformableConvolution(nn.Module):
         points = nine_cells(height, width, x.device) + offsets.unflatten(-1, (groups, 9, 2))
         points = points.transpose(3, 4).reshape(batch, -1, groups, 2)  # (B, H · W · 9, G, 2)
         weights = weights.unflatten(-1, (groups, 9)).transpose(3, 4).reshape(batch, -1, groups, 1)
-        read = read_cells(x, points, weights)
+        read = bilinear_gather(x, points, weights)
         read = read.view(-1, 9, heads, channels // heads).transpose(1, 2)  # (B · H · W, M, 9, D)
         read = read.flatten(2).transpose(0, 1)  # (M, B · H · W, 9 D)
         kernel = self.conv.weight.unflatten(0, (heads, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)

@@ -5,7 +5,7 @@ Four stages of blocks; before each stage a convolution halves the map. Inside, t
     images (B, 3, H, W) → stem (B, H/4, W/4, C) → stage i (B, H/4/2ⁱ, W/4/2ⁱ, Cᵢ) → norm → mean → logits (B, classes)
 
 Sizes are rounded up. What DAT++ changes around the attention hangs on `plus_plus`: make_stem, make_downsample,
-LocalPerception. Inside, it is attention.py's DATPlusPlusGeometry instead of DATGeometry.
+LocalPerceptionUnit. Inside, it is attention.py's DATPlusPlusGeometry instead of DATGeometry.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,8 +38,8 @@ from models.attention import (
     WindowAttention,
     in_parts,
 )
-from models.reading import being_recorded
-from models.released import checkpoint_filter_fn
+from models.convert import checkpoint_filter_fn
+from models.ops import is_tracing
 from utils.errors import ConfigError
 
 
@@ -50,19 +50,19 @@ class DATConfig:
     # One letter per block, see attention.py.
     stages: Sequence[str] = ("LS", "LS", "LDLDLD", "LD")
     dims: Sequence[int] = (96, 192, 384, 768)
-    heads: Sequence[int] = (3, 6, 12, 24)
+    num_heads: Sequence[int] = (3, 6, 12, 24)
     # Deformable attention and convolution: offset groups.
-    groups: Sequence[int] = (1, 1, 3, 6)
+    offset_groups: Sequence[int] = (1, 1, 3, 6)
     # Deformable attention: kernel and stride of the offset convolution.
     offset_kernels: Sequence[int] = (9, 7, 5, 3)
     offset_strides: Sequence[int] = (1, 1, 1, 1)
     # Spatial reduction (P): positions per key, along each axis.
-    reductions: Sequence[int] = (8, 4, 2, 1)
+    sr_ratios: Sequence[int] = (8, 4, 2, 1)
     window_size: int = 7
     # Pixels per position of the first stage; a power of two.
     patch_size: int = 4
     # Image size that the displacement tables are made for; None: the model's `img_size`.
-    table_img_size: int | None = None
+    rpe_img_size: int | None = None
     # DAT++ instead of DAT.
     plus_plus: bool = False
 
@@ -75,7 +75,7 @@ class DATConfig:
                 f"every list of a DAT needs one entry per stage; got lengths {lengths}"
             )
         for stage, letters in enumerate(self.stages):
-            dim, heads, groups = self.dims[stage], self.heads[stage], self.groups[stage]
+            dim, heads, groups = self.dims[stage], self.num_heads[stage], self.offset_groups[stage]
             if unknown := set(letters) - set(MIXERS):
                 raise ConfigError(
                     f"stage {stage} is {letters!r}; {sorted(unknown)} name no spatial mixer, "
@@ -89,20 +89,20 @@ class DATConfig:
 
 def make_window(config: DATConfig, stage: int, size: tuple[int, int], shifted: bool) -> nn.Module:
     """L and S."""
-    return WindowAttention(config.dims[stage], config.heads[stage], config.window_size, shifted)
+    return WindowAttention(config.dims[stage], config.num_heads[stage], config.window_size, shifted)
 
 
 def make_neighborhood(config: DATConfig, stage: int, size: tuple[int, int]) -> nn.Module:
     """N."""
-    return NeighborhoodAttention(config.dims[stage], config.heads[stage], config.window_size)
+    return NeighborhoodAttention(config.dims[stage], config.num_heads[stage], config.window_size)
 
 
 def make_deformable(config: DATConfig, stage: int, size: tuple[int, int]) -> nn.Module:
     """D."""
     return DeformableAttention(
         config.dims[stage],
-        config.heads[stage],
-        config.groups[stage],
+        config.num_heads[stage],
+        config.offset_groups[stage],
         config.offset_kernels[stage],
         config.offset_strides[stage],
         table_size=size,
@@ -112,13 +112,15 @@ def make_deformable(config: DATConfig, stage: int, size: tuple[int, int]) -> nn.
 
 def make_global(config: DATConfig, stage: int, size: tuple[int, int], reduced: bool) -> nn.Module:
     """G and P."""
-    reduction = config.reductions[stage] if reduced else 1
-    return GlobalAttention(config.dims[stage], config.heads[stage], size, reduction)
+    reduction = config.sr_ratios[stage] if reduced else 1
+    return GlobalAttention(config.dims[stage], config.num_heads[stage], size, reduction)
 
 
 def make_convolution(config: DATConfig, stage: int, size: tuple[int, int]) -> nn.Module:
     """C."""
-    return DeformableConvolution(config.dims[stage], config.heads[stage], config.groups[stage])
+    return DeformableConvolution(
+        config.dims[stage], config.num_heads[stage], config.offset_groups[stage]
+    )
 
 
 # letter → (config, stage, (H, W) of the map the model is made for) → module
@@ -133,7 +135,7 @@ MIXERS = {
 }
 
 
-class LocalPerception(nn.Module):
+class LocalPerceptionUnit(nn.Module):
     """x + depthwise 3×3(x): a block of DAT++ starts with it."""
 
     def __init__(self, dim: int):
@@ -179,7 +181,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, plus_plus: bool):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.local = LocalPerception(hidden_dim) if plus_plus else None
+        self.local = LocalPerceptionUnit(hidden_dim) if plus_plus else None
         self.fc2 = GELULinear(hidden_dim, dim)
 
     @in_parts
@@ -195,7 +197,7 @@ class Mlp(nn.Module):
         return x.nbytes // self.fc1.in_features * self.fc1.out_features
 
 
-class AddToSome(torch.autograd.Function):
+class _IndexAddScaled(torch.autograd.Function):
     """x with scale · added at the images `chosen`. Unlike index_add it does not keep `added` for the backward pass."""
 
     @staticmethod
@@ -212,7 +214,7 @@ class AddToSome(torch.autograd.Function):
         return grad, None, grad.index_select(0, chosen).mul_(ctx.scale).to(ctx.dtype), None
 
 
-class DropPath(nn.Module):
+class StochasticDepth(nn.Module):
     """x + branch(x); in training some images go without the branch, which is not computed for them.
 
     Stochastic depth (arXiv 1603.09382): each image of a batch is dropped with probability `drop_prob`, and what the
@@ -229,7 +231,7 @@ class DropPath(nn.Module):
             return x + branch(x)
         keep_prob = 1 - self.drop_prob
         kept = torch.empty(len(x)).bernoulli_(keep_prob)  # on the host, which needs the count
-        if being_recorded():
+        if is_tracing():
             return x + branch(x) * (kept.to(x) / keep_prob).view(-1, *[1] * (x.ndim - 1))
         if kept.all():
             return torch.add(x, branch(x), alpha=1 / keep_prob)
@@ -237,24 +239,24 @@ class DropPath(nn.Module):
         scale = 1 / keep_prob if kept.any() else 0.0
         chosen = kept.nonzero().flatten() if scale else torch.tensor([0])
         chosen = chosen.to(x.device, non_blocking=True)
-        return AddToSome.apply(x, chosen, branch(x.index_select(0, chosen)), scale)
+        return _IndexAddScaled.apply(x, chosen, branch(x.index_select(0, chosen)), scale)
 
 
 class Block(nn.Module):
-    """x += DropPath(attn(LN(x))); x += DropPath(mlp(LN(x))); DAT++ prepends local perception."""
+    """x += StochasticDepth(attn(LN(x))); x += StochasticDepth(mlp(LN(x))); DAT++ prepends local perception."""
 
     def __init__(self, dim: int, attn: nn.Module, drop_path: float, plus_plus: bool):
         super().__init__()
-        self.perception = LocalPerception(dim) if plus_plus else nn.Identity()
+        self.lpu = LocalPerceptionUnit(dim) if plus_plus else nn.Identity()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim, plus_plus)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        x = self.perception(x)
+        x = self.lpu(x)
         x = self.drop_path(x, lambda kept: self.attn(self.norm1(kept)))
         return self.drop_path(x, lambda kept: self.mlp(self.norm2(kept)))
 
@@ -293,7 +295,7 @@ def make_downsample(dim: int, out_dim: int, plus_plus: bool) -> nn.Sequential:
     return nn.Sequential(conv, nn.LayerNorm(out_dim))
 
 
-class Sampling(NamedTuple):
+class SamplingPoints(NamedTuple):
     """Where one deformable layer reads."""
 
     stage: int
@@ -330,7 +332,7 @@ class DAT(nn.Module):
         super().__init__()
         config = DATConfig(**architecture)
         self.config = config
-        self.img_size = to_2tuple(config.table_img_size or img_size)
+        self.img_size = to_2tuple(config.rpe_img_size or img_size)
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = config.dims[-1]
@@ -412,7 +414,7 @@ class DAT(nn.Module):
             self.reset_classifier(0, "")
         return take
 
-    def sampling_positions(self, x: Tensor) -> list[Sampling]:
+    def sampling_positions(self, x: Tensor) -> list[SamplingPoints]:
         """Where every deformable layer reads for the images (B, in_chans, H, W), in the order of the layers."""
         found = []
 
@@ -420,7 +422,7 @@ class DAT(nn.Module):
             reference = module.reference(positions.shape[2:4])
             reference = module.geometry.place(reference, torch.zeros_like(reference))
             map_size, reduction = tuple(inputs[0].shape[1:3]), self.feature_info[stage]["reduction"]
-            found.append(Sampling(stage, block, positions, reference, map_size, reduction))
+            found.append(SamplingPoints(stage, block, positions, reference, map_size, reduction))
 
         hooks = [
             block.attn.positions.register_forward_hook(partial(collect, i, j))
@@ -460,7 +462,11 @@ class DAT(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the bias tables without weight decay; `rpb` is decayed, as released."""
-        return {name for name, _ in self.named_parameters() if name.endswith("bias_table")}
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name.endswith(("bias_table", "rpe_table"))
+        }
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -480,31 +486,36 @@ SMALL = {"stages": ("LS", "LS", "LD" * 9, "LD")}
 BASE = {
     **SMALL,
     "dims": (128, 256, 512, 1024),
-    "heads": (4, 8, 16, 32),
-    "groups": (1, 1, 4, 8),
+    "num_heads": (4, 8, 16, 32),
+    "offset_groups": (1, 1, 4, 8),
 }
 PP_TINY = {
     "stages": ("ND", "ND" * 2, "ND" * 9, "DD"),
     "dims": (64, 128, 256, 512),
-    "heads": (2, 4, 8, 16),
-    "groups": (1, 2, 4, 8),
+    "num_heads": (2, 4, 8, 16),
+    "offset_groups": (1, 2, 4, 8),
     "offset_strides": (8, 4, 2, 1),
     "plus_plus": True,
 }
-PP_SMALL = {**PP_TINY, "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24), "groups": (1, 2, 3, 6)}
+PP_SMALL = {
+    **PP_TINY,
+    "dims": (96, 192, 384, 768),
+    "num_heads": (3, 6, 12, 24),
+    "offset_groups": (1, 2, 3, 6),
+}
 PP_BASE = {
     **PP_TINY,
     "dims": (128, 256, 512, 1024),
-    "heads": (4, 8, 16, 32),
-    "groups": (2, 4, 8, 16),
+    "num_heads": (4, 8, 16, 32),
+    "offset_groups": (2, 4, 8, 16),
 }
 
 VARIANTS = {
     "dat_micro": {
         "stages": ("LS", "LD", "LDLD", "LD"),
         "dims": (32, 64, 128, 256),
-        "heads": (1, 2, 4, 8),
-        "groups": (1, 1, 2, 4),
+        "num_heads": (1, 2, 4, 8),
+        "offset_groups": (1, 1, 2, 4),
         "offset_kernels": (5, 5, 3, 3),
         "window_size": 4,
         "patch_size": 2,
@@ -516,7 +527,7 @@ VARIANTS = {
     "dat_pp_tiny": PP_TINY,
     "dat_pp_small": PP_SMALL,
     "dat_pp_base": PP_BASE,
-    "dat_pp_base_384": {**PP_BASE, "table_img_size": 224},
+    "dat_pp_base_384": {**PP_BASE, "rpe_img_size": 224},
 }
 IMG_SIZES = {"dat_micro": 32, "dat_base_384": 384, "dat_pp_base_384": 384}
 

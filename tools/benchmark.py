@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.memory import use_large_pages
 
 use_large_pages()  # as main.py does
-from tools import bench_data, bench_loop, bench_model, bench_scaling  # noqa: E402
+from tools.benchmarks import data, loop, model, scaling  # noqa: E402
 from utils.errors import StorageError, as_exit_code  # noqa: E402
 
 SUBJECTS = {
-    "model": bench_model,
-    "data": bench_data,
-    "loop": bench_loop,
-    "scaling": bench_scaling,
+    "model": model,
+    "data": data,
+    "loop": loop,
+    "scaling": scaling,
 }
 
 

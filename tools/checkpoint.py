@@ -3,7 +3,7 @@
 
 python tools/checkpoint.py inspect output/dat_tiny/default
 
-FILE is a .safetensors file or any trainer's .pth, STEP a folder step-<update>, RUN the folder that holds `checkpoints`
+FILE is a .safetensors file or any trainer's .pth, STEP a folder step-<n>, RUN the folder that holds `checkpoints`
 and stands for its best one. Weights come out as .safetensors under our names, or as .pth under the authors'.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.pretrained import read_weights, refuse_nonfinite
-from models.released import DERIVED, derived, identify, to_ours, to_released
+from models.convert import DERIVED, derived_buffers, identify, to_official, to_ours
 from utils.errors import CheckpointError, ConfigError, StorageError, as_exit_code
 
 
@@ -60,47 +60,49 @@ def write(tensors: dict[str, Tensor], out: Path) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """Tell which model a file, checkpoint or run holds, and how far it was trained."""
-    source = checkpoint.locate(args.path, best=True) if args.path.is_dir() else args.path
+    source = checkpoint.resolve(args.path, best=True) if args.path.is_dir() else args.path
     tensors = read(source)
     found = identify(tensors)
     weights = {name: t for name, t in tensors.items() if not DERIVED.fullmatch(name)}
     names = "released names" if found and found.released else "our names"
-    facts = {
+    metadata = {
         "file": source,
         "weights": f"{found}, {names}" if found else "none of the DAT variants",
         "parameters": f"{sum(t.numel() for t in weights.values()):,} in {len(weights)} tensors",
     }
     if source.is_dir():
-        facts |= run_facts(source)
-    for name, value in facts.items():
+        metadata |= run_facts(source)
+    for name, value in metadata.items():
         print(f"{name:<12}{value}")
 
 
 def run_facts(step: Path) -> dict[str, object]:
     """What a checkpoint of ours knows of the run that wrote it."""
-    state = checkpoint.read_facts(step)
-    facts = {
+    state = checkpoint.read_metadata(step)
+    metadata = {
         "model": f"{state['model']}, {len(state['classes'])} classes",
-        "update": f"{state['update']}, after {state['epoch']} whole epochs",
-        "best": f"{state['best']['acc1']:.3f} % top-1 so far, at update {state['best']['update']}",
+        "step": f"{state['step']}, after {state['epoch']} whole epochs",
+        "best": f"{state['best']['acc1']:.3f} % top-1 so far, at step {state['best']['step']}",
     }
     if arguments := state["config"]["MODEL"]["ARGS"]:
-        facts["MODEL.ARGS"] = arguments
+        metadata["MODEL.ARGS"] = arguments
     records = step.parents[1] / "metrics.jsonl"
     for line in records.read_text().splitlines() if records.exists() else ():
         record = json.loads(line)
         for name in ("val", "val_ema"):
-            if record["update"] == state["update"] and f"{name}/acc1" in record:
-                facts[name] = (
+            if record["step"] == state["step"] and f"{name}/acc1" in record:
+                metadata[name] = (
                     f"{record[f'{name}/acc1']:.3f} % top-1, {record[f'{name}/acc5']:.3f} % top-5"
                 )
-    return facts | {"written by": f"torch {state['versions']['torch']}, code {state['revision']}"}
+    return metadata | {
+        "written by": f"torch {state['versions']['torch']}, code {state['revision']}"
+    }
 
 
 def verify(args: argparse.Namespace) -> None:
     """Compare the files of a run's checkpoints, or of one, with their SHA-256; exit code 4 if one is damaged."""
     folder = args.path / "checkpoints"
-    steps = checkpoint.steps(folder) if folder.is_dir() else [args.path]
+    steps = checkpoint.list_checkpoints(folder) if folder.is_dir() else [args.path]
     damaged = 0
     for step in steps:
         damage = checkpoint.verify(step)
@@ -123,7 +125,7 @@ def convert(args: argparse.Namespace) -> None:
     model = found.build()
     tensors = to_ours(tensors, model)
     if args.to == "released":
-        tensors = to_released(tensors, model) | derived(model)
+        tensors = to_official(tensors, model) | derived_buffers(model)
     write(tensors, args.out)
 
 
@@ -141,7 +143,7 @@ def average(args: argparse.Namespace) -> None:
         if found != (shapes := shapes or found):
             different = sorted(name for name, _ in found.items() ^ shapes.items())
             raise CheckpointError(
-                f"{path} is another model than {args.paths[0]}: {checkpoint.some(different)}"
+                f"{path} is another model than {args.paths[0]}: {checkpoint.join_some(different)}"
             )
         total = {name: total.get(name, 0) + tensor.double() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():

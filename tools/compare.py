@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Which of several configurations is best, and what does each cost? A table of their models and their runs' accuracies.
 
-    python tools/compare.py configs/figure1/*.yaml --runs output/seed0 output/seed1 output/seed2
+    python tools/compare.py configs/mixers/*.yaml --runs output/seed0 output/seed1 output/seed2
 
 Each of --runs is what runs were given as --output; those that are finished count. Speeds are medians of models that
-take turns in this process, on random images: leave the machine alone. Memory is that of an update that drops nothing.
+take turns in this process, on random images: leave the machine alone. Memory is that of a step that drops nothing.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 import config
 import models
 from engine import checkpoint
-from tools.bench_model import Subject, at_least, in_turns
+from tools.benchmarks.model import Subject, at_least, in_turns
 from utils.errors import as_exit_code
 
 COLUMNS = (
@@ -59,8 +59,8 @@ def build(cfg: CfgNode, runs: list[Path]) -> torch.nn.Module:
     """The model of `cfg`, for the classes of its runs if there are any; it drops nothing."""
     classes = cfg.MODEL.NUM_CLASSES or 1000
     if runs:
-        newest = checkpoint.steps(runs[0] / "checkpoints")[0]
-        classes = len(checkpoint.read_facts(newest)["classes"])
+        newest = checkpoint.list_checkpoints(runs[0] / "checkpoints")[0]
+        classes = len(checkpoint.read_metadata(newest)["classes"])
     size, name = cfg.DATA.IMG_SIZE, cfg.MODEL.NAME
     return models.build(
         name, num_classes=classes, img_size=size, drop_path_rate=0.0, **cfg.MODEL.ARGS

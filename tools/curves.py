@@ -16,17 +16,17 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-SMOOTHING = 0.02  # of the records; a single update's loss is noisy, and mixing makes it more so
+SMOOTHING = 0.02  # of the records; a single step's loss is noisy, and mixing makes it more so
 
 
 def read_series(run: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For every tag of the run's metrics.jsonl the updates and the values."""
+    """For every tag of the run's metrics.jsonl the steps and the values."""
     points: dict[str, list[tuple[int, float]]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        update = record.pop("update")
+        step = record.pop("step")
         for tag, value in record.items():
-            points.setdefault(tag, []).append((update, value))
+            points.setdefault(tag, []).append((step, value))
     return {tag: tuple(np.array(values).T) for tag, values in points.items()}
 
 
@@ -40,8 +40,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def draw(run: Path, out: Path) -> None:
     """Write the picture of `run` to `out`."""
     series = read_series(run)
-    updates, epochs = series["val/loss"][0], series["epoch"][1]
-    per_epoch = updates[-1] / epochs[-1]
+    steps, epochs = series["val/loss"][0], series["epoch"][1]
+    per_epoch = steps[-1] / epochs[-1]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
     figure.suptitle(f"{run.parent.name} / {run.name}")
 
@@ -50,7 +50,7 @@ def draw(run: Path, out: Path) -> None:
             ax.plot(series[tag][0] / per_epoch, series[tag][1], label=label, **style)
 
     ax = axes[0, 0]
-    plot(ax, "train/loss", "of single updates", color="C0", alpha=0.2, linewidth=0.6)
+    plot(ax, "train/loss", "of single steps", color="C0", alpha=0.2, linewidth=0.6)
     series["smooth"] = (series["train/loss"][0], smooth(series["train/loss"][1]))
     plot(ax, "smooth", "training", color="C0")
     plot(ax, "val/loss", "validation", color="C1")

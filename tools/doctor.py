@@ -34,10 +34,10 @@ from yacs.config import CfgNode
 
 import config
 import models
-from data import ImageDataset, allowed_files, read_class_list, updates_per_epoch
+from data import ImageDataset, allowed_files, read_class_list, steps_per_epoch
 from data.decode import TURNS, UNREADABLE, decode, open_image, orientation
-from data.files import Folder
-from engine.run import REFERENCE_BATCH
+from data.readers import FolderReader
+from engine.train import REFERENCE_BATCH
 from utils.errors import ConfigError, DataError, UserError
 from utils.logging import write_atomically
 
@@ -100,7 +100,7 @@ def open_splits(
 
 def check_links(root: Path, dataset: ImageDataset) -> Iterator[Finding]:
     """Links of a folder that lead nowhere, back, or out of the dataset's root."""
-    if not isinstance(dataset.source, Folder):
+    if not isinstance(dataset.source, FolderReader):
         return
     real_root = os.path.realpath(root)
     kinds: dict[str, list[str]] = {"nowhere": [], "back": [], "out": []}
@@ -357,26 +357,26 @@ def _duplicates(tally: Tally) -> Iterator[Finding]:
 
 
 def check_batches(cfg: CfgNode, train: ImageDataset | None, processes: int) -> Iterator[Finding]:
-    """What an update and an epoch are."""
-    total, slot = cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE
+    """What a step and an epoch are."""
+    total, micro_batch = cfg.TRAIN.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE
     try:
         config.check_world_size(cfg, processes)
         text = (
-            f"{total:,} images an update = {total // slot} slots of {slot}, "
-            f"{total // slot // processes} on each of {processes} processes"
+            f"{total:,} images a step = {total // micro_batch} micro-batches of {micro_batch}, "
+            f"{total // micro_batch // processes} on each of {processes} processes"
         )
-        yield Finding("OK", "update", text)
+        yield Finding("OK", "step", text)
     except ConfigError as error:
-        yield Finding("FAIL", "update", str(error))
+        yield Finding("FAIL", "step", str(error))
     if train is not None:
         try:
-            updates = updates_per_epoch(len(train), total)
+            steps = steps_per_epoch(len(train), total)
         except DataError as error:
             yield Finding("FAIL", "epoch", str(error))
         else:
-            dropped = len(train) - updates * total
+            dropped = len(train) - steps * total
             text = (
-                f"{updates:,} updates, {updates * cfg.TRAIN.EPOCHS:,} in {cfg.TRAIN.EPOCHS} epochs; "
+                f"{steps:,} steps, {steps * cfg.TRAIN.EPOCHS:,} in {cfg.TRAIN.EPOCHS} epochs; "
                 f"{dropped:,} images ({dropped / len(train):.1%}), others each time, are left out of each epoch"
             )
             remedy = "a smaller TRAIN.GLOBAL_BATCH_SIZE leaves out less"
@@ -464,8 +464,8 @@ def check_machine(cfg: CfgNode | None, processes: int) -> Iterator[Finding]:
     else:
         yield Finding("OK", "processors", text)
 
-    slots = cfg.DATA.BATCH_SIZE + (cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
-    need = workers * PREFETCH * slots * 3 * cfg.DATA.IMG_SIZE**2
+    micro_batches = cfg.DATA.BATCH_SIZE + (cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
+    need = workers * PREFETCH * micro_batches * 3 * cfg.DATA.IMG_SIZE**2
     free = shutil.disk_usage("/dev/shm").free
     text = f"{size(free)} free in /dev/shm; batches on their way take up to {size(need)}"
     if need > free:

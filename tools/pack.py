@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from data import ImageDataset
 from data.decode import UNREADABLE, decode
-from data.files import Pack, Source, open_split
 from data.pack import shard_name, write_index
+from data.readers import PackReader, Reader, open_split
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.logging import write_atomically
 
@@ -59,14 +59,14 @@ def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def part_of(source: Source, indices: range) -> Source:
+def part_of(source: Reader, indices: range) -> Reader:
     """The files at `indices` alone, to be sent to another process."""
     part = copy.copy(source)
     part.names, part.where = source.names[indices], source.where[indices]
     return part
 
 
-def write_shard(source: Source, folder: Path, number: int, shorter_side: int, quality: int) -> int:
+def write_shard(source: Reader, folder: Path, number: int, shorter_side: int, quality: int) -> int:
     """Write all of `source` as shard `number` and then its part of the index; the number of files.
 
     Raises DataError for a file that cannot be read.
@@ -153,7 +153,7 @@ def _begin(folder: Path, info: dict) -> None:
 def verify(root: Path, out: Path, split: str) -> None:
     """Read everything in `out`/<split>.pack and list what it was made from; DataError if either differs."""
     source = open_split(out, split)
-    if not isinstance(source, Pack):
+    if not isinstance(source, PackReader):
         raise ConfigError(f"{source.path} is no pack: name the folder that holds {split}.pack")
     for index in tqdm(range(len(source.names)), unit=" images", desc=source.path, disable=None):
         try:

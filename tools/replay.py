@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Where does an update that diverged become infinite? It is run again in float32, and every layer's numbers are told.
+"""Where does a step that diverged become infinite? It is run again in float32, and every layer's numbers are told.
 
 python tools/replay.py output/dat_tiny/default/diverged-12345
 
-The folder is what a run leaves when it ends with exit code 5; a checkpoint step-<update> stands for the update after
-it. The same images, augmented and mixed the same way, go through the same model and loss, slot by slot. All numbers go
+The folder is what a run leaves when it ends with exit code 5; a checkpoint step-<n> stands for the step after
+it. The same images, augmented and mixed the same way, go through the same model and loss, micro-batch by micro-batch. All numbers go
 to replay.json in that folder, the worst of them to the terminal.
 """
 
@@ -25,14 +25,14 @@ from yacs.config import CfgNode
 
 import config
 import data
-from engine import checkpoint, run
+from engine import checkpoint, train
 from engine.divergence import images_of
-from engine.epoch import accumulate
-from engine.phases import Phases
-from engine.reduce import FastReduction
+from engine.grad_sync import DDPSync
+from engine.loop import forward_backward
 from utils import distributed
 from utils.errors import CheckpointError, as_exit_code
 from utils.logging import start_logging
+from utils.step_timer import StepTimer
 
 SHOWN = 10  # rows of a table
 
@@ -70,29 +70,31 @@ def observe(model: nn.Module) -> list[dict]:
 
 
 def replay(cfg: CfgNode, path: Path) -> dict:
-    """The numbers of the update after the state at `path`: of its weights, of every slot, of the mean gradient."""
-    with distributed.joined(cfg.DEVICE, cfg.THREADS) as process:
+    """The numbers of the step after the state at `path`: of its weights, of every micro-batch, of the mean gradient."""
+    with distributed.init_distributed(cfg.DEVICE, cfg.THREADS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
-        state, recipe, train_set, sampler = run.reopen(cfg, path, process)
-        images = images_of(state.update, train_set, sampler)
+        state, recipe, train_set, sampler = train.reopen(cfg, path, process)
+        images = images_of(state.step, train_set, sampler)
         batches = iter(data.train_loader(train_set, sampler, num_workers=0))
         parameters = dict(state.model.named_parameters())
         gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        rows, slots, phases = observe(state.model), [], Phases(process.device)
-        for slot in recipe.slots:
+        rows, micro_batches, timer = observe(state.model), [], StepTimer(process.device)
+        for micro_batch in recipe.micro_batches:
             rows.clear()
-            alone = dataclasses.replace(recipe, slots=range(slot, slot + 1))
-            reduction = FastReduction(state.model, alone.slots, process)
-            (loss,) = accumulate(state, reduction, batches, alone, process, phases)
+            alone = dataclasses.replace(recipe, micro_batches=range(micro_batch, micro_batch + 1))
+            reduction = DDPSync(state.model, alone.micro_batches, process)
+            (loss,) = forward_backward(state, reduction, batches, alone, process, timer)
             own = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             for name, gradient in own.items():
-                gradients[name] += gradient / len(recipe.slots)
+                gradients[name] += gradient / len(recipe.micro_batches)
             norm = nn.utils.get_total_norm(own.values()).item()
-            slots.append({"slot": slot, "loss": loss.item(), "grad_norm": norm})
-            slots[-1] |= {"images": images[slot], "outputs": list(rows)}
+            micro_batches.append(
+                {"micro_batch": micro_batch, "loss": loss.item(), "grad_norm": norm}
+            )
+            micro_batches[-1] |= {"images": images[micro_batch], "outputs": list(rows)}
     return {
-        "update": state.update + 1,
-        "slots": slots,
+        "step": state.step + 1,
+        "micro_batches": micro_batches,
         "weights": [{"name": name, **describe([p])} for name, p in parameters.items()],
         "gradients": [{"name": name, **describe([g])} for name, g in gradients.items()],
     }
@@ -102,12 +104,12 @@ def verdict(found: dict) -> str:
     """In a sentence, where the first number that is not finite comes from."""
     for row in found["weights"]:
         if row["nonfinite"]:
-            return f"The weights are not finite before the update: {row['name']} is the first."
-    for slot in found["slots"]:
-        for row in slot["outputs"]:
+            return f"The weights are not finite before the step: {row['name']} is the first."
+    for micro_batch in found["micro_batches"]:
+        for row in micro_batch["outputs"]:
             if row["nonfinite"]:
                 return (
-                    f"Slot {slot['slot']}: {row['nonfinite']} of {row['elements']} values of {row['name']} "
+                    f"Micro-batch {micro_batch['micro_batch']}: {row['nonfinite']} of {row['elements']} values of {row['name']} "
                     "are the first that are not finite."
                 )
     for row in reversed(found["gradients"]):  # as the backward pass goes
@@ -127,18 +129,20 @@ def severity(row: dict) -> tuple[int, float]:
 
 
 def print_tables(found: dict) -> None:
-    """The slots, and the outputs and gradients with most values that are not finite, then with the largest ones."""
-    print(f"\n{'slot':>5} {'loss':>12} {'grad_norm':>12}  first image")
-    for slot in found["slots"]:
+    """The micro-batches, and the outputs and gradients with most values that are not finite, then with the largest ones."""
+    print(f"\n{'micro_batch':>5} {'loss':>12} {'grad_norm':>12}  first image")
+    for micro_batch in found["micro_batches"]:
         print(
-            f"{slot['slot']:>5} {slot['loss']:>12.5g} {slot['grad_norm']:>12.5g}  {slot['images'][0]}"
+            f"{micro_batch['micro_batch']:>5} {micro_batch['loss']:>12.5g} {micro_batch['grad_norm']:>12.5g}  {micro_batch['images'][0]}"
         )
     worst: dict[str, dict] = {}
-    for slot in found["slots"]:
-        for row in slot["outputs"]:
+    for micro_batch in found["micro_batches"]:
+        for row in micro_batch["outputs"]:
             if row["name"] not in worst or severity(row) > severity(worst[row["name"]]):
-                worst[row["name"]] = {**row, "slot": slot["slot"]}
-    outputs = [{**row, "name": f"{name} (slot {row['slot']})"} for name, row in worst.items()]
+                worst[row["name"]] = {**row, "micro_batch": micro_batch["micro_batch"]}
+    outputs = [
+        {**row, "name": f"{name} (micro-batch {row['micro_batch']})"} for name, row in worst.items()
+    ]
     for title, rows in (("outputs", outputs), ("gradients", found["gradients"])):
         columns = ("nonfinite", "min", "max", "mean", "std")
         print("\n" + "".join(f"{column:>12}" for column in columns) + f"  {title}")
@@ -150,12 +154,12 @@ def configuration(path: Path, data_path: str | None) -> CfgNode:
     """The configuration of the checkpoint at `path`, in float32, perhaps with the data elsewhere."""
     if not (path / checkpoint.MANIFEST).is_file():
         raise CheckpointError(
-            f"{path} is no checkpoint; expected RUN/diverged-<update> or RUN/checkpoints/step-<update>"
+            f"{path} is no checkpoint; expected RUN/diverged-<n> or RUN/checkpoints/step-<n>"
         )
     if damage := checkpoint.verify(path):
         raise CheckpointError(f"{path}: {damage}")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump(checkpoint.read_facts(path)["config"], file)  # which YAML can read
+        json.dump(checkpoint.read_metadata(path)["config"], file)  # which YAML can read
         file.flush()
         argv = ["--cfg", file.name, "--amp-dtype", "float32"]
         return config.parse(argv + (["--data-path", data_path] if data_path else [])).cfg
@@ -172,16 +176,16 @@ def without_nan(value: object) -> object:
 
 @as_exit_code
 def main(argv: list[str]) -> None:
-    """Replay one update."""
+    """Replay one step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path, help="diverged-<update> or step-<update>")
+    parser.add_argument("path", type=Path, help="diverged-<n> or step-<n>")
     parser.add_argument("--data-path", help="where the data is, if not where it was")
     args = parser.parse_args(argv)
     found = replay(configuration(args.path, args.data_path), args.path)
     report = args.path / "replay.json"
     report.write_text(json.dumps(without_nan({"verdict": verdict(found), **found}), indent=1))
     print_tables(found)
-    print(f"\nUpdate {found['update']}: {verdict(found)} All numbers are in {report}")
+    print(f"\nUpdate {found['step']}: {verdict(found)} All numbers are in {report}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ class Process:
 
 
 @contextmanager
-def joined(device: str = "auto", threads: int = 0, timeout: float = 0.0) -> Iterator[Process]:
+def init_distributed(
+    device: str = "auto", threads: int = 0, timeout: float = 0.0
+) -> Iterator[Process]:
     """Be part of the group that torchrun describes in the environment, if any.
 
     `device` is "cuda", "cpu" or "auto" (CUDA where there is one). `threads` are the CPU threads of this process, 0 for
@@ -61,7 +63,7 @@ def joined(device: str = "auto", threads: int = 0, timeout: float = 0.0) -> Iter
 
 
 @contextmanager
-def losses_told() -> Iterator[None]:
+def explain_lost_process() -> Iterator[None]:
     """Raise ProcessLost, one sentence, where a collective fails because another process is gone or hangs."""
     try:
         yield

@@ -10,19 +10,19 @@ from urllib.parse import urlsplit
 from utils.errors import CheckpointError
 from utils.logging import logger
 
-PINNED = re.compile(r"(https://[^\s#]+)#sha256=([0-9a-fA-F]{64})")
+PINNED_URL = re.compile(r"(https://[^\s#]+)#sha256=([0-9a-fA-F]{64})")
 
 
-def fetched(place: str) -> Path:
+def download(place: str) -> Path:
     """The file at `place`: a path as it is, or what lies at https://…#sha256=<64 hex digits>, in torch.hub's cache.
 
     The first process of a machine downloads it, others wait; each compares the hash before anything is opened.
     Raises CheckpointError.
     """
-    pinned = PINNED.fullmatch(place)
+    pinned = PINNED_URL.fullmatch(place)
     if pinned is None:
         return Path(place)
-    from torch import hub  # config.py reads PINNED and does without torch
+    from torch import hub  # config.py reads PINNED_URL and does without torch
 
     url, digest = pinned[1], pinned[2].lower()
     path = Path(hub.get_dir(), "checkpoints", digest + Path(urlsplit(url).path).suffix)

@@ -45,26 +45,26 @@ def start_logging(name: str, rank: int, folder: Path | None = None) -> None:
 
 
 class MetricWriter:
-    """Numbers of a run by update: deterministic ones to metrics.jsonl, times to timing.jsonl, all to TensorBoard.
+    """Numbers of a run by step: deterministic ones to metrics.jsonl, times to timing.jsonl, all to TensorBoard.
 
-    And to skipped.jsonl the images of updates that were not applied.
+    And to skipped.jsonl the images of steps that were not applied.
 
-    Records beyond `update` and `epoch` are cut off first, so that a resumed run's files have each update once and, for
-    the deterministic ones, the bytes of a run that was never stopped; that there is one `every` so many updates tells
+    Records beyond `step` and `epoch` are cut off first, so that a resumed run's files have each step once and, for
+    the deterministic ones, the bytes of a run that was never stopped; that there is one `every` so many steps tells
     whether some are missing. Records that a full disk refuses wait in memory. On any process but the first (`folder`
     None) nothing is written. Raises StorageError.
     """
 
-    def __init__(self, folder: Path | None, update: int, epoch: int, every: int):
+    def __init__(self, folder: Path | None, step: int, epoch: int, every: int):
         self._folder = folder
         self._every = every
         self._files: dict[str, io.FileIO] = {}
         self._waiting = {"metrics": b"", "timing": b"", "skipped": b""}
         self._board = None
-        self.rewind(update, epoch)
+        self.rewind(step, epoch)
 
-    def rewind(self, update: int, epoch: int) -> None:
-        """Go on after `update`, with `epoch` epochs closed: the records beyond are cut off.
+    def rewind(self, step: int, epoch: int) -> None:
+        """Go on after `step`, with `epoch` epochs closed: the records beyond are cut off.
 
         The evaluation of an epoch that was trained and not closed is among them: it is done again.
         """
@@ -77,34 +77,34 @@ class MetricWriter:
         try:
             for name in self._waiting:
                 path = self._folder / f"{name}.jsonl"
-                last = _cut_records(path, update, epoch)
-                if name == "metrics" and last < update // self._every * self._every:
-                    logger.warning(f"{path} lacks records of updates {last + 1} to {update}")
+                last = _cut_records(path, step, epoch)
+                if name == "metrics" and last < step // self._every * self._every:
+                    logger.warning(f"{path} lacks records of steps {last + 1} to {step}")
                 self._files[name] = path.open("ab", buffering=0)
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=update + 1)
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
         except OSError as error:
             raise StorageError(f"{self._folder}: its records cannot be written: {error}") from error
 
-    def metrics(self, update: int, values: dict[str, float]) -> None:
+    def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record values that depend on the seed alone."""
-        self._write("metrics", update, values)
+        self._write("metrics", step, values)
 
-    def timing(self, update: int, values: dict[str, float]) -> None:
+    def timing(self, step: int, values: dict[str, float]) -> None:
         """Record values that depend on the machine."""
-        self._write("timing", update, values)
+        self._write("timing", step, values)
 
-    def skipped(self, update: int, slots: list[list[str]]) -> None:
-        """Record the paths of an update's images, by slot: it was not applied."""
-        self._write("skipped", update, {"slots": slots})
+    def skipped(self, step: int, micro_batches: list[list[str]]) -> None:
+        """Record the paths of a step's images, by micro-batch: it was not applied."""
+        self._write("skipped", step, {"micro_batches": micro_batches})
 
-    def _write(self, name: str, update: int, values: dict) -> None:
+    def _write(self, name: str, step: int, values: dict) -> None:
         if not self._files:
             return
-        self._waiting[name] += (json.dumps({"update": update, **values}) + "\n").encode()
+        self._waiting[name] += (json.dumps({"step": step, **values}) + "\n").encode()
         self._append(name)
         if name != "skipped":
             self._draw(
-                lambda board: [board.add_scalar(t, value, update) for t, value in values.items()]
+                lambda board: [board.add_scalar(t, value, step) for t, value in values.items()]
             )
 
     def _draw(self, action: Callable) -> None:
@@ -143,14 +143,14 @@ class MetricWriter:
             raise StorageError("The last records of the run could not be written. Make room.")
 
 
-def _cut_records(path: Path, update: int, epoch: int) -> int:
-    """Drop the records beyond `update` and `epoch` and a line that a kill left unfinished; the last one's update."""
+def _cut_records(path: Path, step: int, epoch: int) -> int:
+    """Drop the records beyond `step` and `epoch` and a line that a kill left unfinished; the last one's step."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     places = [_place_of(line) for line in lines]
     kept = [
         (place[0], line)
         for place, line in zip(places, lines, strict=True)
-        if place is not None and place[0] <= update and place[1] <= epoch
+        if place is not None and place[0] <= step and place[1] <= epoch
     ]
     if None in places[:-1]:
         logger.warning(f"{path}: {places[:-1].count(None)} damaged records are dropped")
@@ -160,12 +160,10 @@ def _cut_records(path: Path, update: int, epoch: int) -> int:
 
 
 def _place_of(line: bytes) -> tuple[int, int] | None:
-    """Update and epoch of a record, 0 for one without an epoch; None where it is damaged or unfinished."""
+    """Step and epoch of a record, 0 for one without an epoch; None where it is damaged or unfinished."""
     try:
         record = json.loads(line.decode())
-        return (
-            (int(record["update"]), int(record.get("epoch", 0))) if line.endswith(b"\n") else None
-        )
+        return (int(record["step"]), int(record.get("epoch", 0))) if line.endswith(b"\n") else None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 

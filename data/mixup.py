@@ -1,0 +1,94 @@
+"""What happens to a micro-batch on the device: normalisation, random erasing, Mixup and CutMix."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.data import Mixup
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
+
+
+class Normalize:
+    """Per channel (value - mean) / std, of values in [0, 1]."""
+
+    def __init__(
+        self,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        *,
+        device: torch.device,
+    ):
+        self.device = device
+        self.shift = 255 * torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.scale = 255 * torch.tensor(std, device=device).view(-1, 1, 1)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Images uint8 [B, 3, H, W] from anywhere to float32 on `device`, memory format kept."""
+        # Moved as bytes, a quarter of the traffic; then one float copy, changed in place.
+        images = images.to(self.device, non_blocking=True).float()
+        shift, scale, values = self.shift, self.scale, images
+        if images.is_contiguous(memory_format=torch.channels_last):
+            # Row by row: a CPU takes an innermost axis of three channels three by three.
+            values = images.permute(0, 2, 3, 1).flatten(2)  # (B, H, W x 3), a view
+            shift, scale = (colour.flatten().repeat(images.shape[3]) for colour in (shift, scale))
+        values.sub_(shift).div_(scale)
+        return images
+
+
+class BatchTransform:
+    """Normalise, erase, mix. The arguments are those of timm's recipes; mixing needs even batches.
+
+    Random numbers come from the global generators (Python's, NumPy's, torch's on the device): seed
+    them right before each call. Label smoothing is left to the loss: it is linear in the targets,
+    so it may as well come after mixing.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        device: torch.device,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        reprob: float = 0.0,
+        remode: str = "pixel",
+        recount: int = 1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        cutmix_minmax: tuple[float, float] | None = None,
+        mixup_prob: float = 1.0,
+        mixup_switch_prob: float = 0.5,
+        mixup_mode: str = "batch",
+    ):
+        self.device = device
+        self.normalize = Normalize(mean, std, device=device)
+        self.erase = None
+        if reprob > 0:
+            self.erase = RandomErasing(reprob, mode=remode, max_count=recount, device=str(device))
+        self.mix = None
+        if mixup > 0 or cutmix > 0 or cutmix_minmax is not None:
+            self.mix = Mixup(
+                mixup_alpha=mixup,
+                cutmix_alpha=cutmix,
+                cutmix_minmax=cutmix_minmax,
+                prob=mixup_prob,
+                switch_prob=mixup_switch_prob,
+                mode=mixup_mode,
+                label_smoothing=0.0,
+                num_classes=num_classes,
+            )
+
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images uint8 [B, 3, H, W] and labels int64 [B] to model input and targets.
+
+        Targets are labels [B], or with mixing switched on probabilities [B, num_classes].
+        """
+        images = self.normalize(images)
+        targets = labels.to(self.device, non_blocking=True)
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
+        return images, targets

@@ -1,0 +1,349 @@
+"""Where do the images of a split lie, and how are their bytes read?
+
+A split is a folder, a pack, a zip or a tar with the same tree `<class>/<file>` inside. An archive's
+directory is read once; its members are read in place, by position, in any number of processes.
+Nothing is ever unpacked, and an archive that programs would unpack differently is refused.
+"""
+
+import functools
+import io
+import os
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.listing import Listing, change_time, load_listing, save_listing
+from data.pack import read_index, shard_name
+from utils.errors import DataError
+
+Where = tuple[int, ...]  # a file's size and what else its source needs to find it
+
+MAX_BYTES = 64 * 2**20  # of a file that claims to be one image
+MAX_RATIO = 200  # of a zip member's size, unpacked and packed; photographs hardly shrink at all
+PACK_ZIP = "pack the folder again with zip -0 -r"
+PACK_TAR = "pack the folder again with tar --dereference --hard-dereference -c"
+
+LAYOUT = "expected <root>/train and <root>/val (or validation), each a folder, .pack, .zip or .tar"
+
+
+class Reader:
+    """The images of one split, sorted by relative path; the base of those below.
+
+    names: bytes [N], `<class>/<file>`, the same for the same tree in a folder or an archive.
+    where: int64 [N, k], column 0 the size in bytes.
+    folders: the class folders, empty ones included.
+    ignored: how many files were passed over because they are hidden, not images or in no class.
+    """
+
+    def __init__(self, path: Path, images: dict[str, Where], folders: set[str], ignored: int):
+        loose = [name for name in images if "/" not in name]
+        if not folders:
+            found = f"{len(loose)} images and no class folder" if loose else "no image"
+            raise DataError(
+                f"{path}: holds {found}, expected <class>/<image>; "
+                "sort the images into one folder per class"
+            )
+        names = sorted(os.fsencode(name) for name in images if "/" in name)
+        where = np.array([images[os.fsdecode(name)] for name in names], dtype=np.int64)
+        self._keep(path, np.array(names, dtype=np.bytes_), where, folders, ignored + len(loose))
+
+    def _keep(
+        self, path: Path, names: np.ndarray, where: np.ndarray, folders: set[str], ignored: int
+    ) -> None:
+        self.path = str(path)
+        self.names = names
+        self.where = where
+        self.folders = folders
+        self.ignored = ignored
+
+    def read(self, index: int) -> bytes:
+        """The bytes of image `index`; OSError, EOFError, ValueError or zlib.error if damaged."""
+        raise NotImplementedError
+
+
+class FolderReader(Reader):
+    """A split of files in class folders; links are followed, never into a folder seen before.
+
+    What was found is kept for the next time (`data/listing.py`).
+    """
+
+    def __init__(self, path: Path):
+        if (known := load_listing(path)) is not None:
+            classes = {os.fsdecode(name) for name in known.classes.tolist()}
+            self._keep(path, known.names, known.sizes[:, None], classes, int(known.ignored))
+            return
+        images: dict[str, Where] = {}
+        folders, ignored = set(), 0
+        seen, pending, times = {_identity(path)}, [("", path)], {}
+        while pending:
+            prefix, folder = pending.pop()
+            times[os.fsencode(prefix)] = change_time(path, prefix)  # before its content is listed
+            for entry in sorted(_list(folder), key=lambda entry: entry.name):
+                name, status = prefix + entry.name, _status(entry)
+                if entry.name.startswith("."):
+                    ignored += 1
+                elif stat.S_ISDIR(status.st_mode):
+                    if not prefix:
+                        folders.add(name)
+                    if (identity := _identity(entry.path)) not in seen:
+                        seen.add(identity)
+                        pending.append((f"{name}/", entry.path))
+                elif name.lower().endswith(IMG_EXTENSIONS):
+                    # A dangling link counts as a damaged image: dropping it would hide a loss.
+                    images[name] = (status.st_size if stat.S_ISREG(status.st_mode) else 0,)
+                else:
+                    ignored += 1
+        super().__init__(path, images, folders, ignored)
+        listing = Listing(
+            self.names,
+            self.where[:, 0],
+            classes=np.array([os.fsencode(name) for name in folders], np.bytes_),
+            ignored=np.array(self.ignored),
+            folders=np.array(list(times), np.bytes_),
+            times=np.array(list(times.values()), np.int64),
+        )
+        save_listing(path, listing)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of image `index`; OSError or ValueError if it is no file that can be read."""
+        path = os.path.join(self.path, os.fsdecode(self.names[index]))
+        # Without O_NONBLOCK, to open a named pipe would wait for somebody to write into it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            status, listed = os.fstat(descriptor), self.where[index, 0]
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("a pipe or device instead of a file")
+            if status.st_size != listed:
+                raise ValueError(
+                    f"has {status.st_size} bytes, had {listed} when it was listed; "
+                    "touch its folder if that is meant"
+                )
+            if status.st_size > MAX_BYTES:
+                raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+            return file.read(status.st_size)
+
+
+class PackReader(Reader):
+    """A split that tools/pack.py has written, every file checked against its CRC-32."""
+
+    def __init__(self, path: Path):
+        names, where, self.info = read_index(path)
+        classes = {os.fsdecode(name.split(b"/", 1)[0]) for name in names.tolist()}
+        self._keep(path, names, where, classes, 0)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of image `index`; OSError, EOFError or ValueError if they are damaged."""
+        size, shard, offset, crc = self.where[index].tolist()
+        data = _pread(os.path.join(self.path, shard_name(shard)), size, offset)
+        if zlib.crc32(data) != crc:
+            raise ValueError(
+                f"record {index}, at byte {offset} of {shard_name(shard)}: "
+                "CRC-32 differs from the index"
+            )
+        return data
+
+
+class ZipReader(Reader):
+    """A split inside a zip file, members stored or deflated, each checked against its CRC-32."""
+
+    def __init__(self, path: Path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+        except (
+            OSError,
+            ValueError,
+            struct.error,
+            NotImplementedError,
+            zipfile.BadZipFile,
+        ) as error:
+            raise DataError(f"{path}: not a readable zip file ({error}); {PACK_ZIP}") from error
+        files, folders, end = [], [], os.path.getsize(path)
+        for member in members:
+            name, packed, method = member.filename, member.compress_size, member.compress_type
+            if member.is_dir():
+                folders.append(name)
+            elif member.flag_bits & 1:
+                raise _refused(path, name, "is encrypted", PACK_ZIP)
+            elif method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise _refused(path, name, f"is compressed by method {method}", PACK_ZIP)
+            elif stat.S_ISLNK(member.external_attr >> 16):
+                raise _refused(path, name, "is a link", PACK_ZIP)
+            elif member.file_size > MAX_RATIO * packed:
+                bomb = f"unpacks to more than {MAX_RATIO} times its size"
+                raise _refused(path, name, bomb, PACK_ZIP)
+            else:
+                _check_size(path, name, max(packed, member.file_size))
+                _check_place(path, name, member.header_offset, packed, end)
+                where = member.file_size, member.header_offset, packed, method, member.CRC
+                files.append((name, where))
+        super().__init__(path, *_tree(path, files, folders))
+
+    def read(self, index: int) -> bytes:
+        """The bytes of member `index`; EOFError, ValueError or zlib.error if it is damaged."""
+        size, header, packed, method, crc = self.where[index].tolist()
+        # The local header's extra fields are its own: only it knows its length.
+        name_length, extra_length = struct.unpack("<26x2H", _pread(self.path, 30, header))
+        data = _pread(self.path, packed, header + 30 + name_length + extra_length)
+        if method == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise ValueError("CRC-32 differs from the zip file's directory")
+        return data
+
+
+class TarReader(Reader):
+    """A split inside an uncompressed tar file."""
+
+    def __init__(self, path: Path):
+        files, folders, end = [], [], os.path.getsize(path)
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    # Checked at once: a negative size would send tarfile round in a circle.
+                    _check_place(path, member.name, member.offset_data, member.size, end)
+                    if member.isdir():
+                        folders.append(member.name)
+                    elif not member.isfile() or member.issparse():
+                        kind = "is a link, a device or sparse"
+                        raise _refused(path, member.name, kind, PACK_TAR)
+                    else:
+                        _check_size(path, member.name, member.size)
+                        files.append((member.name, (member.size, member.offset_data)))
+                archive.fileobj.seek(archive.offset)
+                # tarfile takes a damaged header for the end, which is a block of zeros.
+                if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
+        except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
+            raise DataError(
+                f"{path}: not a readable uncompressed tar file ({error}); {PACK_TAR}"
+            ) from error
+        super().__init__(path, *_tree(path, files, folders))
+
+    def read(self, index: int) -> bytes:
+        """The bytes of member `index`; EOFError if the archive ends before it does."""
+        size, offset = self.where[index].tolist()
+        return _pread(self.path, size, offset)
+
+
+def open_split(root: str | Path, split: str) -> Reader:
+    """The source of `split` below `root`: a pack, else a folder, a zip or a tar.
+
+    `val` may also be called `validation`. Raises DataError when there is none, when it cannot be
+    listed or when it has no class folders.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; {LAYOUT}")
+    for name in (split, "validation") if split == "val" else (split,):
+        for suffix, kind, exists in (
+            (".pack", PackReader, Path.is_dir),
+            ("", FolderReader, Path.is_dir),
+            (".zip", ZipReader, Path.is_file),
+            (".tar", TarReader, Path.is_file),
+        ):
+            path = root / (name + suffix)
+            if exists(path):
+                return kind(path)
+    found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    raise DataError(f"{root}: has no {split} split, found {found}; {LAYOUT}")
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    """Device and inode: equal for all the paths that lead to one folder."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _status(entry: os.DirEntry) -> os.stat_result:
+    """Of what the entry leads to, or of itself if it is a link that leads nowhere or in a circle."""
+    try:
+        return entry.stat()
+    except OSError:
+        return entry.stat(follow_symlinks=False)
+
+
+def _list(folder: str | Path) -> Iterable[os.DirEntry]:
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check access") from error
+
+
+def _refused(path: Path, name: str, problem: str, remedy: str) -> DataError:
+    return DataError(f"{path}: member {name!r} {problem}; {remedy}")
+
+
+def _check_size(path: Path, name: str, size: int) -> None:
+    if size > MAX_BYTES:
+        problem = f"has {size} bytes, more than {MAX_BYTES >> 20} MiB"
+        raise _refused(path, name, problem, "pack nothing but images")
+
+
+def _check_place(path: Path, name: str, offset: int, size: int, end: int) -> None:
+    if offset < 0 or size < 0 or offset + size > end:
+        problem = f"would lie in bytes {offset} to {offset + size} of {end}"
+        raise _refused(path, name, problem, "the archive is cut off or damaged, copy it again")
+
+
+def _tree(
+    path: Path, files: list[tuple[str, Where]], directories: list[str]
+) -> tuple[dict[str, Where], set[str], int]:
+    """Images, class folders and number of ignored files of an archive.
+
+    A single folder around all the classes (`train/<class>/<file>`) is dropped. Raises DataError for
+    a name that leads out of the archive and for one that stands twice.
+    """
+    for name in (*directories, *(name for name, _ in files)):
+        if name.startswith("/") or ".." in name.split("/"):
+            raise _refused(path, name, "leads out of the archive", "pack the folder from inside")
+    visible: dict[str, Where] = {}
+    for name, where in files:
+        if _clean(name) in visible:
+            raise _refused(path, name, "stands twice", "pack the folder into a new file")
+        if not _is_hidden(name):
+            visible[_clean(name)] = where
+    images = {n: where for n, where in visible.items() if n.lower().endswith(IMG_EXTENSIONS)}
+    folders = [f"{_clean(name)}/" for name in directories if not _is_hidden(name)]
+    ignored = len(files) - len(images)
+    tops = {name.split("/")[0] for name in images}
+    if len(tops) == 1 and all(name.count("/") > 1 for name in images):
+        top = f"{tops.pop()}/"
+        images = {name.removeprefix(top): where for name, where in images.items()}
+        folders = [name.removeprefix(top) for name in folders if name.startswith(top)]
+    classes = {name.split("/")[0] for name in (*folders, *images) if "/" in name}
+    return images, classes - {""}, ignored
+
+
+def _clean(name: str) -> str:
+    """A member's name without what tar and zip may put before, between and after its parts."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a part of the path starts with a dot."""
+    return any(part.startswith(".") for part in _clean(name).split("/"))
+
+
+@functools.lru_cache(maxsize=16)
+def _handle(path: str, pid: int) -> io.FileIO:
+    """An open file per archive and process: a forked worker does not share its parent's."""
+    return open(path, "rb", buffering=0)
+
+
+def _pread(path: str, length: int, offset: int) -> bytes:
+    try:
+        data = os.pread(_handle(path, os.getpid()).fileno(), length, offset)
+    except OSError:
+        _handle.cache_clear()  # what a server has forgotten (ESTALE) has to be opened again
+        raise
+    if len(data) != length:
+        raise EOFError(f"the archive ends inside the file: {len(data)} of {length} bytes")
+    return data

@@ -1,0 +1,99 @@
+"""Which samples does a process read, and in what order?
+
+The order is a function of the seed and the position: nothing to save, and resuming costs nothing.
+A micro-batch is one micro-batch of `batch_size` images; a step has `micro-batches` of them, shared out evenly.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from utils.errors import DataError
+from utils.rng import key, permutation
+
+
+def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
+    """Steps in one pass over the training set; the incomplete last one is dropped.
+
+    Raises DataError if there is none.
+    """
+    if num_samples < global_batch_size:
+        raise DataError(
+            f"the training set has {num_samples} images, a step takes {global_batch_size}; "
+            f"expected at least one step per epoch, set the global batch size to {num_samples} "
+            "or less"
+        )
+    return num_samples // global_batch_size
+
+
+class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
+    """The micro-batches of one process over the whole run, each a list of (epoch, index).
+
+    `micro-batches` of a step, a multiple of `world_size`, go to the processes in contiguous runs; they
+    come step by step from `start_step` to `total_steps`, so no epoch interrupts the stream.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        micro_batches: int,
+        total_steps: int,
+        start_step: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch(num_samples, batch_size * micro_batches)
+        self.global_batch_size = batch_size * micro_batches
+        self.steps = range(start_step, total_steps)
+        self.own_micro_batches = range(
+            rank * micro_batches // world_size, (rank + 1) * micro_batches // world_size
+        )
+        self.seed = seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.own_micro_batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            for micro_batch in self.own_micro_batches:
+                yield self.micro_batch(step, micro_batch)
+
+    def micro_batch(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
+        """The (epoch, index) pairs of any micro-batch of any step, whichever process has it."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.global_batch_size + micro_batch * self.batch_size
+        indices = self._epoch_order(epoch)[start : start + self.batch_size]
+        return [(epoch, index) for index in indices.tolist()]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._order = permutation(self.num_samples, key(self.seed, "order", epoch))
+            self._epoch = epoch
+        return self._order
+
+
+class ShardSampler(Sampler[list[int]]):
+    """The batches of one process in an evaluation: each image once, every world_size-th batch from the rank-th.
+
+    An image is in the same batch for any number of processes, because kernels may give it other last bits in other
+    company. Nothing is padded, so processes may have different numbers of batches, and the last batch may be smaller.
+    """
+
+    def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.starts = range(rank * batch_size, num_samples, world_size * batch_size)
+        self.batch_size = batch_size
+        self.num_samples = num_samples
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            yield list(range(start, min(start + self.batch_size, self.num_samples)))

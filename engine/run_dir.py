@@ -1,0 +1,143 @@
+"""Where does a run live? `<output>/<model>/<tag>`: tried for writing, claimed by one run, and telling its state."""
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.checkpoint import remove_partial
+from utils.distributed import Process
+from utils.errors import StopRequested, StorageError, UserError
+from utils.logging import logger, write_atomically
+from utils.watchdog import HANG_EXIT_CODE
+
+
+class RunDir:
+    """The folder of one run; every process knows it, the first one writes in it."""
+
+    def __init__(self, path: Path, process: Process):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._process = process
+
+    @contextmanager
+    def lock(self) -> Iterator["RunDir"]:
+        """Hold the folder for this run, and leave in status.json how the run went.
+
+        Raises StorageError where the folder cannot be written or another run holds it, before anything else is done.
+        """
+        lock = self._lock() if self._process.is_main else None
+        self.write_status("running")
+        try:
+            yield self
+        except KeyboardInterrupt:
+            self.write_status("interrupted", exit_code=130)
+            raise
+        except StopRequested as error:
+            self.write_status("stopped", exit_code=error.exit_code, error=str(error))
+            raise
+        except UserError as error:
+            self.write_status("failed", exit_code=error.exit_code, error=str(error))
+            raise
+        except Exception as error:
+            self.write_status("failed", exit_code=1, error=f"{type(error).__name__}: {error}")
+            raise
+        else:
+            if self._process.is_main:
+                self.write_status("done", exit_code=0)
+        finally:
+            if lock is not None:
+                lock.close()
+
+    def write_status(self, state: str, **metadata: object) -> None:
+        """Write status.json: `state`, the time and `metadata`; of several processes that fail, the first one's.
+
+        The others fail because it is gone. Where that cannot be written it is only warned of: the checkpoints are what
+        a run may not go on without.
+        """
+        if state == "running" and not self._process.is_main:
+            return
+        if state != "running" and self._has_ended():
+            return
+        metadata = {
+            "state": state,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "rank": self._process.rank,
+            **metadata,
+        }
+        try:
+            write_atomically(self.path / "status.json", json.dumps(metadata, indent=1) + "\n")
+        except StorageError as error:
+            logger.warning(str(error))
+
+    def hang_file(self) -> Path:
+        """Where this process writes its stacks when it hangs."""
+        return self.path / f"hang-rank{self._process.rank}.txt"
+
+    def report_hang(self, message: str) -> None:
+        """Write to status.json and the log that this process hangs."""
+        self.write_status("failed", exit_code=HANG_EXIT_CODE, error=message)
+        logger.error(message)
+
+    def _has_ended(self) -> bool:
+        try:
+            return json.loads((self.path / "status.json").read_text())["state"] != "running"
+        except (OSError, ValueError):
+            return False
+
+    def require_space(self, size: int) -> None:
+        """Raise StorageError unless two checkpoints of `size` bytes fit: a new one beside the last."""
+        free = shutil.disk_usage(self.path).free
+        if self._process.is_main and free < 2 * size:
+            raise StorageError(
+                f"{self.path}: {free / 2**20:.0f} MiB are free, but two checkpoints need {2 * size / 2**20:.0f} MiB. "
+                "Make room or choose another --output."
+            )
+
+    def _lock(self) -> io.FileIO:
+        """The lock that makes this folder the run's own, with its name inside; what a kill left is swept."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("ab+", buffering=0)
+            self._acquire(lock)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            name = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
+            lock.truncate(0)
+            lock.write(name.encode().ljust(4096))  # a block, which tries whether there is room
+            os.fsync(lock.fileno())
+            for folder in (self.path, self.checkpoints):
+                remove_partial(folder)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path} cannot be written: {error.strerror}. Make room there or choose another --output."
+            ) from error
+        return lock
+
+    def _acquire(self, lock: io.FileIO) -> None:
+        # Not flock, which loader processes inherit: they outlive a killed run by seconds, and would keep its folder.
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"{self.path} is in use by {_holder(lock)}. Stop that run, or give this one a --tag of its own."
+            ) from None
+        except OSError as error:  # some network drives have no locks
+            logger.warning(f"{self.path}: {error.strerror}; see that no other run uses this folder")
+        if os.fstat(lock.fileno()).st_nlink == 0:
+            raise StorageError(f"{self.path} was deleted while this run began. Start it again.")
+
+
+def _holder(lock: io.FileIO) -> str:
+    """Who holds `lock`; the winner of a race is given time to write its name."""
+    for _ in range(10):
+        time.sleep(0.2)
+        lock.seek(0)
+        if name := lock.read().decode().strip():
+            return name
+    return "another run"

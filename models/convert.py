@@ -1,0 +1,315 @@
+"""Which DAT is in a file, and what do its authors call it? Released DAT and DAT++ checkpoints, to ours and back.
+
+The tables below are the whole correspondence. A released 1×1 convolution is our Linear; released keys and values have a
+projection each, ours is one.
+"""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import relative_position_index, window_mask
+
+
+class Entry(NamedTuple):
+    """One of our modules or parameters, inside a block, and its released counterparts."""
+
+    ours: str
+    released: tuple[str, ...]  # several are one after another along the first dimension of ours
+    pointwise: bool = False  # released as 1×1 convolution
+
+
+WINDOW = [
+    Entry("relative_position_bias_table", ("relative_position_bias_table",)),
+    Entry("qkv", ("proj_qkv",)),
+    Entry("proj", ("proj_out",)),
+]
+ATTENTION = {
+    "L": WINDOW,
+    "S": WINDOW,
+    "N": [Entry("rpb", ("rpb",)), Entry("qkv", ("qkv",)), Entry("proj", ("proj",))],
+    "D": [
+        Entry("rpe_table", ("rpe_table",)),
+        Entry("positions.dwconv", ("conv_offset.0",)),
+        Entry("positions.norm", ("conv_offset.1.norm",)),
+        Entry("positions.proj", ("conv_offset.3",), pointwise=True),
+        Entry("q", ("proj_q",), pointwise=True),
+        Entry("kv", ("proj_k", "proj_v"), pointwise=True),
+        Entry("proj", ("proj_out",), pointwise=True),
+    ],
+}
+MLP = [Entry("fc1", ("chunk.linear1",)), Entry("fc2", ("chunk.linear2",))]
+MLP_PLUS_PLUS = [
+    Entry("fc1", ("linear1.0",), pointwise=True),
+    Entry("local.conv", ("dwc",)),
+    Entry("fc2", ("linear2.0",), pointwise=True),
+]
+# Derived by every model itself: they carry nothing that was learned.
+DERIVED = re.compile(r"stages\.\d+\.attns\.\d+\.(relative_position_index|attn_mask)")
+# Tables whose size follows the window and those whose size follows the image.
+WINDOW_TABLES = ("relative_position_bias_table", "rpb")
+IMAGE_TABLES = ("rpe_table",)
+TABLES = WINDOW_TABLES + IMAGE_TABLES
+
+
+# -------------------------------------------------------------------------------------------- names
+
+
+def correspondence(model: nn.Module) -> list[Entry]:
+    """The released name of every module and parameter of the DAT or DAT++ `model`."""
+    plus_plus = model.config.plus_plus
+    entries = [Entry("norm", ("cls_norm.norm",)), Entry("head.fc", ("cls_head",))]
+    for index in (0, 3) if plus_plus else (0,):  # convolutions, each followed by its norm
+        entries.append(Entry(f"stem.{index}", (f"patch_proj.{index}",)))
+        entries.append(Entry(f"stem.{index + 1}", (f"patch_proj.{index + 1}.norm",)))
+    for i, letters in enumerate(model.config.stages):
+        if i:
+            entries.append(Entry(f"stages.{i}.downsample.0", (f"down_projs.{i - 1}.0",)))
+            entries.append(Entry(f"stages.{i}.downsample.1", (f"down_projs.{i - 1}.1.norm",)))
+        for j, letter in enumerate(letters):
+            ours = f"stages.{i}.blocks.{j}"
+            stage = f"stages.{i}"
+            entries += [
+                Entry(f"{ours}.norm1", (f"{stage}.layer_norms.{2 * j}.norm",)),
+                Entry(f"{ours}.norm2", (f"{stage}.layer_norms.{2 * j + 1}.norm",)),
+                *prefixed(f"{ours}.attn", f"{stage}.attns.{j}", ATTENTION.get(letter, [])),
+                *prefixed(f"{ours}.mlp", f"{stage}.mlps.{j}", MLP_PLUS_PLUS if plus_plus else MLP),
+            ]
+            if plus_plus:
+                unit = f"{stage}.local_perception_units.{j}"
+                entries.append(Entry(f"{ours}.lpu.conv", (unit,)))
+    return entries
+
+
+def prefixed(ours: str, released: str, entries: list[Entry]) -> list[Entry]:
+    """`entries` under the prefixes `ours` and `released`."""
+    return [
+        Entry(f"{ours}.{e.ours}", tuple(f"{released}.{name}" for name in e.released), e.pointwise)
+        for e in entries
+    ]
+
+
+def from_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Released names to ours, for `model`; names without counterpart are kept as they are."""
+    rest = {name: value for name, value in state_dict.items() if not DERIVED.fullmatch(name)}
+    ours = {}
+    for entry in correspondence(model):
+        for suffix in ("", ".weight", ".bias"):
+            names = [name + suffix for name in entry.released]
+            if not all(name in rest for name in names):
+                continue
+            values = [rest.pop(name) for name in names]
+            value = torch.cat(values) if len(values) > 1 else values[0]
+            pointwise = entry.pointwise and suffix == ".weight"
+            ours[entry.ours + suffix] = value.flatten(1) if pointwise else value
+    return ours | rest
+
+
+def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Our names to the released ones, the exact inverse of `from_official`; names without counterpart are kept."""
+    rest = dict(state_dict)
+    released = {}
+    for entry in correspondence(model):
+        for suffix in ("", ".weight", ".bias"):
+            if entry.ours + suffix not in rest:
+                continue
+            value = rest.pop(entry.ours + suffix)
+            if entry.pointwise and suffix == ".weight":
+                value = value[:, :, None, None]
+            parts = value.chunk(len(entry.released))
+            released |= {
+                name + suffix: part for name, part in zip(entry.released, parts, strict=True)
+            }
+    return released | rest
+
+
+def derived_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What released files hold beside the weights, under released names: every window's index and mask."""
+    tensors = {}
+    for i, letters in enumerate(model.config.stages):
+        reduction = model.feature_info[i]["reduction"]
+        size = tuple(-(-extent // reduction) for extent in model.img_size)
+        for j, letter in enumerate(letters):
+            if letter not in "LS":
+                continue
+            attn = model.stages[i].blocks[j].attn
+            window, shift = (attn.window_size,) * 2, (attn.shift_size,) * 2
+            name = f"stages.{i}.attns.{j}"
+            tensors[f"{name}.relative_position_index"] = relative_position_index(attn.window_size)
+            if letter == "S":
+                tensors[f"{name}.attn_mask"] = window_mask(
+                    size, window, shift, torch.device("cpu")
+                ).clone()
+    return tensors
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def unwrap(file: dict, *, ema: bool = False) -> dict[str, Tensor]:
+    """The weights in a file of DAT, Swin, timm, ConvNeXt or a detector, by name without wrappers' prefixes.
+
+    Where a file holds the weights and their average, `ema` chooses the average, {} if there is none; without it, the
+    average is taken only where it is all there is.
+    """
+    averages = ("model_ema", "state_dict_ema")
+    keys = averages if ema else ("model", "state_dict", *averages)
+    bare = {} if ema else file
+    weights = next((file[key] for key in keys if isinstance(file.get(key), dict)), bare)
+    state = {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
+        for name, value in weights.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    backbone = {
+        name.removeprefix("backbone."): value
+        for name, value in state.items()
+        if name.startswith("backbone.")
+    }
+    return backbone or state
+
+
+def is_official(state_dict: dict[str, Tensor]) -> bool:
+    """Whether the names are those of the released code."""
+    return "patch_proj.0.weight" in state_dict
+
+
+def to_ours(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict`, released or ours, under our names."""
+    return from_official(state_dict, model) if is_official(state_dict) else state_dict
+
+
+def checkpoint_filter_fn(file: dict, model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's content, ours or released, as state dict for `model` (timm calls it for pretrained files)."""
+    return resize_tables(to_ours(unwrap(file), model), model)
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def resize_tables(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict`, under our names, with every bias table in the size that `model` has it."""
+    own = model.state_dict()
+    return {
+        name: resize_table(table, own[name]) if name.endswith(TABLES) and name in own else table
+        for name, table in state_dict.items()
+    }
+
+
+def resize_table(table: Tensor, own: Tensor) -> Tensor:
+    """`table` in the shape of `own`, by bicubic interpolation in float32; as it is if it is for other heads."""
+    grid, target = to_grid(table), to_grid(own)
+    if table.shape == own.shape or grid is None or len(grid) != len(target):
+        return table
+    # The entries are displacements from one end of the window or map to the other. With align_corners the ends stay
+    # the ends and displacement 0 stays in the middle. Deformable attention reads its table under the same convention,
+    # so its bias stays the same function of the displacement. Without, every end would move by a part of an entry.
+    size = target.shape[1:]
+    grid = F.interpolate(grid[None].float(), size=size, mode="bicubic", align_corners=True)[0]
+    return grid.flatten(1).t() if own.ndim == 2 else grid
+
+
+def to_grid(table: Tensor) -> Tensor | None:
+    """A bias table as (heads, n, n'), which window attention keeps as (n², heads); None if it is neither."""
+    if table.ndim == 2 and (side := math.isqrt(len(table))) ** 2 == len(table):
+        return table.t().unflatten(1, (side, side))
+    return table if table.ndim == 3 else None
+
+
+# ------------------------------------------------------------------------------------- telling apart
+
+
+class Description(NamedTuple):
+    """What the tensors of a file tell of the DAT that they are."""
+
+    variants: tuple[str, ...]  # several where the image size is the only difference
+    num_classes: int  # 0: no classifier
+    window_size: int
+    img_size: tuple[int, int]  # height and width that the displacement tables are made for
+    released: bool  # under released names
+
+    @property
+    def variant(self) -> str:
+        """The variant; of several, the one for the smallest images."""
+        return self.variants[0]
+
+    def __str__(self) -> str:
+        return (
+            f"{' or '.join(self.variants)} with {self.num_classes} classes, windows of {self.window_size} "
+            f"and tables for {self.img_size[0]}×{self.img_size[1]} pixels"
+        )
+
+    def build(self) -> nn.Module:
+        """The model on the meta device: names and shapes without values."""
+        with torch.device("meta"):
+            return timm.create_model(
+                self.variant,
+                num_classes=self.num_classes,
+                img_size=self.img_size,
+                window_size=self.window_size,
+            )
+
+
+def identify(tensors: dict[str, Tensor]) -> Description | None:
+    """Which DAT `tensors` are, ours or released; None for other networks and for a DAT of no variant's layout.
+
+    Everything in the stages but the sizes of tables must be as the variant has it. Among variants that are alike in
+    this, the window decides.
+    """
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    fitting = {
+        name: model
+        for name, model in skeletons().items()
+        if outline(to_ours(shapes, model)) == outline(model.state_dict())
+    }
+    if not fitting:
+        return None
+    model = next(iter(fitting.values()))
+    state = to_ours(shapes, model)
+    window = window_size(state)
+    same_window = [n for n, m in fitting.items() if window_size(m.state_dict()) == window]
+    classifier = state.get("head.fc.weight", ())
+    return Description(
+        variants=tuple(same_window or fitting),
+        num_classes=len(classifier),
+        window_size=window,
+        img_size=rpe_img_size(state, model),
+        released=is_official(tensors),
+    )
+
+
+@functools.cache
+def skeletons() -> dict[str, nn.Module]:
+    """Every variant on the meta device."""
+    with torch.device("meta"):  # asked of timm, because models/dat.py imports this file
+        return {name: timm.create_model(name) for name in timm.list_models(module="dat")}
+
+
+def outline(state_dict: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in the stages; of tables, which are resized, the number of heads alone."""
+    shapes = {}
+    for name, tensor in state_dict.items():
+        if name.startswith("stages."):
+            grid = to_grid(tensor) if name.endswith(TABLES) else None
+            shapes[name] = tuple(tensor.shape) if grid is None else (len(grid),)
+    return shapes
+
+
+def window_size(state_dict: dict[str, Tensor]) -> int:
+    """The side of the windows or neighbourhoods that the first table is for."""
+    table = next(value for name, value in state_dict.items() if name.endswith(WINDOW_TABLES))
+    return (to_grid(table).shape[1] + 1) // 2
+
+
+def rpe_img_size(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[int, int]:
+    """The image size that the displacement tables are made for, in whole cells of the first stage that has them."""
+    name = next(name for name in state_dict if name.endswith(IMAGE_TABLES))
+    reduction = model.feature_info[int(name.split(".")[1])]["reduction"]
+    extents = to_grid(state_dict[name]).shape[1:]
+    return tuple((extent + 1) // 2 * reduction for extent in extents)

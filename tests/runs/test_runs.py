@@ -1,0 +1,354 @@
+"""Whole runs through main.py: the same bits after any stop, exact evaluation, and what bad input is answered.
+
+python -m pytest tests/test_runs.py
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
+
+import pytest
+import torch
+from helpers.images import write_image_folder
+from helpers.runs import arguments, launch, outcome
+
+import data
+import main
+from engine import checkpoint
+from engine.run_dir import RunDir
+from utils.distributed import Process
+from utils.signals import StopRequest
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Two steps of 24 images an epoch, and 13 validation images, which no number of processes divides."""
+    root = write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=4)
+    for label in range(3):
+        (root / "val" / f"class_{label}" / "003.jpg").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def unbroken(images, tmp_path_factory) -> Path:
+    """The folder of a run in one process that nothing stopped."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert main.main(arguments(folder, images)) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_signals():
+    """A run that was asked to stop leaves the signals ignored, as its process is about to end."""
+    former = {number: signal.getsignal(number) for number in (SIGINT, SIGTERM, SIGUSR1)}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+# --- The same bits --------------------------------------------------------------------------------
+
+
+def test_the_same_command_gives_the_same_bits(images, unbroken, tmp_path):
+    assert main.main(arguments(tmp_path, images, "--workers", "2")) == 0
+    assert outcome(tmp_path) == outcome(unbroken)
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_stopped_at_any_update_and_resumed(step, images, unbroken, tmp_path, monkeypatch):
+    save = checkpoint.Saver.save
+
+    def save_and_die(self, state, metadata):
+        save(self, state, metadata)
+        if state.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Saver, "save", save_and_die)
+    assert main.main(arguments(tmp_path, images)) == 130
+    monkeypatch.undo()
+    assert main.main(arguments(tmp_path, images)) == 0
+    assert outcome(tmp_path) == outcome(unbroken)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_asked_to_stop_it_saves_and_goes_on_when_started_again(
+    step, images, unbroken, tmp_path, monkeypatch
+):
+    reason = StopRequest.agree
+    asked = []
+
+    def reason_at(self):
+        asked.append(self)
+        for number in (SIGTERM, SIGINT, SIGUSR1) if len(asked) == step else ():
+            os.kill(os.getpid(), number)
+        return reason(self)
+
+    monkeypatch.setattr(StopRequest, "agree", reason_at)
+    never = "--opts", "SAVE_STEPS=0", "SAVE_FREQ=3", "EVAL_FREQ=3"
+    assert main.main(arguments(tmp_path, images, *never)) == 75
+    assert [path.name for path in checkpoint.list_checkpoints(checkpoints(tmp_path))] == [
+        f"step-{step}"
+    ]
+    status = json.loads((run_of(tmp_path) / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    monkeypatch.undo()
+    assert main.main(arguments(tmp_path, images)) == 0
+    last, reference = outcome(tmp_path), outcome(unbroken)
+    assert last["model.safetensors"] == reference["model.safetensors"]
+
+
+def test_time_limit(images, tmp_path):
+    assert main.main(arguments(tmp_path, images, "--opts", "TRAIN.MAX_SECONDS=1e-3")) == 75
+    assert main.main(arguments(tmp_path, images)) == 0
+
+
+def test_the_written_configuration_runs_again_unchanged(images, unbroken, tmp_path):
+    written = unbroken / "dat_micro" / "run" / "config.yaml"
+    assert main.main(["--cfg", str(written), "--output", str(tmp_path)]) == 0
+    assert outcome(tmp_path) == outcome(unbroken)
+
+
+def test_a_finished_run_does_nothing_more(images, unbroken):
+    before = outcome(unbroken)
+    assert main.main(arguments(unbroken, images)) == 0
+    assert outcome(unbroken) == before
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_killed_and_resumed_on_many_processes(processes, images, tmp_path):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for folder in (unbroken, broken):
+        folder.mkdir()
+    reference = launch(processes, arguments(unbroken, images))
+    assert reference.wait() == 0, reference.stdout.read()
+
+    killed = launch(processes, arguments(broken, images))
+    wait_for(broken / "dat_micro" / "run" / "checkpoints" / "step-1", killed)
+    os.killpg(killed.pid, SIGKILL)
+    kill_workers(broken)
+    killed.wait()
+    assert len(checkpoint.list_checkpoints(broken / "dat_micro" / "run" / "checkpoints")) < 6
+
+    resumed = launch(processes, arguments(broken, images))
+    log = resumed.communicate()[0]
+    assert resumed.returncode == 0, log
+    assert "Resumed from" in log
+    assert outcome(broken) == outcome(unbroken)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def kill_workers(folder: Path) -> None:
+    """Workers of torchrun are sessions of their own: find them by their command line."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in entry.read_bytes():
+                os.kill(int(entry.parent.name), SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def test_evaluation_counts_every_image_once(images, unbroken, tmp_path, capsys):
+    resume = ["--eval", "--resume", str(unbroken / "dat_micro" / "run")]
+    assert main.main(arguments(tmp_path, images, *resume)) == 0
+    alone = record_in(capsys.readouterr().out)
+    assert alone["model"]["images"] == alone["ema"]["images"] == 13
+    for processes in (2, 3):
+        together = launch(processes, arguments(tmp_path, images, *resume))
+        output = together.communicate()[0]
+        assert together.returncode == 0, output
+        assert record_in(output) == alone
+
+
+def test_evaluation_is_of_the_best_checkpoint_and_as_in_training(
+    images, unbroken, tmp_path, capsys
+):
+    state = json.loads(
+        (checkpoint.list_checkpoints(checkpoints(unbroken))[0] / "state.json").read_text()
+    )
+    assert main.main(arguments(tmp_path, images, "--eval", "--resume", str(run_of(unbroken)))) == 0
+    record = record_in(capsys.readouterr().out)
+    assert record["weights"].endswith(f"step-{state['best']['step']}")
+    assert max(record[name]["acc1"] for name in ("model", "ema")) == state["best"]["acc1"]
+
+
+def test_weights_of_a_run_are_a_file_for_pretrained(images, unbroken, tmp_path, capsys):
+    weights = checkpoint.list_checkpoints(checkpoints(unbroken))[0] / "model.safetensors"
+    assert main.main(arguments(tmp_path, images, "--eval", "--pretrained", str(weights))) == 0
+    assert "crop_mode squash, 32 px" in capsys.readouterr().out
+    assert main.main(arguments(tmp_path, images, "--pretrained", str(weights), tag="tuned")) == 0
+
+
+def record_in(output: str) -> dict:
+    return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+
+
+def run_of(folder: Path) -> Path:
+    return folder / "dat_micro" / "run"
+
+
+def checkpoints(folder: Path) -> Path:
+    return run_of(folder) / "checkpoints"
+
+
+# --- Bad input: exit code, and a message that names the thing and the remedy ---------------------------
+
+
+def refused(capsys, argv: list[str], code: int, *words: str) -> None:
+    assert main.main(argv) == code
+    message = capsys.readouterr().err
+    assert not [word for word in words if word not in message], message
+
+
+@pytest.fixture
+def copy(images, tmp_path) -> Path:
+    """The images, to be damaged."""
+    return shutil.copytree(images, tmp_path / "copy")
+
+
+def test_data_that_is_not_there(images, tmp_path, capsys):
+    refused(capsys, arguments(tmp_path, Path("nowhere")), 3, "nowhere", "train")
+    refused(capsys, arguments(tmp_path, tmp_path), 3, str(tmp_path), "train", "val")
+    refused(capsys, arguments(tmp_path, Path(), "--data-path="), 2, "DATA.PATH", "--data-path")
+
+
+def test_classes_that_do_not_match(copy, tmp_path, capsys):
+    shutil.rmtree(copy / "val" / "class_2")
+    refused(capsys, arguments(tmp_path, copy), 3, "class_2", "subset")
+    (copy / "val" / "class_2").mkdir()
+    refused(capsys, arguments(tmp_path, copy), 3, "class_2", "no image")
+
+
+def test_number_of_classes_against_the_data(images, tmp_path, capsys):
+    argv = arguments(tmp_path, images, "--opts", "MODEL.NUM_CLASSES", "7")
+    refused(capsys, argv, 2, "MODEL.NUM_CLASSES", "7", "4 classes")
+
+
+def test_broken_image_in_training_is_replaced_and_named(copy, tmp_path, capsys):
+    (copy / "train" / "class_0" / "005.jpg").write_bytes(b"<html>")
+    assert main.main(arguments(tmp_path, copy)) == 0
+    assert "005.jpg" in capsys.readouterr().out
+    argv = arguments(tmp_path, copy, "--opts", "DATA.MAX_BAD_SAMPLES=0", tag="strict")
+    refused(capsys, argv, 3, "005.jpg", "DATA.MAX_BAD_SAMPLES")
+
+
+def test_broken_image_in_validation_ends_the_run(copy, tmp_path, capsys):
+    (copy / "val" / "class_0" / "001.jpg").write_bytes(b"")
+    for workers in "01":
+        argv = arguments(tmp_path, copy, "--workers", workers, tag=workers)
+        refused(capsys, argv, 3, "001.jpg", "0 bytes")
+
+
+def test_evaluation_without_weights(images, tmp_path, capsys):
+    refused(capsys, arguments(tmp_path, images, "--eval"), 4, "--pretrained", "--resume")
+    argv = arguments(tmp_path, images, "--eval", "--pretrained", "absent.pth")
+    refused(capsys, argv, 4, "absent.pth", "does not exist")
+    assert not run_of(tmp_path).exists()
+
+
+def test_checkpoint_of_another_model(images, unbroken, tmp_path, capsys):
+    argv = arguments(tmp_path, images, "--resume", str(run_of(unbroken)), tag="other")
+    more = ["--opts", "MODEL.ARGS.dims", "[16, 32, 32, 64]"]
+    refused(capsys, argv + more, 4, "--accept MODEL.ARGS")
+    refused(capsys, [*argv, "--accept", "MODEL.ARGS", *more], 4, "stages.3", "MODEL.ARGS")
+    more = ["--opts", "MODEL.NAME", "dat_tiny"]
+    refused(capsys, argv + more, 4, "dat_micro", "dat_tiny", "MODEL.NAME")
+    more = ["--opts", "TRAIN.GLOBAL_BATCH_SIZE", "12"]
+    refused(capsys, argv + more, 4, "steps_per_epoch", "TRAIN.GLOBAL_BATCH_SIZE")
+
+
+def test_another_recipe_has_to_be_accepted(images, unbroken, tmp_path, capsys):
+    shutil.copytree(run_of(unbroken), run_of(tmp_path))
+    longer = "--opts", "TRAIN.EPOCHS=4", "TRAIN.BASE_LR=0.02", "PRINT_FREQ=2"
+    names = "--accept TRAIN.BASE_LR,TRAIN.EPOCHS"
+    refused(capsys, arguments(tmp_path, images, *longer), 4, "TRAIN.EPOCHS was 3, is 4", names)
+    assert main.main(arguments(tmp_path, images, *names.split(" "), *longer)) == 0
+    assert "PRINT_FREQ was 1, is 2" in capsys.readouterr().out
+    assert main.main(arguments(tmp_path, images, *longer)) == 0  # accepted once for all
+    assert outcome(tmp_path)["step"] == 8
+
+
+def test_other_images_have_to_be_accepted(copy, unbroken, tmp_path, capsys):
+    shutil.copytree(run_of(unbroken), run_of(tmp_path))
+    with (copy / "train" / "class_0" / "000.jpg").open("ab") as file:
+        file.write(b"\0")
+    refused(capsys, arguments(tmp_path, copy), 3, "data was", "--accept data")
+    assert main.main(arguments(tmp_path, copy, "--accept", "data")) == 0
+
+
+def test_damaged_checkpoint_is_refused_by_name_and_passed_over_in_a_run(
+    images, unbroken, tmp_path, capsys
+):
+    shutil.copytree(run_of(unbroken), run_of(tmp_path))
+    last = checkpoint.list_checkpoints(checkpoints(tmp_path))[0]
+    content = (last / "model.safetensors").read_bytes()
+    (last / "model.safetensors").write_bytes(content[:-1])
+    argv = arguments(tmp_path, images, "--resume", str(last))
+    refused(capsys, [*argv, "--eval"], 4, "model.safetensors", str(len(content)))
+    assert main.main(arguments(tmp_path, images)) == 0
+    assert "step-6 is damaged and passed over" in capsys.readouterr().out
+    assert outcome(tmp_path) == outcome(unbroken)
+
+
+def test_older_checkpoint_of_the_same_run_needs_a_run_of_its_own(images, unbroken, capsys):
+    older = checkpoints(unbroken) / "step-2"
+    refused(capsys, arguments(unbroken, images, "--resume", str(older)), 4, "--tag", "step-6")
+
+
+def test_folder_that_cannot_be_written(images, tmp_path, capsys):
+    (tmp_path / "dat_micro").write_text("in the way")
+    refused(capsys, arguments(tmp_path, Path("nowhere")), 6, "dat_micro", "--output")
+
+
+def test_full_folder(images, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**16))
+    refused(capsys, arguments(tmp_path, images), 6, "MiB", "--output")
+
+
+def test_two_runs_in_one_folder(images, tmp_path, capsys):
+    folder = RunDir(run_of(tmp_path), Process(0, 1, torch.device("cpu")))
+    fork = multiprocessing.get_context("fork")
+    barrier = fork.Barrier(2)
+
+    def hold() -> None:
+        with folder.lock():
+            barrier.wait()
+            barrier.wait()
+
+    holder = fork.Process(target=hold)
+    holder.start()
+    barrier.wait()
+    refused(capsys, arguments(tmp_path, images), 6, f"process {holder.pid}", "--tag")
+    status = json.loads((run_of(tmp_path) / "status.json").read_text())
+    assert status["state"] == "running", "the refused run wrote into the other's folder"
+    barrier.wait()
+    holder.join()
+
+
+def test_loss_that_is_not_a_number(images, tmp_path, capsys, monkeypatch):
+    normalize = data.Normalize.__call__
+    monkeypatch.setattr(data.Normalize, "__call__", lambda self, x: normalize(self, x) * torch.nan)
+    more = "--opts", "TRAIN.EPOCHS=30", "SAVE_STEPS=0", "SAVE_FREQ=30"
+    refused(capsys, arguments(tmp_path, images, *more), 5, "not finite", "TRAIN.BASE_LR")
+    status = json.loads((run_of(tmp_path) / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 5)
+
+
+def test_throughput_needs_no_data(tmp_path, capsys):
+    assert main.main(arguments(tmp_path, tmp_path, "--throughput")) == 0
+    assert "images/s" in capsys.readouterr().out
+    assert not run_of(tmp_path).exists()

@@ -1,0 +1,149 @@
+"""Every shipped configuration parses, its header is true and its model takes a step; timm's models run like ours.
+
+pytest tests/test_configs.py
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.images import write_image_folder
+from yacs.config import CfgNode
+
+import config
+import main
+import models
+from engine import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+FIGURE1 = [path for path in CONFIGS if path.parent.name == "figure1"]
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT / "configs"))
+
+
+def parse(path: Path) -> CfgNode:
+    return config.parse(["--cfg", str(path), "--data-path", "somewhere"]).cfg
+
+
+SMALL = [path for path in CONFIGS if parse(path).DATA.IMG_SIZE == 32]
+
+
+def build(cfg: CfgNode) -> torch.nn.Module:
+    return models.build(
+        cfg.MODEL.NAME,
+        num_classes=1000 if cfg.DATA.IMG_SIZE >= 224 else 10,
+        img_size=cfg.DATA.IMG_SIZE,
+        drop_path_rate=cfg.MODEL.DROP_PATH_RATE,
+        **cfg.MODEL.ARGS,
+    )
+
+
+def images_of(cfg: CfgNode) -> int:
+    """Training images of ImageNet, of the digits or of CIFAR-10."""
+    return {"default": 1_281_167, "digits": 1_442}.get(cfg.TAG, 50_000)
+
+
+@cache
+def size(path: Path) -> tuple[int, int]:
+    """Parameters and multiply-adds of the model, from a forward pass of shapes without values."""
+    cfg = parse(path)
+    with torch.device("meta"):
+        model = build(cfg)
+    macs = models.count_macs(model, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE)
+    return sum(p.numel() for p in model.parameters()), macs
+
+
+def is_rounded(text: str, value: float) -> bool:
+    """Whether `text` is `value` in as many digits as it has."""
+    return text == f"{value:.{len(text.partition('.')[2])}f}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=label)
+def test_header_is_true(path):
+    cfg, text = parse(path), path.read_text()
+    assert text.startswith("# ")
+    assert f"main.py --cfg {path.relative_to(ROOT)}" in text
+    parameters, macs = size(path)
+    for written in re.findall(r"([\d.]+) M parameters", text)[:1]:
+        assert is_rounded(written, parameters / 1e6)
+    for written in re.findall(r"([\d.]+) GMACs", text)[:1]:
+        assert is_rounded(written, macs / 1e9)
+    epochs, images, unit = re.search(r"Cost: (\d+) epochs, ([\d.]+) (\w+) images", text).groups()
+    assert int(epochs) == cfg.TRAIN.EPOCHS
+    config.check_world_size(cfg, int(re.search(r"--nproc-per-node (\d+)", text)[1]))
+    total = float(images) * {"thousand": 1e3, "million": 1e6}[unit]
+    assert total == pytest.approx(images_of(cfg) * cfg.TRAIN.EPOCHS, rel=0.02)
+
+
+@pytest.mark.parametrize("path", SMALL, ids=label)
+def test_small_models_take_a_step(path):
+    cfg = parse(path)
+    torch.manual_seed(0)
+    model = build(cfg).eval()  # drop path might leave a block without gradient
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        assert not torch.equal(p, before[name]), name
+
+
+# ------------------------------------------------------------------------------------------ figure 1
+
+
+def test_figure_1_compares_models_of_one_size():
+    assert len(FIGURE1) == 6
+    for numbers in zip(*map(size, FIGURE1), strict=True):
+        assert max(numbers) <= 1.1 * min(numbers)
+
+
+def test_figure_1_has_one_recipe():
+    recipes, tags = [], set()
+    for path in FIGURE1:
+        cfg = parse(path)
+        cfg.defrost()
+        tags.add(cfg.pop("TAG"))
+        cfg.MODEL.ARGS = CfgNode()
+        recipes.append(config.dump(cfg))
+    assert len(tags) == 6
+    assert len(set(recipes)) == 1
+
+
+# ------------------------------------------------------------------------------------ timm's models
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("deit_small", ["MODEL.NAME=deit_tiny_patch16_224", "MODEL.ARGS.depth=2"]),
+        ("swin_tiny", ["MODEL.ARGS.embed_dim=24", "MODEL.ARGS.depths=[1, 2, 1, 1]"]),
+        ("pvt_v2_b2", ["MODEL.NAME=pvt_v2_b0", "MODEL.ARGS.depths=[1, 1, 1, 1]"]),
+    ],
+)
+def test_timm_models_train_resume_and_evaluate(name, model, tmp_path):
+    """Two steps of 8 images under the published recipe; stopped after the first, they end in the same bits."""
+    images = write_image_folder(tmp_path / "images", classes=4, train=4, val=2)
+    command = ["--cfg", str(ROOT / f"configs/baselines/{name}.yaml"), "--data-path", str(images)]
+    command += ["--batch-size", "4", "--workers", "0", "--amp-dtype", "bfloat16", "--opts"]
+    command += ["DATA.IMG_SIZE=32", "TRAIN.GLOBAL_BATCH_SIZE=8", "THREADS=1"]
+    command += ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", *model]
+
+    unbroken = [*command, "--output", str(tmp_path / "unbroken")]
+    broken = [*command, "--output", str(tmp_path / "broken")]
+    assert main.main(unbroken) == 0
+    assert main.main([*broken, "--opts", "TRAIN.MAX_SECONDS=1e-3"]) == 75
+    assert main.main(broken) == 0
+    assert last_weights(tmp_path / "broken") == last_weights(tmp_path / "unbroken")
+    assert main.main([*broken, "--eval"]) == 0
+
+
+def last_weights(output: Path) -> bytes:
+    (checkpoints,) = output.glob("*/default/checkpoints")
+    return (checkpoint.list_checkpoints(checkpoints)[0] / "model.safetensors").read_bytes()

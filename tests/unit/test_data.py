@@ -1,0 +1,394 @@
+"""Datasets: folders, zip and tar files give the same samples; bad layouts and files are named."""
+
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.images import as_they_are, encode, write_image_folder, write_tar, write_zip
+from PIL import Image
+
+from data import ImageDataset, eval_transform, read_class_list, train_transform
+from data.decode import UNREADABLE, decode, decode_pixels
+from utils.errors import DataError
+
+SHARED = Path(__file__).parents[2] / "../shared/data"
+PICTURE = Image.fromarray(
+    np.random.default_rng(1).integers(0, 256, (24, 32, 3)).astype(np.uint8)
+).resize((64, 48), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_image_folder(tmp_path / "set", classes=3, train=4, val=2)
+
+
+def dataset(root, split="train", **options):
+    return ImageDataset(root, split, transform=as_they_are, **options)
+
+
+def contents(data):
+    """Everything that must not depend on how the files are kept."""
+    samples = [data[index] for index in range(len(data))]
+    images = [(sample.image.numpy().tobytes(), sample.label) for sample in samples]
+    return data.classes, data.fingerprint, images
+
+
+@pytest.mark.parametrize("prefix", ["", "train/", "./", "./deep/"])
+@pytest.mark.parametrize("kind", ["stored.zip", "deflated.zip", "tar"])
+def test_archives_equal_the_folder(root, tmp_path, kind, prefix):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    if kind == "tar":
+        write_tar(root / "train", packed / "train.tar", prefix.rstrip("/"))
+    else:
+        method = zipfile.ZIP_DEFLATED if "deflated" in kind else zipfile.ZIP_STORED
+        write_zip(root / "train", packed / "train.zip", prefix, method)
+    assert contents(dataset(packed)) == contents(dataset(root))
+
+
+def test_a_dataset_survives_pickling_and_forks(root, tmp_path):
+    write_zip(root / "train", tmp_path / "train.zip")
+    data = dataset(tmp_path)
+    expected = contents(data)  # opens the archive here, before the fork
+    assert contents(pickle.loads(pickle.dumps(data))) == expected
+    pid = os.fork()
+    if not pid:
+        os._exit(contents(data) != expected)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_one_class_list_decides_the_labels(root, tmp_path):
+    (tmp_path / "classes.txt").write_text("class_2\n\nclass_0\nclass_1\n")
+    classes = read_class_list(tmp_path / "classes.txt")
+    data = dataset(root, "val", classes=classes)
+    assert data.classes == classes == ["class_2", "class_0", "class_1"]
+    for index in range(len(data)):
+        assert classes[data[index].label] in data.path(index)
+    for file in (root / "val/class_0").iterdir():
+        file.unlink()
+    (root / "val/class_0").rmdir()
+    subset = dataset(root, "val", classes=classes, allow_missing=True)
+    assert sorted(set(subset.labels.tolist())) == [0, 2]
+
+
+def test_validation_is_another_name_of_val(root):
+    expected = contents(dataset(root, "val"))
+    (root / "val").rename(root / "validation")
+    assert contents(dataset(root, "val")) == expected
+
+
+def test_what_is_no_image_is_ignored_and_counted(root, tmp_path):
+    expected = contents(dataset(root))
+    folder = root / "train/class_1"
+    (root / "train/.cache").mkdir()
+    (root / "train/.cache/0.jpg").write_bytes(b"")
+    (root / "train/readme.txt").write_text("hello")
+    (folder / "._000.jpg").write_bytes(b"")
+    (folder / "notes.md").write_text("hello")
+    (folder / "circle").symlink_to(root / "train")
+    (folder / "self").symlink_to(folder)
+    data = dataset(root)
+    assert contents(data) == expected
+    assert data.source.ignored == 4  # the hidden folder as one
+    write_zip(root / "train", tmp_path / "train.zip")
+    packed = dataset(tmp_path)
+    assert contents(packed) == expected
+
+
+def test_the_fingerprint_follows_names_sizes_and_classes(root):
+    prints = {dataset(root).fingerprint, dataset(root, "val").fingerprint}
+    prints.add(dataset(root, classes=["class_2", "class_1", "class_0"]).fingerprint)
+    (root / "train/class_0/000.jpg").rename(root / "train/class_0/999.jpg")
+    prints.add(dataset(root).fingerprint)
+    with open(root / "train/class_0/999.jpg", "ab") as file:
+        file.write(b"\0")
+    prints.add(dataset(root).fingerprint)
+    assert len(prints) == 4  # the order of the class list is not the data's
+
+
+def empty_class(root):
+    (root / "val/class_9").mkdir()
+    return {}
+
+
+def unknown_class(root):
+    (root / "val/class_1").rename(root / "val/class_x")
+    return {"classes": ["class_0", "class_1", "class_2"]}
+
+
+def missing_class(root):
+    return {"classes": ["class_0", "class_1", "class_2", "class_3"]}
+
+
+def flat(root):
+    for file in (root / "val").rglob("*.jpg"):
+        file.rename(root / "val" / f"{file.parent.name}_{file.name}")
+    for folder in list((root / "val").glob("class_*")):
+        if folder.is_dir():
+            folder.rmdir()
+    return {}
+
+
+def no_split(root):
+    (root / "val").rename(root / "test")
+    return {}
+
+
+def no_root(root):
+    root.rename(root.with_name("elsewhere"))
+    return {}
+
+
+def no_images(root):
+    (root / "val").rename(root / "old")
+    (root / "val").mkdir()
+    return {}
+
+
+def linked_class(root):
+    (root / "val/class_9").symlink_to(root / "val/class_0")
+    return {}
+
+
+def archive(name, data):
+    def build(root):
+        (root / "val").rename(root / "old")
+        (root / name).write_bytes(data)
+        return {}
+
+    return build
+
+
+def cut_tar(root):
+    write_tar(root / "val", root / "val.tar")
+    os.truncate(root / "val.tar", 5000)
+    (root / "val").rename(root / "old")
+    return {}
+
+
+def bzip2(root):
+    write_zip(root / "val", root / "val.zip", method=zipfile.ZIP_BZIP2)
+    (root / "val").rename(root / "old")
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (empty_class, "val: no image in class_9; expected at least one"),
+        (linked_class, "val: no image in class_9; expected at least one"),
+        (unknown_class, "val: class_x not in the class list of 3 (class_0, class_1, class_2); use"),
+        (missing_class, "val: no folder for class_3 of the 4 classes; complete"),
+        (flat, "val: holds 6 images and no class folder, expected <class>/<image>; sort"),
+        (no_images, "val: holds no image, expected <class>/<image>; sort"),
+        (no_split, "set: has no val split, found test, train; expected <root>/train and"),
+        (no_root, "set: no such folder; expected <root>/train"),
+        (archive("val.zip", b"PK nothing"), "val.zip: not a readable zip file"),
+        (archive("val.tar", b"nothing" * 99), "val.tar: not a readable uncompressed tar file"),
+        (cut_tar, "of 5000; the archive is cut off or damaged, copy it again"),
+        (bzip2, "compressed by method 12; pack the folder again with zip -0 -r"),
+    ],
+)
+def test_bad_layouts(root, build, words):
+    options = build(root)
+    with pytest.raises(DataError) as error:
+        dataset(root, "val", **options)
+    assert words in str(error.value)
+    assert str(root) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot be read as a class list"),
+        ("\n", "names no class"),
+        ("a\nb\na\n", "names a more than once"),
+    ],
+)
+def test_bad_class_lists(tmp_path, text, words):
+    path = tmp_path / "classes.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_class_list(path)
+
+
+def png(size, chunk=b""):
+    """A PNG that claims to be `size` pixels wide and high."""
+
+    def block(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
+    pixels = block(b"IDAT", chunk or zlib.compress(b"\0" * 99))
+    return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", header) + pixels + block(b"IEND", b"")
+
+
+JPEG, PNG = encode(PICTURE, "JPEG"), encode(PICTURE, "PNG")
+DAMAGED = {
+    "empty": b"",
+    "html": b"<!DOCTYPE html><html>404</html>",
+    "zeros": bytes(4096),
+    "jpeg, half": JPEG[: len(JPEG) // 2],
+    "jpeg, last bytes missing": JPEG[:-2],
+    "jpeg, header only": JPEG[:200],
+    "progressive jpeg, half": encode(PICTURE, "JPEG", progressive=True)[:1500],
+    "png, half": PNG[: len(PNG) // 2],
+    "png, flipped byte": PNG[:400] + bytes([PNG[400] ^ 255]) + PNG[401:],
+    "png, pixels are not deflated": png(8, b"no zlib stream"),
+    "png, too few pixels": png(64),
+    "png, decompression bomb": png(30000),
+    "gif, half": encode(PICTURE, "GIF")[:900],
+    "bmp, half": encode(PICTURE, "BMP")[:900],
+    "webp, half": encode(PICTURE, "WEBP")[:900],
+    "tiff, half": encode(PICTURE, "TIFF")[:900],
+    "float tiff": encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"),
+    "32-bit tiff": encode(Image.fromarray(np.full((8, 8), 1 << 20, np.int32)), "TIFF"),
+    "postscript": encode(PICTURE, "EPS"),
+    "healthy, but in a format that is not read": encode(PICTURE, "TGA"),
+}
+
+
+def check_damaged(root, broken, first_bytes=None):
+    """Training substitutes, always the same way, and reports; evaluation names the file."""
+    train = dataset(root, train=True)
+    index = [train.path(i) for i in range(len(train))].index(str(root / broken))
+    sample, again = train[5, index], train[5, index]
+    assert torch.equal(sample.image, again.image)
+    assert (sample.label, sample.bad) == (again.label, again.bad)
+    path, reason, *address = sample.bad[0]
+    assert address == [5, index]
+    assert path == str(root / broken)
+    assert "0x" not in reason.split("the first are")[0], "an address would differ from run to run"
+    healthy = [train[5, other] for other in range(len(train)) if other != index]
+    same_class = [s for s in healthy if s.label == sample.label]
+    assert any(torch.equal(sample.image, s.image) for s in same_class)
+    assert not any(s.bad for s in healthy)
+    with pytest.raises(DataError) as error:
+        dataset(root)[index]
+    for words in (path, f"{train.source.where[index, 0]} bytes", "never substitutes"):
+        assert words in str(error.value)
+    if first_bytes is not None:
+        assert repr(first_bytes) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_files(root, kind):
+    (root / "train/class_1/001.jpg").write_bytes(DAMAGED[kind])
+    check_damaged(root, "train/class_1/001.jpg", DAMAGED[kind][:16])
+
+
+def test_dangling_link(root):
+    (root / "train/class_1/001.jpg").unlink()
+    (root / "train/class_1/001.jpg").symlink_to("nowhere.jpg")
+    check_damaged(root, "train/class_1/001.jpg", b"")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("where", [40, 300])  # in the data's first bytes, in its middle
+def test_damaged_zip_members(root, tmp_path, method, where):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    write_zip(root / "train", packed / "train.zip", method=method)
+    data = bytearray((packed / "train.zip").read_bytes())
+    data[data.index(b"class_1/001.jpg") + where] ^= 255
+    (packed / "train.zip").write_bytes(data)
+    check_damaged(packed, "train.zip/class_1/001.jpg")
+
+
+def test_archives_cut_after_indexing(root, tmp_path):
+    write_tar(root / "train", tmp_path / "train.tar")
+    data = dataset(tmp_path)
+    os.truncate(tmp_path / "train.tar", 100)
+    with pytest.raises(DataError, match="the archive ends inside the file"):
+        data[0]
+
+
+def test_a_class_without_a_readable_image_ends_training(root):
+    for file in (root / "train/class_1").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"class class_1 none can be read; repair"):
+        dataset(root, train=True)[0, 4]
+
+
+def ramp(dtype, top):
+    return Image.fromarray(np.linspace(0, top, 256).round().astype(dtype).reshape(16, 16))
+
+
+GREY = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "pixels"),
+    [
+        (encode(ramp(np.uint16, 65535), "PNG"), GREY),
+        (encode(ramp(np.uint16, 65535), "TIFF"), GREY),
+        (encode(ramp(np.int32, 65535), "TIFF"), GREY),
+        (encode(ramp(np.uint8, 255), "PNG"), GREY),
+        (encode(ramp(np.uint8, 255).convert("LA"), "PNG"), GREY),
+        (encode(ramp(np.uint8, 255).convert("P"), "PNG"), GREY),
+        (encode(ramp(np.uint8, 255), "GIF"), GREY),
+        (PNG, np.asarray(PICTURE)),
+        (encode(PICTURE.convert("RGBA"), "PNG"), np.asarray(PICTURE)),
+        (encode(PICTURE, "PNG", save_all=True, append_images=[PICTURE.rotate(9)]), np.asarray(PICTURE)),
+        (encode(PICTURE, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+         np.asarray(decode(JPEG))),
+        (encode(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "JPEG"), np.zeros((8, 8, 3))),
+        (encode(Image.new("1", (1, 1), 1), "PNG"), np.full((1, 1, 3), 255)),
+    ],
+    ids=["png16", "tiff16", "tiff32", "L", "LA", "P", "gif", "png", "RGBA", "animated", "exif", "CMYK", "1x1"],
+)  # fmt: skip
+def test_every_mode_becomes_rgb(data, pixels):
+    image = decode(data)
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), pixels)
+    np.testing.assert_array_equal(decode_pixels(data).numpy(), pixels)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_pixels_of_damaged_files_are_refused_like_pictures(kind):
+    with pytest.raises(UNREADABLE) as picture:
+        decode(DAMAGED[kind])
+    with pytest.raises(UNREADABLE) as pixels:
+        decode_pixels(DAMAGED[kind])
+    assert str(pixels.value) == str(picture.value)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1)])
+def test_extreme_shapes_are_accepted(size):
+    picture = Image.new("RGB", size)
+    data = encode(picture, "PNG")
+    for transform in (
+        train_transform(32),
+        train_transform(32, padding=4),
+        eval_transform(32),
+        eval_transform(32, exact=False),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert transform(decode_pixels(data)).shape == (3, 32, 32)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared CIFAR-10 and ImageNet samples")
+def test_shared_samples(monkeypatch):
+    monkeypatch.setattr("data.listing.SETTLED", 10**20)  # keeps the folder as it is
+    train = dataset(SHARED / "cifar10", train=True)
+    val = dataset(SHARED / "cifar10", "val", classes=train.classes)
+    assert (len(train), len(val), len(train.classes)) == (50_000, 10_000, 10)
+    assert train[0, 49_999].image.shape == val[0].image.shape == (3, 32, 32)
+    imagenet = dataset(SHARED / "imagenet_samples", "val")
+    assert len(imagenet) == len(imagenet.classes) == 1000
+    assert imagenet[999].image.shape[0] == 3
+    for index in range(0, 1000, 20):
+        file = imagenet.source.read(index)
+        np.testing.assert_array_equal(decode_pixels(file).numpy(), np.asarray(decode(file)))

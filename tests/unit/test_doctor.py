@@ -1,0 +1,297 @@
+"""tools/doctor.py: finds what would spoil a run, says what to do, and goes on where it was stopped.
+
+python -m pytest tests/test_doctor.py
+"""
+
+import json
+import os
+import resource
+import shutil
+
+import numpy as np
+import pytest
+from helpers.images import write_image_folder, write_zip
+from helpers.runs import arguments
+from reliability.bad_files import ANY, BAD, make_bad_images
+
+import main
+from data import ImageDataset
+from tools import doctor
+from utils.errors import DataError
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_image_folder(tmp_path / "set", classes=3, train=8, val=4)
+
+
+@pytest.fixture
+def examine(tmp_path, root, capsys):
+    """A function that runs the doctor on the small run; returns its exit code and what it printed, on one line."""
+
+    def run(*more, jobs="0", data=root):
+        code = doctor.main([*arguments(tmp_path, data), "-j", jobs, *more])
+        printed = capsys.readouterr()
+        return code, " ".join((printed.out + printed.err).split())
+
+    return run
+
+
+def records(tmp_path):
+    lines = (tmp_path / "doctor/set.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_healthy_run(examine, tmp_path):
+    code, text = examine("--pixels", "--sha", jobs="1")
+    assert code == 0
+    for words in (
+        "set/train: 24 images, 3 classes",
+        "8 images in each of 3 classes",
+        "36 files, decoded: 36 JPEG RGB",
+        "24 images a step = 6 micro-batches of 4, 6 on each of 1 processes",
+        "1 steps, 3 in 3 epochs; 0 images (0.0%)",
+        "0 repeated files",
+        "0 FAIL",
+    ):
+        assert words in text, words
+    assert {(record["split"], record["decoded"]) for record in records(tmp_path)} == {
+        ("train", True),
+        ("val", True),
+    }
+
+
+def test_the_learning_rate_is_the_runs(examine):
+    _, text = examine()
+    assert (
+        "2.34e-08 → 0.000469 → 2.34e-07 (warm-up, highest, last) after scaling by 24 / 512" in text
+    )
+
+
+def test_every_bad_image_is_counted(examine, root):
+    expected = make_bad_images(root / "train/class_0")
+    for name, outcome in expected.items():
+        if outcome == ANY:
+            (root / "train/class_0" / name).unlink()
+    code, text = examine("--pixels")
+    bad = sum(outcome == BAD for outcome in expected.values())
+    assert code == 3
+    assert f"FAIL unreadable {bad} of" in text
+    assert "→ restore them from the source of the data, or remove them" in text
+    assert "2 links lead nowhere" in text
+    assert "WARN odd shapes" in text
+    assert "1 JPEG CMYK" in text
+    assert "EXIF asks to turn 1 images" in text
+    assert "4 images have several frames" in text
+    assert "3 files have another format" in text
+    code, text = examine("--pixels", "--opts", "DATA.MAX_BAD_SAMPLES=60")
+    assert f"WARN unreadable {bad} of" in text
+    (root / "val/class_0/000.jpg").write_bytes(b"<html>")
+    code, text = examine()
+    assert "FAIL unreadable 1 of 12 val images cannot be read" in text
+    assert "TEST.SKIP_BAD" in text
+
+
+def test_it_goes_on_where_it_was_stopped(examine, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "CHUNK", 5)
+    examined, item = [], doctor.Examination.__getitem__
+
+    def examine_some(self, index):
+        if len(examined) == 12:
+            raise KeyboardInterrupt
+        examined.append(item(self, index)["name"])
+        return item(self, index)
+
+    monkeypatch.setattr(doctor.Examination, "__getitem__", examine_some)
+    code, text = examine()
+    assert (code, len(records(tmp_path))) == (130, 10)
+    assert "The same command goes on" in text
+    with (tmp_path / "doctor/set.jsonl").open("a") as file:
+        file.write('{"split": "train", "na')  # what a kill leaves
+    monkeypatch.setattr(doctor.Examination, "__getitem__", item)
+    read, open_image = [], doctor.open_image
+    monkeypatch.setattr(doctor, "open_image", lambda data: read.append(0) or open_image(data))
+    code, text = examine()
+    assert (code, len(read)) == (0, 26)
+    assert "36 files" in text
+    names = [(record["split"], record["name"]) for record in records(tmp_path)]
+    assert len(set(names)) == len(names) == 36
+    examine("--sha")  # what is known is not enough for that
+    assert len(read) == 26 + 36
+
+
+def test_a_repaired_file_is_looked_at_again(examine, root, tmp_path):
+    file = root / "train/class_1/003.jpg"
+    content = file.read_bytes()
+    file.write_bytes(bytes(len(content)))
+    assert "WARN unreadable 1 of 24 train images" in examine()[1]
+    file.write_bytes(content)
+    code, text = examine()
+    assert (code, "unreadable" in text, len(records(tmp_path))) == (0, False, 36)
+
+
+def test_its_index_shows_a_flipped_byte_to_the_run(examine, root, tmp_path):
+    """Nobody else would see it: most flipped bytes of a JPEG decode, to another picture."""
+    index = tmp_path / "doctor/set.jsonl"
+    assert examine("--sha")[0] == 0
+    file = root / "train/class_1/003.jpg"
+    content = bytearray(file.read_bytes())
+    content[-200] ^= 16
+    file.write_bytes(content)
+
+    def bad(split, **options):
+        data = ImageDataset(root, split, transform=np.asarray, train=split == "train", **options)
+        samples = [data[0, i] if split == "train" else data[i] for i in range(len(data))]
+        return [file for sample in samples for file in sample.bad]
+
+    assert bad("train") == bad("val", checksums=index) == []
+    (found,) = bad("train", checksums=index)
+    assert found.path == str(file)
+    assert "SHA-256" in found.reason
+    argv = arguments(tmp_path, root, "--opts", f"DATA.VERIFY={index}", "DATA.MAX_BAD_SAMPLES=0")
+    assert main.main(argv) == 3
+
+
+def test_an_index_that_does_not_fit(examine, root, tmp_path):
+    index = tmp_path / "doctor/set.jsonl"
+    examine()
+    for content, words in (
+        (index.read_text(), "has no SHA-256 of 24 of the 24 train images"),
+        ("[]\n", "not an index of images"),
+        ("nothing", "not an index of images"),
+        (None, "cannot be read as an index"),
+    ):
+        index.unlink(missing_ok=True)
+        if content is not None:
+            index.write_text(content)
+        with pytest.raises(DataError, match=words):
+            ImageDataset(root, "train", transform=np.asarray, checksums=index)
+
+
+def test_the_same_image_in_both_splits_or_under_two_labels(examine, root):
+    shutil.copy(root / "train/class_0/000.jpg", root / "val/class_0/999.jpg")
+    code, text = examine("--sha")
+    assert code == 3
+    assert "FAIL duplicates 1 images are in train and in val" in text
+    assert "train/class_0/000.jpg = val/class_0/999.jpg" in text
+    (root / "val/class_0/999.jpg").unlink()
+    shutil.copy(root / "train/class_0/000.jpg", root / "train/class_1/999.jpg")
+    code, text = examine("--sha")
+    assert code == 0
+    assert "WARN duplicates 1 images have two labels" in text
+
+
+def test_links(examine, root, tmp_path):
+    (root / "train/class_0/back").symlink_to(root / "train")
+    outside = tmp_path / "outside.jpg"
+    shutil.copy(root / "train/class_0/000.jpg", outside)
+    (root / "train/class_1/out.jpg").symlink_to(outside)
+    code, text = examine()
+    assert code == 0
+    assert "WARN links 1 links lead back" in text
+    assert f"WARN links 1 links lead out of {root}" in text
+    (root / "train/class_1/inside.jpg").symlink_to("000.jpg")
+    (root / "train/class_0/back").unlink()
+    (root / "train/class_1/out.jpg").unlink()
+    assert "OK links 1 in" in examine()[1]
+
+
+def test_a_missing_split(examine, root):
+    shutil.rmtree(root / "train")
+    code, text = examine()
+    assert code == 3
+    assert "FAIL train" in text
+    assert "→ an evaluation, main.py --eval, does without it" in text
+    assert examine("--eval")[0] == 0
+    shutil.rmtree(root / "val")
+    assert examine("--eval")[0] == 3
+
+
+def test_classes_that_do_not_match(examine, root):
+    shutil.rmtree(root / "val/class_2")
+    code, text = examine()
+    assert code == 3
+    assert "no folder for class_2" in text
+    assert examine("--opts", "DATA.VAL_SUBSET=True")[0] == 0
+    assert "MODEL.NUM_CLASSES is 7, the data have 3" in examine("--opts", "MODEL.NUM_CLASSES=7")[1]
+
+
+def test_archives(examine, tmp_path, root):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for split in ("train", "val"):
+        write_zip(root / split, packed / f"{split}.zip")
+    code, text = examine(data=packed)
+    assert (code, "36 files" in text) == (0, True)
+    os.truncate(packed / "val.zip", 3000)
+    assert examine(data=packed)[0] == 3
+
+
+def test_configurations_that_do_not_fit(examine):
+    code, text = examine("--processes", "4")
+    assert code == 3
+    assert "FAIL step 4 processes cannot share the 6 micro-batches" in text
+    code, text = examine("--opts", "TRAIN.GLOBAL_BATCH_SIZE=48")
+    assert code == 3
+    assert "FAIL epoch the training set has 24 images, a step takes 48" in text
+    code, text = examine("--opts", "TRAIN.GLOBAL_BATCH_SIZE=16")
+    assert (code, "WARN epoch 1 steps" in text, "8 images (33.3%)" in text) == (0, True, True)
+    code, text = examine("--opts", "MODEL.ARGS.stagess=3")
+    assert code == 3
+    assert "FAIL model" in text
+    code, text = examine("--opts", "TRAIN.BASE_LRR=1")
+    assert code == 2
+    assert "did you mean TRAIN.BASE_LR?" in text
+
+
+def test_commands_that_say_too_little(capsys, root, tmp_path):
+    assert doctor.main([]) == 2
+    assert "--data-path" in capsys.readouterr().err
+    assert doctor.main(["--data-path", str(root), "--seed", "1"]) == 2
+    assert "--cfg" in capsys.readouterr().err
+    argv = ["--data-path", str(root), "--index", str(tmp_path / "i.jsonl"), "-j", "0"]
+    assert doctor.main(argv) == 0
+    assert "Machine" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes.txt").write_text("my notes\n")
+    for index in ("file/i.jsonl", "notes.txt"):
+        assert doctor.main(["--data-path", str(root), "--index", str(tmp_path / index)]) == 2
+        assert "--index" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "my notes\n"
+
+
+def test_a_machine_that_is_too_small(examine, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**10))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (200, 200))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 2)
+    code, text = examine("--workers", "2", "--processes", "3")
+    assert code == 3
+    for words in (
+        "FAIL disk 1.0 KiB free",
+        "FAIL shared memory 1.0 KiB free in /dev/shm",
+        "FAIL open files 200 may be open",
+        "ulimit -n 4096",
+        "WARN processors 1 cores, 4 loader workers (2 for each of 2 processes here)",
+        "WARN devices 2 GPUs for 3 processes → use 2 machines like this one",
+    ):
+        assert words in text, words
+
+
+def test_every_warning_and_failure_says_what_to_do(examine, root, monkeypatch):
+    shown = []
+    show = doctor.Report.show
+
+    def note(self, findings):
+        findings = list(findings)
+        shown.extend(findings)
+        show(self, findings)
+
+    monkeypatch.setattr(doctor.Report, "show", note)
+    make_bad_images(root / "train/class_0")
+    shutil.rmtree(root / "val/class_2")
+    examine("--pixels", "--sha", "--processes", "5", "--workers", "64")
+    assert len([finding for finding in shown if finding.level != "OK"]) > 6
+    for finding in shown:
+        assert finding.level == "OK" or finding.remedy or ";" in finding.text, finding

@@ -1,0 +1,289 @@
+"""The parts of the engine: schedule, decay groups, checkpoint folder, skipped steps, records."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader
+
+import models  # noqa: F401  registers the variants
+from engine import checkpoint
+from engine.checkpoint import TrainState
+from engine.loop import Accuracy, _step, validate
+from engine.optim import Schedule, create_optimizer, parameter_groups
+from utils.distributed import Process
+from utils.errors import CheckpointError, StorageError
+from utils.logging import MetricWriter
+from utils.rng import key, permutation
+
+CPU = Process(0, 1, torch.device("cpu"))
+
+
+def make_state(fp16: bool = False, lr: float = 0.1, weight_decay: float = 0.01) -> TrainState:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    optimizer = create_optimizer(model, weight_decay=weight_decay, betas=(0.9, 0.99), eps=1e-8)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    return TrainState(model, ModelEmaV3(model, decay=0.9), optimizer, scaler)
+
+
+def train_a_little(state: TrainState, steps: int = 3) -> None:
+    for _ in range(steps):
+        state.optimizer.zero_grad()
+        inputs = torch.arange(8.0).view(2, 4) + state.step
+        state.scaler.scale(state.model(inputs).square().sum()).backward()
+        _step(state, clip_grad=1.0)
+        state.step += 1
+
+
+def bits(state: TrainState) -> dict:
+    tensors = {**state.model.state_dict(), "ema": state.ema.module[0].weight}
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+# --- Randomness, schedule, groups -----------------------------------------------------------------
+
+
+def test_random_numbers_are_frozen():
+    """Other values would change every run that goes on under a new version."""
+    assert key(0, "sample", 3, 7) == 0xB191A725ACD45BDF
+    assert permutation(8, key(0, "order", 0)).tolist() == [5, 0, 1, 7, 3, 2, 6, 4]
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(50, 10), (50, 0), (7, 3)])
+def test_schedule_is_the_released_one(total, warmup):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=4e-3)
+    reference = CosineLRScheduler(
+        optimizer,
+        t_initial=total,
+        lr_min=4e-5,
+        warmup_lr_init=4e-6,
+        warmup_t=warmup,
+        cycle_limit=1,
+        t_in_epochs=False,
+    )
+    schedule = Schedule(total, warmup, base=4e-3, start=4e-6, end=4e-5)
+    for step in range(total):
+        assert schedule(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        reference.step_update(step)  # the released code sets the rate after the step
+
+
+@pytest.mark.parametrize(
+    ("name", "exempt"),
+    [
+        ("dat_micro", ("relative_position_bias_table", "rpe_table")),
+        ("swin_tiny_patch4_window7_224", ("relative_position_bias_table",)),
+        ("deit_tiny_patch16_224", ("cls_token", "pos_embed")),
+    ],
+)
+def test_what_is_not_decayed(name, exempt):
+    model = timm.create_model(name)
+    decayed, free = parameter_groups(model, 0.05)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0)
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    for parameter in free["params"]:
+        assert parameter.ndim <= 1 or names[parameter].endswith(exempt)
+    for parameter in decayed["params"]:
+        assert parameter.ndim > 1
+        assert not names[parameter].endswith((*exempt, "bias"))
+
+
+# --- Steps that are not applied -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_update_without_a_finite_gradient_is_skipped(value, fp16):
+    state = make_state(fp16)
+    train_a_little(state)
+    before, scale = bits(state), state.scaler.get_scale()
+    state.model[0].weight.grad.fill_(value)
+    _step(state, clip_grad=1.0)
+    assert bits(state) == before
+    assert state.skipped == 1
+    assert not fp16 or state.scaler.get_scale() == scale / 2
+    train_a_little(state, 1)
+    assert bits(state) != before
+    assert state.skipped == 0
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_restored_state_goes_on_with_the_same_bits(fp16, tmp_path):
+    state = make_state(fp16)
+    train_a_little(state)
+    state.epoch, state.skipped, state.best = 2, 1, {"acc1": 50.0, "step": 2}
+    path = save(tmp_path, state, {"model": "toy"})
+    other = make_state(fp16)
+    train_a_little(other, 1)  # what it has must not shine through
+    checkpoint.restore(path, other)
+    assert other.counters() == state.counters()
+    assert checkpoint.read_metadata(path)["model"] == "toy"
+    train_a_little(state)
+    train_a_little(other)
+    assert bits(other) == bits(state)
+
+
+def test_hyperparameters_come_from_the_configuration(tmp_path):
+    state = make_state(lr=0.1, weight_decay=0.5)
+    train_a_little(state)
+    path = save(tmp_path, state, {})
+    other = make_state(lr=0.2, weight_decay=0.25)
+    checkpoint.restore(path, other)
+    assert [group["lr"] for group in other.optimizer.param_groups] == [0.2, 0.2]
+    assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.25, 0.0]
+
+
+def save(folder: Path, state: TrainState, metadata: dict) -> Path:
+    return checkpoint.write(folder, f"step-{state.step}", checkpoint.snapshot(state, metadata))
+
+
+def make_checkpoints(folder: Path, steps: list[int]) -> list[Path]:
+    state = make_state()
+    train_a_little(state, 1)
+    paths = []
+    for state.step in steps:
+        paths.append(save(folder, state, {}))
+    return paths
+
+
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer", "state", "manifest"])
+def test_every_kind_of_damage_is_found_and_the_one_before_is_used(name, tmp_path):
+    good, bad = make_checkpoints(tmp_path, [9, 10])
+    file = next(bad.glob(f"{name}.*"))
+    content = file.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    for damaged in (b"", content[: len(content) // 2], content[:-1], bytes(flipped), None):
+        if damaged is None:
+            file.unlink()
+        else:
+            file.write_bytes(damaged)
+        assert checkpoint.verify(bad) is not None
+        assert checkpoint.latest(tmp_path) == good
+        with pytest.raises(CheckpointError, match=file.name):
+            checkpoint.resolve(bad)
+    file.write_bytes(content)
+    assert checkpoint.verify(bad) is None
+
+
+def test_all_damaged_is_an_error_and_none_is_not(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    (path,) = make_checkpoints(tmp_path, [1])
+    (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
+        checkpoint.latest(tmp_path)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    make_checkpoints(tmp_path, [1, 2, 9, 10, 11])
+    (tmp_path / ".tmp-step-12").mkdir()
+    checkpoint.prune(tmp_path / "step-11", keep=2, best="step-2")
+    assert sorted(os.listdir(tmp_path)) == ["step-10", "step-11", "step-2"]
+
+
+def test_failed_save_leaves_the_others_alone(tmp_path, monkeypatch):
+    (older,) = make_checkpoints(tmp_path, [1])
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(StorageError, match="No space left"):
+        make_checkpoints(tmp_path, [2])
+    assert os.listdir(tmp_path) == [older.name]
+    assert checkpoint.verify(older) is None
+
+
+def test_what_is_saved_is_the_state_at_that_moment(tmp_path, monkeypatch):
+    state = make_state()
+    train_a_little(state)
+    before = bits(state)
+    begin, write = threading.Event(), checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *args: begin.wait() and write(*args))
+    with checkpoint.Saver(tmp_path, keep=2) as saver:
+        saver.save(state, {})
+        train_a_little(state)  # while the disk is slow
+        begin.set()
+    other = make_state()
+    checkpoint.restore(checkpoint.latest(tmp_path), other)
+    assert bits(other) == before
+
+
+def test_failed_background_write_ends_the_run(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2)
+    saver.save(make_state(), {})
+    with pytest.raises(StorageError, match="step-0"), saver:
+        saver.save(make_state(), {})
+
+
+# --- Evaluation and records -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_evaluation_is_the_mean_over_images(batch_size):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8)
+    labels = torch.randint(0, 8, (23,))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    samples = [(images[i], labels[i], i, []) for i in range(23)]
+    result = validate(
+        model=model,
+        loader=DataLoader(samples, batch_size),
+        normalize=lambda images: images.float() / 255,
+        process=CPU,
+        amp_dtype=torch.float32,
+        print_freq=10,
+    )
+    with torch.no_grad():
+        logits = model(images.float() / 255)
+    ranks = logits.argsort(descending=True)
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    assert result.images == 23
+    assert result.top1 == (ranks[:, 0] == labels).sum()
+    assert result.top5 == (ranks[:, :5] == labels[:, None]).sum()
+    assert result.loss == pytest.approx(loss)
+    assert Accuracy(8, 2, 4, 1.0).acc1 == 25
+
+
+def test_records_beyond_the_resumed_update_are_cut(tmp_path):
+    writer = MetricWriter(tmp_path, 0, 0, every=1)
+    for step in (1, 2, 3):
+        writer.metrics(step, {"train/loss": 0.5})
+    writer.close()
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')  # a kill in mid-line
+    writer = MetricWriter(tmp_path, 2, 0, every=1)
+    writer.metrics(3, {"train/loss": 0.5})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    assert [json.loads(line)["step"] for line in whole.splitlines()] == [1, 2, 3]
+
+
+def test_the_evaluation_of_an_epoch_that_was_not_closed_is_recorded_once(tmp_path):
+    """A run that is asked to stop at the end of an epoch is saved before its evaluation."""
+    writer = MetricWriter(tmp_path, 0, 0, every=1)
+    writer.metrics(1, {"train/loss": 0.5})
+    writer.metrics(1, {"epoch": 1, "val/acc1": 50.0})
+    writer.close()
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    MetricWriter(tmp_path, 1, 1, every=1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    writer = MetricWriter(tmp_path, 1, 0, every=1)  # killed before the epoch was saved as closed
+    writer.metrics(1, {"epoch": 1, "val/acc1": 50.0})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole

@@ -1,0 +1,138 @@
+"""The cache of a folder's listing: believed while nothing has changed, and never needed."""
+
+import os
+import shutil
+import time
+
+import pytest
+from helpers.images import write_image_folder
+
+import data.listing
+import data.readers
+from data.readers import FolderReader
+
+
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.listing, "SETTLED", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return write_image_folder(tmp_path / "set", classes=3, train=4, val=1) / "train"
+
+
+def content(folder):
+    return folder.names.tolist(), folder.where.tolist(), folder.folders, folder.ignored
+
+
+def listed(split, monkeypatch):
+    """The split's content and whether its folders were listed for it."""
+    calls = []
+    with monkeypatch.context() as patch:
+        scan = data.readers._list
+        patch.setattr(data.readers, "_list", lambda folder: calls.append(folder) or scan(folder))
+        return content(FolderReader(split)), bool(calls)
+
+
+def test_the_second_time_nothing_is_listed(split, monkeypatch):
+    (split / "readme.txt").write_text("ignored")
+    (split / "class_0/deeper").mkdir()
+    shutil.copy(split / "class_0/000.jpg", split / "class_0/deeper/x.jpg")
+    first, was_listed = listed(split, monkeypatch)
+    assert was_listed
+    assert (split.parent / ".train.index.npz").exists()
+    second, was_listed = listed(split, monkeypatch)
+    assert not was_listed
+    assert second == first
+    assert first[3] == 1
+    assert len(first[0]) == 13
+    monkeypatch.chdir(split.parent)
+    assert not listed(data.listing.Path("train"), monkeypatch)[1]
+
+
+def add(split):
+    shutil.copy(split / "class_0/000.jpg", split / "class_0/new.jpg")
+
+
+def remove(split):
+    (split / "class_1/002.jpg").unlink()
+
+
+def rename(split):
+    (split / "class_1/002.jpg").rename(split / "class_1/009.jpg")
+
+
+def replace(split):
+    (split / "other.jpg").write_bytes(b"longer than before" * 999)
+    os.replace(split / "other.jpg", split / "class_1/002.jpg")
+
+
+def new_class(split):
+    shutil.copytree(split / "class_0", split / "class_7")
+
+
+def restored_times(split):
+    time_before = os.stat(split / "class_1").st_mtime_ns
+    (split / "class_1/002.jpg").unlink()
+    os.utime(split / "class_1", ns=(time_before, time_before))
+
+
+def moved_copy(split):
+    """Another folder in its place with the same modification times, and the cache with it."""
+    shutil.copytree(split.parent, split.parent.with_name("copy"))
+    shutil.rmtree(split.parent)
+    split.parent.with_name("copy").rename(split.parent)
+
+
+@pytest.mark.parametrize(
+    "change", [add, remove, rename, replace, new_class, restored_times, moved_copy]
+)
+def test_every_change_is_noticed(split, monkeypatch, change):
+    FolderReader(split)
+    time.sleep(0.02)  # longer than the clock tick of the file system
+    change(split)
+    found, was_listed = listed(split, monkeypatch)
+    assert was_listed
+    (split.parent / ".train.index.npz").unlink()
+    assert found == content(FolderReader(split))
+
+
+def test_a_file_overwritten_in_place_is_noticed_until_its_folder_is_touched(split):
+    FolderReader(split)
+    (split / "class_0/000.jpg").write_bytes(b"new")
+    with pytest.raises(ValueError, match="touch its folder if that is meant"):
+        FolderReader(split).read(0)
+    (split / "class_0").touch()
+    assert FolderReader(split).read(0) == b"new"
+
+
+@pytest.mark.parametrize("harm", [b"", b"PK\3\4 no zip", "flipped", "cut", "flag of encryption"])
+def test_a_damaged_cache_is_passed_over(split, monkeypatch, harm):
+    expected = content(FolderReader(split))
+    cache = split.parent / ".train.index.npz"
+    whole = cache.read_bytes()
+    half = len(whole) // 2
+    harms = {
+        "cut": whole[:half],
+        "flipped": whole[:300] + bytes([whole[300] ^ 1]) + whole[301:],
+        "flag of encryption": whole.replace(b"PK\1\2-\3-\0\0", b"PK\1\2-\3-\0\1"),
+    }
+    cache.write_bytes(harms.get(harm, harm))
+    assert listed(split, monkeypatch) == (expected, True)
+    assert listed(split, monkeypatch) == (expected, False)
+
+
+def test_beside_a_read_only_split_the_users_cache_is_used(split, monkeypatch):
+    (split.parent / ".train.index.npz").mkdir()  # nobody can write a file there, root included
+    FolderReader(split)
+    assert not listed(split, monkeypatch)[1]
+    (split.parent / ".train.index.npz").rmdir()
+    shutil.rmtree(split.parent.with_name("cache"))
+    split.parent.with_name("cache").write_text("nor here")
+    (split.parent / ".train.index.npz").mkdir()
+    assert listed(split, monkeypatch)[1]
+    assert not list(split.parent.glob(".train.index.npz.*")), "nothing is left behind"
+
+
+def test_what_changed_a_moment_ago_is_not_believed_to_be_final(split, monkeypatch):
+    monkeypatch.setattr(data.listing, "SETTLED", 10**11)
+    FolderReader(split)
+    assert not (split.parent / ".train.index.npz").exists()

@@ -1,0 +1,168 @@
+"""What makes the models fast, without timing anything: operations, memory, and that every path computes the same."""
+
+import functools
+from argparse import Namespace
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from models import attention, dat
+from models.attention import attend
+from models.dat import GELULinear, StochasticDepth
+from models.ops import bias_by_rows, rpe_bias, sample, sample_by_grid, sample_by_rows
+from tools.benchmarks.model import Subject
+
+BOTH = pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
+
+
+@pytest.mark.parametrize(
+    ("name", "operations", "mib"), [("dat_tiny", 700, 60), ("dat_pp_tiny", 2220, 104)]
+)
+def test_operations_and_memory_of_a_forward_pass(name, operations, mib):
+    args = Namespace(device="cpu", dtype="bfloat16", size=224, batch=4)
+    subject = Subject.named(name, args)
+    assert subject.kept_mib() <= mib  # and masks and grids are remembered
+    assert subject.operations() <= operations
+
+
+# --- The same numbers on every path ---------------------------------------------------------------
+
+
+def gradients(function, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The value of `function` and its gradients for all `tensors`, under weights that differ everywhere."""
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    value = function(*tensors)
+    weights = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view(value.shape)
+    return [value, *torch.autograd.grad((value * weights).sum(), tensors)]
+
+
+def positions(batch: int = 2, groups: int = 3) -> torch.Tensor:
+    """Inside, outside, far outside, on cells and on the border of a map of 5 × 7."""
+    points = torch.rand(batch, groups, 4, 6, 2, dtype=torch.float64) * 3 - 1.5
+    points[0, 0, 0, 0] = torch.tensor((-9.0, 9.0))
+    points[0, 0, 0, 1] = torch.tensor((-1.0, 0.99))
+    points[0, 0, 0, 2] = torch.tensor((0.5 + 1e-9, -1 / 3 + 1e-9))  # as good as on a cell
+    return points
+
+
+def test_readings_by_rows_and_by_grid_are_the_same():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 7, 12, dtype=torch.float64)
+    points = positions()
+    rows, grid = gradients(sample_by_rows, x, points), gradients(sample_by_grid, x, points)
+    for own, other in zip(rows, grid, strict=True):
+        torch.testing.assert_close(own, other)
+    assert (rows[0].view(2, 24, 3, 4)[0, 0, 0] == 0).all()  # far outside
+    assert rows[0].is_contiguous()
+    assert grid[0].is_contiguous()
+
+
+def test_the_bias_by_rows_and_by_grid_is_the_same():
+    torch.manual_seed(0)
+    tables = torch.randn(6, 9, 13, dtype=torch.float64)
+    queries, keys = torch.rand(5, 7, 2, dtype=torch.float64) * 2 - 1, positions()
+
+    def by_rows(tables, queries, keys):
+        displacement = (queries.view(-1, 1, 2) - keys.flatten(2, 3)[:, :, None]) / 2
+        return bias_by_rows(tables, displacement)
+
+    one, other = (gradients(f, tables, queries, keys) for f in (rpe_bias, by_rows))
+    for own, peer in zip(one, other, strict=True):
+        torch.testing.assert_close(own, peer)
+
+
+def test_a_position_that_is_no_number_gives_no_number():
+    points = positions().float()
+    points[1, 2, 3, 3, 0] = torch.nan
+    read = sample(torch.ones(2, 5, 7, 12), points).view(2, 24, 3, 4)
+    assert read[1, 21, 2].isnan().all()
+    assert read.isnan().sum() == 4
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 6])
+def test_attention_equals_the_fused_kernel(repeats):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(6, n, 4, dtype=torch.float64) for n in (5, 3, 3))
+    bias = torch.randn(6 // repeats, 5, 3, dtype=torch.float64)
+
+    def fused(q, k, v, bias):  # as on CUDA
+        q, k, v = (part.unflatten(0, (repeats, -1)) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, bias).flatten(0, 1)
+
+    def own(q, k, v, bias):
+        return attend(q, k, v, bias.clone())
+
+    for one, other in zip(
+        gradients(own, q, k, v, bias), gradients(fused, q, k, v, bias), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_gelu_that_is_computed_again_is_the_same():
+    torch.manual_seed(0)
+    layer = GELULinear(6, 4).double()
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+
+    def again(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x)
+
+    def plain(x, weight, bias):
+        return F.linear(F.gelu(x), weight, bias)
+
+    inputs = x, layer.weight, layer.bias
+    for own, other in zip(gradients(again, *inputs), gradients(plain, *inputs), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("drop_prob", [0.02, 0.5, 0.98])  # often all, some, often none
+def test_dropped_images_are_not_computed_and_nothing_else_changes(drop_prob, monkeypatch):
+    layer, drop_path = torch.nn.Linear(3, 3).double(), StochasticDepth(drop_prob)
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    computed, seen = [], []
+
+    def add(seed, x, weight, bias):
+        def branch(some):
+            computed.append(len(some))
+            return F.linear(some, weight, bias)
+
+        torch.manual_seed(seed)
+        return drop_path(x, branch)
+
+    for seed in range(20):
+        run = functools.partial(
+            gradients, functools.partial(add, seed), x, layer.weight, layer.bias
+        )
+        monkeypatch.setattr(dat, "is_tracing", lambda: False)
+        found = run()
+        monkeypatch.setattr(dat, "is_tracing", lambda: True)  # computes all and multiplies by 0
+        for own, other in zip(found, run(), strict=True):
+            torch.testing.assert_close(own, other)
+        kept = (found[0] != x).flatten(1).any(1).sum()
+        assert computed[0] == max(1, kept)
+        seen.append(int(kept))
+        computed.clear()
+    assert abs(sum(seen) / 80 - (1 - drop_prob)) < 0.15
+    assert torch.equal(drop_path.eval()(x, layer), x + layer(x))
+
+
+@BOTH
+def test_parts_of_a_batch_are_the_same_as_all_of_it(name, monkeypatch):
+    torch.manual_seed(0)
+    args = {"stages": ("LS", "ND", "NS", "D"), "dims": (8, 16, 16, 32), "num_heads": (1, 2, 2, 4)}
+    model = timm.create_model(name, offset_groups=(1, 1, 2, 2), **args).double()
+    images = torch.randn(5, 3, 64, 64, dtype=torch.float64)
+    whole = gradients(model, images)
+    mlp, calls = model.stages[0].blocks[0].mlp, []
+    forward = mlp.fc2.forward
+    monkeypatch.setattr(mlp.fc2, "forward", lambda x: calls.append(len(x)) or forward(x))
+    two_images = 2 * mlp.largest(torch.empty(1, 16, 16, 8, dtype=torch.float64))
+    monkeypatch.setattr(attention, "CPU_BYTES", two_images)
+    for own, other in zip(gradients(model, images), whole, strict=True):
+        torch.testing.assert_close(own, other)
+    assert calls == [2 * 256, 2 * 256, 256]
+    seen = []
+    mlp.fc1.register_forward_hook(lambda *args: seen.append(len(args[2])))
+    model(images)
+    assert seen == [5 * 256]  # who looks inside sees whole batches

@@ -1,0 +1,262 @@
+"""How fast do images come, next to timm's loader and to decoding alone? The `data` part of tools/benchmark.py.
+
+All loaders get the same files, recipe, batch size and number of workers and are timed in turns, a
+pass each, from files to what the model takes: normalised, erased and mixed. Workers are started
+and the files cached by a pass that is not counted.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import timm.data
+import torch
+from timm.data import auto_augment
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+from data.decode import decode, decode_pixels
+from data.readers import Reader, open_split
+from data.transforms import posterize
+from tools import pack
+from utils.errors import DataError
+from utils.rng import reseed
+
+CPU = torch.device("cpu")
+SIZE = 224
+AUGMENT = "rand-m9-mstd0.5-inc1"
+MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.0}
+QUALITY = 90  # of the pack that is encoded anew
+PEER = "timm with prefetcher"
+CEILINGS = ("Pillow", "libjpeg-turbo")
+
+Pass = Callable[[], Iterable]  # one pass over the images, as batches
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `benchmark.py data`."""
+    parser.add_argument(
+        "--data-path", type=Path, required=True, help="a dataset; without train: val"
+    )
+    parser.add_argument("--images", type=int, default=1000, help="of a pass, spread over the set")
+    parser.add_argument("--workers", type=int, default=2, help="of every loader")
+    parser.add_argument("--threads", type=int, default=1, help="of the process that is fed")
+    parser.add_argument("--batch-size", type=int, default=50, help="even, as mixing needs it")
+    parser.add_argument("--shorter-side", type=int, default=288, help="of a pack encoded anew")
+    parser.add_argument("--rounds", type=int, default=5, help="counted passes of every loader")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Images per second of every loader, and relative to timm's and to decoding alone in the same round.
+
+    Raises DataError without data, or without as many images as a batch has.
+    """
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, plain, small = (Path(scratch) / name for name in ("folder", "plain", "small"))
+        count = _sample(args.data_path, folder, args.images, args.batch_size)
+        pack.pack(folder, plain, "train", 0, QUALITY, max(1, args.workers))
+        pack.pack(folder, small, "train", args.shorter_side, QUALITY, max(1, args.workers))
+        passes = {
+            "decoding, Pillow": _decoding(folder, decode, args),
+            "decoding, libjpeg-turbo": _decoding(folder, decode_pixels, args),
+            f"training, {PEER}": _timm_training(folder, args, prefetcher=True),
+            "training, timm": _timm_training(folder, args, prefetcher=False),
+            "training, ours": _training(folder, args),
+            "training, ours, packed": _training(plain, args),
+            f"training, ours, packed at {args.shorter_side} px": _training(small, args),
+        }
+        for crop_mode in ("squash", "center"):
+            phase = f"evaluation ({crop_mode})"
+            passes |= {
+                f"{phase}, {PEER}": _timm_evaluation(folder, args, crop_mode, prefetcher=True),
+                f"{phase}, timm": _timm_evaluation(folder, args, crop_mode, prefetcher=False),
+                f"{phase}, ours": _evaluation(folder, args, crop_mode),
+                f"{phase}, ours, not exact": _evaluation(folder, args, crop_mode, exact=False),
+            }
+        speeds = _in_turns(passes, count, args.rounds)
+    return {
+        "workers": args.workers,
+        "batch_size": args.batch_size,
+        "images": count,
+        "threads": torch.get_num_threads(),
+        "images_per_second": {name: _summary(speed) for name, speed in speeds.items()},
+        "times_timm": {
+            name: _summary(speed / speeds[f"{name.partition(',')[0]}, {PEER}"])
+            for name, speed in speeds.items()
+            if "ours" in name
+        },
+        "share_of_decoding": {
+            ceiling: {
+                name: _summary(speed / speeds[f"decoding, {ceiling}"])
+                for name, speed in speeds.items()
+            }
+            for ceiling in CEILINGS
+        },
+    }
+
+
+def table(result: dict) -> str:
+    """The result of `run` as lines of text."""
+    lines = [
+        f"{result['images']} images, {result['workers']} workers, batches of "
+        f"{result['batch_size']}; medians of the rounds (lowest … highest)",
+        f"{'':34}{'images/s':>24}{'times ' + PEER:>32}{'of decoding, Pillow, libjpeg-turbo':>36}",
+    ]
+    for name, speed in result["images_per_second"].items():
+        times = result["times_timm"].get(name)
+        shares = [result["share_of_decoding"][ceiling][name]["median"] for ceiling in CEILINGS]
+        lines.append(
+            f"{name:34}{_spread(speed, '.0f'):>24}{_spread(times, '.2f') if times else '':>32}"
+            f"{shares[0]:>26.0%}{shares[1]:>10.0%}"
+        )
+    return "\n".join(lines)
+
+
+def _sample(root: Path, folder: Path, count: int, batch_size: int) -> int:
+    """Write up to `count` images, whole batches, as files: `folder`/train and the same as val; how many."""
+    try:
+        source = open_split(root, "train")
+    except DataError:
+        source = open_split(root, "val")
+    count = min(count, len(source.names)) // batch_size * batch_size
+    if not count:
+        raise DataError(f"{source.path} has {len(source.names)} images; a batch is {batch_size}")
+    chosen = np.linspace(0, len(source.names) - 1, count).astype(int)
+    for index in chosen.tolist():
+        path = folder / "train" / os.fsdecode(source.names[index])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.read(index))
+    (folder / "val").symlink_to("train")
+    return count
+
+
+def _in_turns(passes: dict[str, Pass], images: int, rounds: int) -> dict[str, np.ndarray]:
+    """Images per second of each pass in each round; one more round comes first and is not counted."""
+    seconds = {name: [] for name in passes}
+    for number in tqdm(range(rounds + 1), unit=" round", disable=None):
+        for name, one_pass in passes.items():
+            reseed(number)
+            start = time.perf_counter()
+            for _ in one_pass():
+                pass
+            seconds[name].append(time.perf_counter() - start)
+    return {name: images / np.array(values[1:]) for name, values in seconds.items()}
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(values, (0, 50, 100)).tolist()
+    return {"median": median, "min": low, "max": high}
+
+
+def _spread(values: dict[str, float], form: str) -> str:
+    return f"{values['median']:{form}} ({values['min']:{form}} … {values['max']:{form}})"
+
+
+# --- Ours -----------------------------------------------------------------------------------------
+
+
+def _training(root: Path, args: argparse.Namespace) -> Pass:
+    dataset = data.ImageDataset(
+        root, "train", transform=data.train_transform(SIZE, auto_augment=AUGMENT), train=True
+    )
+    steps = len(dataset) // args.batch_size
+    sampler = data.TrainBatchSampler(
+        len(dataset), batch_size=args.batch_size, micro_batches=1, total_steps=steps
+    )
+    loader = data.train_loader(dataset, sampler, num_workers=args.workers)
+    micro_batch = data.BatchTransform(
+        len(dataset.classes), device=CPU, reprob=0.25, mixup=0.8, cutmix=1.0
+    )
+    return lambda: (micro_batch(batch.images, batch.labels) for batch in loader)
+
+
+def _evaluation(
+    root: Path, args: argparse.Namespace, crop_mode: str, *, exact: bool = True
+) -> Pass:
+    dataset = data.ImageDataset(
+        root, "val", transform=data.eval_transform(SIZE, crop_mode=crop_mode, exact=exact)
+    )
+    sampler = data.ShardSampler(len(dataset), batch_size=args.batch_size)
+    loader = data.eval_loader(dataset, sampler, num_workers=args.workers)
+    normalize = data.Normalize(device=CPU)
+    return lambda: (normalize(batch.images) for batch in loader)
+
+
+# --- timm -----------------------------------------------------------------------------------------
+
+
+def _timm_training(root: Path, args: argparse.Namespace, *, prefetcher: bool) -> Pass:
+    dataset = timm.data.ImageDataset(str(root / "train"))
+    classes = len(dataset.reader.class_to_idx)
+    loader = timm.data.create_loader(
+        dataset,
+        (3, SIZE, SIZE),
+        args.batch_size,
+        is_training=True,
+        re_prob=0.25,
+        re_mode="pixel",
+        auto_augment=AUGMENT,
+        interpolation="bicubic",
+        num_workers=args.workers,
+        collate_fn=timm.data.FastCollateMixup(**MIX, num_classes=classes) if prefetcher else None,
+        device=CPU,
+        use_prefetcher=prefetcher,
+    )
+    for op in dataset.transform.transforms[2].ops:
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = posterize  # with Pillow 13, timm's raises for 0 bits
+    if prefetcher:
+        return lambda: loader
+    mix = timm.data.Mixup(**MIX, num_classes=classes)
+    return lambda: (mix(images, labels) for images, labels in loader)
+
+
+def _timm_evaluation(
+    root: Path, args: argparse.Namespace, crop_mode: str, *, prefetcher: bool
+) -> Pass:
+    loader = timm.data.create_loader(
+        timm.data.ImageDataset(str(root / "val")),
+        (3, SIZE, SIZE),
+        args.batch_size,
+        interpolation="bicubic",
+        num_workers=args.workers,
+        crop_pct=0.875,
+        crop_mode=crop_mode,
+        device=CPU,
+        use_prefetcher=prefetcher,
+    )
+    return lambda: loader
+
+
+# --- Decoding alone -------------------------------------------------------------------------------
+
+
+class OnlyDecoded(Dataset):
+    """Every image of `source` read and decoded, and nothing kept."""
+
+    def __init__(self, source: Reader, how: Callable[[bytes], object]):
+        self.source = source
+        self.how = how
+
+    def __len__(self) -> int:
+        return len(self.source.names)
+
+    def __getitem__(self, index: int) -> None:
+        self.how(self.source.read(index))
+
+
+def _decoding(root: Path, how: Callable[[bytes], object], args: argparse.Namespace) -> Pass:
+    loader = DataLoader(
+        OnlyDecoded(open_split(root, "train"), how),
+        args.batch_size,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        collate_fn=len,
+    )
+    return lambda: loader
