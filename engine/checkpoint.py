@@ -14,15 +14,15 @@ import shutil
 import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.state import TrainState
+from utils import first_edition
 from utils.errors import CheckpointError, StopRequested, StorageError
 from utils.logging import logger
 from utils.text import join_some
@@ -33,30 +33,6 @@ FILES = REQUIRED | {"ema.safetensors"}
 # "replaced": an older one of the same step, until the newer is on the disk.
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(-replaced-\d+)?")
 MAX_FAILURES = 3  # saves in a row that may fail before the run ends
-
-
-@dataclass
-class TrainState:
-    """Exactly what the loop changes, what is saved, and what is restored."""
-
-    model: nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0  # steps done: the position in the run
-    epoch: int = 0  # epochs closed: trained and, where due, validated
-    skipped: int = 0  # steps in a row whose gradient was not finite
-    best: dict = field(default_factory=lambda: {"acc1": 0.0, "step": 0})
-
-    def counters(self) -> dict:
-        """The state that is not tensors."""
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "skipped": self.skipped,
-            "best": self.best,
-            "scaler": self.scaler.state_dict(),
-        }
 
 
 # --- Die on purpose -------------------------------------------------------------------------------
@@ -369,6 +345,8 @@ def read_metadata(path: Path) -> JsonDict:
         metadata = json.loads(file.read_bytes(), object_hook=functools.partial(JsonDict, file))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if isinstance(metadata, dict) and "step" not in metadata:
+        metadata = first_edition.translate_metadata(metadata, functools.partial(JsonDict, file))
     kinds = {"step": int, "epoch": int, "skipped": int, "best": dict, "scaler": dict}
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{file} holds {type(metadata).__name__}, expected an object")
@@ -407,8 +385,8 @@ def restore(path: Path, state: TrainState) -> None:
 
 def load_strictly(model: nn.Module, file: Path) -> None:
     """Load `file` into `model`; other names, shapes or types are a CheckpointError that lists them."""
-    tensors = read_tensors(file)
     own = model.state_dict()
+    tensors = first_edition.translate_tensors(read_tensors(file), own)
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
     problems += [
@@ -426,10 +404,11 @@ def load_strictly(model: nn.Module, file: Path) -> None:
 
 def _restore_optimizer(file: Path, state: TrainState) -> None:
     moments: dict[str, dict[str, torch.Tensor]] = {}
+    parameters = dict(state.model.named_parameters())
     for full_name, tensor in read_tensors(file).items():
         name, _, key = full_name.rpartition(".")
         moments.setdefault(name, {})[key] = tensor
-    parameters = dict(state.model.named_parameters())
+    moments = first_edition.translate_tensors(moments, parameters)
     keys = {key for values in moments.values() for key in values}
     problems = [f"{name} is no parameter" for name in moments if name not in parameters]
     problems += [f"{name} has no {key}" for name in moments for key in keys - moments[name].keys()]

@@ -14,8 +14,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine import checkpoint
-from engine.checkpoint import TrainState
 from engine.optim import create_optimizer
+from engine.state import TrainState
 from reliability.harness import (
     ENDLESS,
     STOPPED,

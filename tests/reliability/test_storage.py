@@ -31,9 +31,10 @@ from torch import hub, nn
 
 import main
 from engine import checkpoint, run_dir
-from engine.checkpoint import MANIFEST, POINTS, Saver, TrainState
+from engine.checkpoint import MANIFEST, POINTS, Saver
 from engine.optim import create_optimizer
 from engine.run_dir import RunDir
+from engine.state import TrainState
 from utils.distributed import Process
 from utils.download import download
 from utils.errors import CheckpointError, DataError, StopRequested, StorageError

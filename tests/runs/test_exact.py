@@ -1,4 +1,4 @@
-"""The levels of promise: the same bits on 1, 2 and 4 processes, also moved between them, and after kills on 3 and 4.
+"""Reproducibility in words: the same bits on 1, 2 and 4 processes, also moved between them, and after kills on 3 and 4.
 
 python -m pytest tests/test_exact.py
 """
@@ -90,7 +90,7 @@ def test_the_gradient_is_the_tree_of_its_slots_and_slot_0_moves_the_statistics()
     model.load_state_dict(start)
     reduction = DeterministicSync(model, range(4), Process(0, 1, torch.device("cpu")))
     for micro_batch, images in enumerate(micro_batches):
-        with reduction.micro_batch(micro_batch, StepTimer(torch.device("cpu"))):
+        with reduction.accumulate(micro_batch, StepTimer(torch.device("cpu"))):
             (loss_of(images) / reduction.divisor).backward()
     for parameter, *terms in zip(model.parameters(), *gradients, strict=True):
         assert torch.equal(parameter.grad, tree(terms))
@@ -143,19 +143,27 @@ def test_killed_and_resumed_under_ddp(model, processes, images, tmp_path):
 def test_the_level_is_in_the_log_and_in_the_checkpoints(unmoved):
     model, folder = unmoved
     run = folder / model / "run"
-    assert f"Promise L3: {compat.TEXTS['L3']}" in (run / "log.txt").read_text()
+    level = "bitwise on any number of processes"
+    assert (
+        f"Reproducibility: {level}: {compat.EXPLANATIONS[level]}" in (run / "log.txt").read_text()
+    )
     newest = checkpoint.list_checkpoints(run / "checkpoints")[0]
-    assert json.loads((newest / "state.json").read_text())["promise"] == "L3"
+    assert json.loads((newest / "state.json").read_text())["reproducibility"] == level
 
 
 def test_the_level_follows_from_device_and_reduction():
     levels = [
-        compat.level(torch.device(kind), exact_world_size=exact)
+        compat.reproducibility(torch.device(kind), exact_world_size=exact)
         for kind in ("cpu", "cuda")
         for exact in (False, True)
     ]
-    assert levels == ["L2", "L3", "L2 without bits", "L2 without bits"]
-    assert set(levels) == set(compat.TEXTS)
+    assert levels == [
+        "bitwise",
+        "bitwise on any number of processes",
+        "same samples",
+        "same samples",
+    ]
+    assert set(levels) == set(compat.EXPLANATIONS)
 
 
 @pytest.mark.parametrize("processes", [3, 8])

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 import models  # noqa: F401  registers the variants
 from engine import checkpoint
-from engine.checkpoint import TrainState
 from engine.loop import Accuracy, _step, validate
 from engine.optim import Schedule, create_optimizer, parameter_groups
+from engine.state import TrainState
 from utils.distributed import Process
 from utils.errors import CheckpointError, StorageError
 from utils.logging import MetricWriter
