@@ -123,7 +123,7 @@ def test_numbers_of_processes_change_no_bit(moves, images, unmoved, tmp_path):
         assert codes == [75 if steps else 0] * processes
     assert outcome(tmp_path, model=model) == outcome(reference, model=model)
     log = (tmp_path / model / "run" / "log.txt").read_text()
-    assert ("Changed since the checkpoint: processes was 4, is 1" in log) == (len(moves) > 1)
+    assert ("Changed since the checkpoint: world_size was 4, is 1" in log) == (len(moves) > 1)
 
 
 @pytest.mark.parametrize(("model", "processes"), [("dat_micro", 3), ("test_resnet", 4)])

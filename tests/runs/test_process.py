@@ -100,7 +100,7 @@ def test_an_update_without_finite_gradient_is_skipped_on_all_processes(images, t
 def test_many_skipped_in_a_row_go_back_once_then_leave_a_dump_to_replay(images, tmp_path, capsys):
     assert main.main(faulty_arguments(tmp_path, images, "TRAIN.MAX_SKIPPED=2")) == 5
     out, err = capsys.readouterr()
-    assert len(re.findall(r"Once, the run goes back to \S*step-1\.", out)) == 1
+    assert len(re.findall(r"The run rolls back to \S*step-1, once\.", out)) == 1
     dump = run_of(tmp_path) / "diverged-2"
     assert str(dump) in err
     assert "TRAIN.BASE_LR" in err
