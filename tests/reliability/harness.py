@@ -326,11 +326,6 @@ def stop_at(step: int) -> Callable[[int], None]:
     return at_step(step, lambda rank: os.kill(os.getpid(), signal.SIGTERM))
 
 
-def set_environment(name: str, value: str, rank: int) -> None:
-    """Have an environment variable."""
-    os.environ[name] = value
-
-
 # --- What a run leaves ----------------------------------------------------------------------------
 
 

@@ -27,9 +27,9 @@ from reliability.harness import (
     launch,
     outcome,
     run_of,
-    set_environment,
     stop_at,
 )
+from reliability.kill_points import POINTS, kill_at
 
 STORAGE = 6
 MIDDLE = (
@@ -72,7 +72,7 @@ def killed_at(lab: Lab, place: tuple[str, int]) -> dict:
     """Go on from MIDDLE, die where the save reaches a point for the nth time, and finish."""
     point, nth = place
     folder = copied(lab, "points", f"{point}-{nth}")
-    hook = functools.partial(set_environment, "DAT_KILL_AT", f"{point}:{nth}")
+    hook = functools.partial(kill_at, point, nth)
     codes = launch(lab.arguments(folder), log=folder / "log", hooks=[hook]).wait()
     kept = newest_step(folder)
     return {
@@ -87,7 +87,7 @@ def killed_at(lab: Lab, place: tuple[str, int]) -> dict:
 def kill_points(lab: Lab) -> Outcome:
     """Every numbered point of the save path, in the full form each time that a save of the run reaches it."""
     stopped_and_unbroken(lab)
-    places = [(point, 1) for point in checkpoint.POINTS]
+    places = [(point, 1) for point in POINTS]
     trials, nth = lab.map(killed_at, places), 1
     unreached = [trial["point"] for trial in trials if not trial["reached"]]
     while not lab.short and places:
@@ -96,8 +96,8 @@ def kill_points(lab: Lab) -> Outcome:
         trials += lab.map(killed_at, places)
     hit = [trial for trial in trials if trial["reached"]]
     good = sum(not trial["different"] for trial in hit)
-    reached = len(checkpoint.POINTS) - len(unreached)
-    measured = f"{reached}/{len(checkpoint.POINTS)} points, {good}/{len(hit)} kills survived"
+    reached = len(POINTS) - len(unreached)
+    measured = f"{reached}/{len(POINTS)} points, {good}/{len(hit)} kills survived"
     return Outcome(measured, good == len(hit) and not unreached, {"trials": trials})
 
 

@@ -31,9 +31,10 @@ from torch import hub, nn
 
 import main
 from engine import checkpoint, run_dir
-from engine.checkpoint import MANIFEST, POINTS, Saver, TrainState
+from engine.checkpoint import MANIFEST, Saver, TrainState
 from engine.optim import create_optimizer
 from engine.run_dir import RunDir
+from reliability.kill_points import POINTS, kill_at
 from utils.distributed import Process
 from utils.download import download
 from utils.errors import CheckpointError, DataError, StopRequested, StorageError
@@ -91,8 +92,8 @@ def told() -> Iterator[list[str]]:
 # --- Kills ----------------------------------------------------------------------------------------
 
 
-def save_until_killed(folder: Path, state: TrainState, kill_at: str) -> None:
-    os.environ["DAT_KILL_AT"] = kill_at
+def save_until_killed(folder: Path, state: TrainState, point: str, nth: int) -> None:
+    kill_at(point, nth, rank=0)
     with Saver(folder, keep=2) as saver:
         saver.save(state, {})
 
@@ -105,7 +106,7 @@ def test_a_kill_at_any_point_of_a_save_loses_no_checkpoint(point, replacing, tmp
     for nth in itertools.count(1):
         shutil.rmtree(tmp_path)
         save(tmp_path, 0, 1, 2, *([3] if replacing else []))
-        code = in_child(save_until_killed, tmp_path, last, f"{point}:{nth}")
+        code = in_child(save_until_killed, tmp_path, last, point, nth)
         if code == 0:
             break
         assert code == -signal.SIGKILL
