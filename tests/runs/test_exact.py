@@ -10,7 +10,6 @@ from signal import SIGKILL
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.images import write_image_folder
 from helpers.runs import SMALL, arguments, outcome, run_group
 from torch import nn
 
@@ -40,12 +39,6 @@ TEST: {CROP_PCT: 1.0}
 EXACT = ("--opts", "TRAIN.EXACT_WORLD_SIZE=True", "TRAIN.GLOBAL_BATCH_SIZE=16", "TRAIN.EPOCHS=2")
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """Two steps of 24 images an epoch or three of 16, and three validation batches of 4."""
-    return write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=3)
-
-
 # --- The tree -------------------------------------------------------------------------------------
 
 
@@ -67,7 +60,7 @@ def test_the_sum_is_that_of_a_balanced_tree(count):
     assert count < 4 or not torch.equal(expected, in_a_row)
 
 
-def test_the_gradient_is_the_tree_of_its_slots_and_slot_0_moves_the_statistics():
+def test_the_gradient_is_the_tree_of_its_micro_batches_and_the_first_one_moves_the_statistics():
     torch.manual_seed(0)
     micro_batches = torch.randn(4, 8, 3, 6, 6)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
