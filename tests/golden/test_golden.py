@@ -15,7 +15,15 @@ from models.convert import checkpoint_filter_fn, to_official
 GOLDEN = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["dat_tiny", "dat_base_384", "dat_pp_tiny", "dat_pp_base_384"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dat_tiny",
+        "dat_pp_tiny",
+        pytest.param("dat_base_384", marks=pytest.mark.slow),
+        pytest.param("dat_pp_base_384", marks=pytest.mark.slow),
+    ],
+)
 def test_golden_numbers(name):
     expected = load_file(GOLDEN / f"{name}.safetensors")
     metadata = json.loads((GOLDEN / f"{name}.json").read_text())
