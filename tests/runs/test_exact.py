@@ -95,7 +95,9 @@ def test_the_gradient_is_the_tree_of_its_micro_batches_and_the_first_one_moves_t
 # --- Whole runs -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(
+    scope="module", params=["dat_micro", pytest.param("test_resnet", marks=pytest.mark.slow)]
+)
 def unmoved(request, images, tmp_path_factory) -> tuple[str, Path]:
     """A model's name and the folder of its run on one process that nothing stopped."""
     folder = tmp_path_factory.mktemp("unmoved")
@@ -119,7 +121,10 @@ def test_numbers_of_processes_change_no_bit(moves, images, unmoved, tmp_path):
     assert ("Changed since the checkpoint: processes was 4, is 1" in log) == (len(moves) > 1)
 
 
-@pytest.mark.parametrize(("model", "processes"), [("dat_micro", 3), ("test_resnet", 4)])
+@pytest.mark.parametrize(
+    ("model", "processes"),
+    [("dat_micro", 3), pytest.param("test_resnet", 4, marks=pytest.mark.slow)],
+)
 def test_killed_and_resumed_under_ddp(model, processes, images, tmp_path):
     # Three and four processes have several of the twelve micro-batches each. In float16 the first steps are skipped.
     more = "--batch-size", "2", "--amp-dtype", "bfloat16"

@@ -99,7 +99,7 @@ def test_a_finished_run_does_nothing_more(images, unbroken):
     assert outcome(unbroken) == before
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_resumed_on_many_processes(processes, images, tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     for folder in (unbroken, broken):
