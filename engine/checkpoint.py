@@ -6,12 +6,10 @@ written under another name, synced and renamed: a folder of that name is whole, 
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
-import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -33,31 +31,6 @@ FILES = REQUIRED | {"ema.safetensors"}
 # "replaced": an older one of the same step, until the newer is on the disk.
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(-replaced-\d+)?")
 MAX_FAILURES = 3  # saves in a row that may fail before the run ends
-
-
-# --- Die on purpose -------------------------------------------------------------------------------
-
-POINTS = (  # of a save, in this order; some are reached several times
-    "snapshot",  # the state is copied, nothing is written
-    "folder",  # the temporary folder is there
-    "file",  # a file is written
-    "file-synced",
-    "folder-synced",
-    "set-aside",  # the older checkpoint of the same step has another name
-    "renamed",  # the new one has its name
-    "committed",  # and is on the disk
-    "hidden",  # one that is no longer kept has lost its name
-    "deleted",
-    "pruned",
-)
-_times = itertools.count(1)
-
-
-def reached(point: str) -> None:
-    """Die as of kill -9 where the environment says DAT_KILL_AT=<point>[:<nth time>]: the proof that no kill hurts."""
-    place, _, nth = os.environ.get("DAT_KILL_AT", "").partition(":")
-    if place == point and next(_times) == int(nth or 1):
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # --- Write ----------------------------------------------------------------------------------------
@@ -94,7 +67,6 @@ class Saver:
         start = time.perf_counter()
         files = snapshot(state, metadata)
         copied = time.perf_counter() - start
-        reached("snapshot")
         self._writing = self._thread.submit(
             self._write, f"step-{state.step}", files, f"step-{state.best['step']}", copied
         )
@@ -149,23 +121,16 @@ def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        reached("folder")
         for file_name, content in files.items():
             with (temporary / file_name).open("wb") as file:
                 file.write(content)
                 file.flush()
-                reached("file")
                 os.fsync(file.fileno())
-                reached("file-synced")
         _sync_folder(temporary)
-        reached("folder-synced")
         if target.exists():  # damaged and passed over, or from before its epoch was closed
             os.rename(target, folder / f"{name}-replaced-{time.time_ns()}")
-            reached("set-aside")
         os.rename(temporary, target)
-        reached("renamed")
         _sync_folder(folder)
-        reached("committed")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
@@ -190,14 +155,11 @@ def prune(written: Path, keep: int, best: str) -> None:
             if (kept >= keep and path.name != best) or (kept and replaced):
                 hidden = path.with_name(f".tmp-{path.name}")
                 os.rename(path, hidden)  # no reader finds a part of it
-                reached("hidden")
                 shutil.rmtree(hidden)
-                reached("deleted")
             elif verify(path) is None:
                 kept += 1
     except OSError as error:
         logger.warning(f"{written.parent}: what is not kept cannot be deleted ({error.strerror})")
-    reached("pruned")
 
 
 def remove_partial(folder: Path) -> None:

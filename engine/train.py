@@ -69,7 +69,9 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
 
         # --- After a step -------------------------------------------------------------------------
         sampler = build.train_sampler(cfg, train_set, recipe, process, start_step=0)
-        limit = cfg.TRAIN.MAX_SKIPPED
+        divergence = Divergence(
+            cfg.TRAIN.MAX_SKIPPED, run_dir.path, metadata, train_set, sampler, process
+        )
         after_step = AfterStep(
             state=state,
             metadata=metadata,
@@ -78,7 +80,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
             save_steps=cfg.SAVE_STEPS,
             steps_per_epoch=steps_per_epoch,
             stop=stop,
-            divergence=Divergence(limit, run_dir.path, metadata, train_set, sampler, process),
+            divergence=divergence,
             watchdog=watchdog,
             writer=writer,
             process=process,
@@ -99,14 +101,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
                 after_step.rollback(error)
                 batches = None  # from the step of that checkpoint
                 continue
-            last = state.epoch + 1 == cfg.TRAIN.EPOCHS
-            improved = False
-            if last or (state.epoch + 1) % cfg.EVAL_FREQ == 0:
-                improved = validate_epoch(cfg, loader, state, writer, process)
-            state.epoch += 1
-            if last or improved or state.epoch % cfg.SAVE_FREQ == 0:
-                after_step.save()
-            after_step.write_status()
+            end_epoch(cfg, loader, after_step)
         after_step.finish()
         logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at step {state.best['step']}")
         logger.info(f"The run is complete: {run_dir.path}")
@@ -136,7 +131,20 @@ def find_checkpoint(cfg: CfgNode, run_dir: RunDir) -> Path | None:
     return own
 
 
-# --- Validation -----------------------------------------------------------------------------------
+# --- End of an epoch ------------------------------------------------------------------------------
+
+
+def end_epoch(cfg: CfgNode, loader: InterruptibleLoader, after_step: AfterStep) -> None:
+    """Close an epoch: evaluate where due, save where due or improved."""
+    state = after_step.state
+    last = state.epoch + 1 == cfg.TRAIN.EPOCHS
+    improved = False
+    if last or (state.epoch + 1) % cfg.EVAL_FREQ == 0:
+        improved = validate_epoch(cfg, loader, state, after_step.writer, after_step.process)
+    state.epoch += 1
+    if last or improved or state.epoch % cfg.SAVE_FREQ == 0:
+        after_step.save()
+    after_step.write_status()
 
 
 def validate_epoch(
