@@ -1,4 +1,4 @@
-"""Configuration: every key with its default and check, the command line, and what does not fit together.
+"""Configuration, in one file: every key with default and check, flags, foreign names, and what does not fit together.
 
 `parse(argv)` gives the frozen configuration, or one ConfigError that lists everything wrong, a line each. The last of
 these wins: the defaults below, `BASE` files, the file of `--cfg`, `--opts`, the other flags. Neither torch nor NumPy
