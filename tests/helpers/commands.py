@@ -38,7 +38,7 @@ def in_lines(text: str) -> Iterator[str]:
     """The commands among the lines of `text`."""
     for line in text.replace("\\\n", " ").splitlines():
         if line.strip().startswith(STARTS):
-            yield " ".join(line.split())
+            yield " ".join(line.partition(" #")[0].split())
 
 
 def check(command: str) -> None:
@@ -83,6 +83,8 @@ def check_tool(script: Path, arguments: list[str]) -> None:
     assert script.is_file(), f"{script}: no such program"
     if script == ROOT / "tools" / "doctor.py":  # hands most of its arguments to main.py's parser
         doctor.parse(arguments)
+        return
+    if not arguments:  # a program without a command line would run
         return
     parsed = vars(parse_only(script, arguments))
     patterns = parsed.get("cfg") or []
