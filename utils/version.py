@@ -1,4 +1,4 @@
-"""Version of the project, and of the format of its checkpoints."""
+"""Version numbers of the project and of the checkpoints that it writes; CHANGELOG.md says what changed with each."""
 
 __version__ = "2.0.0"
-CHECKPOINT_FORMAT = 2  # 1: the first edition's names, translated when read
+CHECKPOINT_FORMAT = 2
