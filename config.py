@@ -214,7 +214,7 @@ READER = Schema(KEYS, "MODEL.ARGS", OWNED_ARGS, FOREIGN)
 EXAMPLES = """examples:
   torchrun --nproc-per-node 8 main.py --cfg configs/dat_tiny.yaml --data-path /imagenet
   python main.py --cfg configs/dat_tiny.yaml --data-path /imagenet --eval --pretrained dat_tiny_in1k_224.pth
-  python main.py --cfg configs/cifar10.yaml --data-path cifar10 --tag lr1e-3 --opts TRAIN.BASE_LR 1e-3 TRAIN.EPOCHS=50
+  python main.py --cfg configs/cifar10.yaml --tag lr1e-3 --opts TRAIN.BASE_LR 1e-3 TRAIN.EPOCHS=50
 
 Every key that files and --opts may set is listed in config.py with its default. The same command resumes a run."""
 
