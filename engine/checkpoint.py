@@ -1,7 +1,7 @@
-"""What is saved, how is it written so that a kill cannot hurt it, and how does a run find its way back?
+"""Checkpoints: written atomically in the background, found again, verified, restored.
 
-A checkpoint is a folder `step-<n>` of safetensors and JSON files with a manifest of their sizes and SHA-256. It is
-written under another name, synced and renamed: a folder of that name is whole, or its manifest says what is wrong.
+A checkpoint is a directory `step-<n>` of safetensors and JSON files with a manifest of their sizes and SHA-256. It is
+written under another name, synced and renamed: a directory of that name is complete, or its manifest shows the damage.
 """
 
 import functools
@@ -37,10 +37,10 @@ MAX_FAILURES = 3  # saves in a row that may fail before the run ends
 
 
 class Saver:
-    """Writes checkpoints into `folder`, of which the newest `keep` and the best stay, while training goes on.
+    """Writes checkpoints into `folder` while training continues; keeps the latest `keep` and the best.
 
-    A save that fails is said at once and made up for by the next one; `failures` are those in a row. A context
-    manager, which ends when the last checkpoint is on the disk. Raises StorageError when MAX_FAILURES is reached, or
+    A save that fails is logged, and the next one makes up for it; `failures` counts those in a row. A context manager,
+    which ends when the last checkpoint is on the disk. Raises StorageError when MAX_FAILURES is reached, or
     when a run that ends or was asked to stop could not be saved.
     """
 
@@ -62,7 +62,7 @@ class Saver:
             raise self._error
 
     def save(self, state: TrainState, metadata: dict) -> None:
-        """Copy `state` and `metadata` now; they are written while training goes on."""
+        """Copy `state` and `metadata` now; they are written while training continues."""
         self.wait()
         start = time.perf_counter()
         files = snapshot(state, metadata)
@@ -96,7 +96,7 @@ class Saver:
 
 
 def snapshot(state: TrainState, metadata: dict) -> dict[str, bytes]:
-    """The files of a checkpoint of `state`, by name; `metadata` stand beside the counters in state.json."""
+    """The files of a checkpoint of `state`, by name; `metadata` join the counters in state.json."""
     files = {
         "model.safetensors": _serialize(state.model.state_dict()),
         "optimizer.safetensors": _serialize(_optimizer_tensors(state)),
@@ -108,7 +108,7 @@ def snapshot(state: TrainState, metadata: dict) -> dict[str, bytes]:
 
 
 def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
-    """Write `files` and their manifest as the checkpoint `folder`/`name`, whole or not at all.
+    """Write `files` and their manifest as the checkpoint `folder`/`name`, completely or not at all.
 
     Raises StorageError, leaving the older checkpoints as they are.
     """
@@ -127,7 +127,7 @@ def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
         _sync_folder(temporary)
-        if target.exists():  # damaged and passed over, or from before its epoch was closed
+        if target.exists():  # damaged and skipped, or from before its epoch was validated
             os.rename(target, folder / f"{name}-replaced-{time.time_ns()}")
         os.rename(temporary, target)
         _sync_folder(folder)
@@ -135,15 +135,15 @@ def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
             f"{target}: the checkpoint could not be written ({error.strerror}); the older ones are untouched. "
-            "Make room there: the same command, started again, goes on from the newest."
+            "Make room there, then start the same command again: it resumes from the latest."
         ) from error
     return target
 
 
 def prune(written: Path, keep: int, best: str) -> None:
-    """Delete the checkpoints beside `written` that are older than the newest `keep` whole ones and not named `best`.
+    """Delete the checkpoints beside `written` that are older than the latest `keep` valid ones and not named `best`.
 
-    Later steps than `written`'s are not counted and stay: the run that goes on here has left them.
+    Later steps than `written`'s are not counted and stay: this run resumed from before them.
     """
     kept = 0
     try:
@@ -198,7 +198,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, newest first, whole or not."""
+    """Checkpoints in `folder`, latest first, valid or not."""
     try:
         found = [
             path
@@ -217,7 +217,7 @@ def _step_of(path: Path) -> int:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, None if it is whole: every file's size and SHA-256 are compared."""
+    """What is wrong with the checkpoint at `path`, None if it is valid: every file's size and SHA-256 are compared."""
     name = MANIFEST
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -238,7 +238,7 @@ def verify(path: Path) -> str | None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, naming the damaged ones passed over; None if there is none at all.
+    """The latest valid checkpoint in `folder`; damaged ones are reported and skipped. None if there is none at all.
 
     Raises CheckpointError where every checkpoint is damaged: starting afresh would be a silent loss.
     """
@@ -247,10 +247,10 @@ def latest(folder: Path) -> Path | None:
         damage = verify(path)
         if damage is None:
             return path
-        logger.warning(f"{path} is damaged and passed over: {damage}")
+        logger.warning(f"{path} is damaged and skipped: {damage}")
     if candidates:
         raise CheckpointError(
-            f"{folder}: none of its {len(candidates)} checkpoints is whole. "
+            f"{folder}: none of its {len(candidates)} checkpoints is valid. "
             "Restore one from a copy, or choose another --tag to start afresh."
         )
     return None
@@ -269,12 +269,12 @@ def resolve(path: Path, *, best: bool = False) -> Path:
             if (damage := verify(at_best)) is None:
                 found = at_best
             elif step:
-                logger.warning(f"{at_best}, the best, is passed over for {found.name}: {damage}")
+                logger.warning(f"{at_best}, the best, is damaged ({damage}): using {found.name}")
     else:
         found = path if path.name.startswith("step-") and path.is_dir() else None
         if found and (damage := verify(found)):
             raise CheckpointError(
-                f"{found}: {damage}. Name the run's folder instead to use its newest whole checkpoint."
+                f"{found}: {damage}. Name the run instead to use its latest valid checkpoint."
             )
     if found is None:
         raise CheckpointError(
@@ -301,7 +301,7 @@ class JsonDict(dict):
 
 
 def read_metadata(path: Path) -> JsonDict:
-    """The state.json of the checkpoint at `path`. Raises CheckpointError, also at keys that are looked up in vain."""
+    """The state.json of the checkpoint at `path`. Raises CheckpointError, also for a key that is missing."""
     file = path / "state.json"
     try:
         metadata = json.loads(file.read_bytes(), object_hook=functools.partial(JsonDict, file))

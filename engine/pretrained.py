@@ -1,4 +1,4 @@
-"""Which of a file's tensors does a model start from? Weights from elsewhere, with a report of what fits."""
+"""Pretrained weights: files of many trainers read without running code, fitted to a model, with a report."""
 
 import collections
 import pickle
@@ -35,7 +35,7 @@ DAMAGE = (
 class Report:
     """What became of a file's tensors, under the model's names, and of the model's: lists of names.
 
-    `new` are the missing and misshapen ones of a classifier that may begin anew.
+    `new` are the missing and misshapen ones of a classifier that is trained from scratch.
     """
 
     def __init__(self, file: dict[str, Tensor], model: dict[str, Tensor], resized: list[str]):
@@ -128,11 +128,11 @@ def load_pretrained(model: nn.Module, path: Path, *, strict: bool) -> Report:
     fitted, resized = _fit(tensors, model, path)
     own = model.state_dict()
     report = Report(fitted, own, resized)
-    anew = () if strict else _classifier(model)
-    report.new = [n for n in report.missing + report.misshapen if n.startswith(anew)]
+    fresh = () if strict else _classifier(model)
+    report.new = [n for n in report.missing + report.misshapen if n.startswith(fresh)]
     unwanted = report.unexpected  # a model without a classifier wants none
     if model.num_classes == 0:
-        unwanted = [n for n in unwanted if not n.startswith(anew)]
+        unwanted = [n for n in unwanted if not n.startswith(fresh)]
     refused = [n for n in report.missing + report.misshapen if n not in report.new] + unwanted
 
     found = identify(tensors) if refused or resized else None
@@ -171,7 +171,7 @@ def _fit(
 
 
 def _classifier(model: nn.Module) -> tuple[str, ...]:
-    """How the names begin of what a new training may start anew; a detector's backbone ends before the norm."""
+    """Prefixes of the tensors that a new training may start from scratch; a detector's backbone ends before the norm."""
     heads = model.pretrained_cfg["classifier"] or ()
     heads = (heads,) if isinstance(heads, str) else heads
     return tuple(f"{name}." for name in (*heads, "norm"))

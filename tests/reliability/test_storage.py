@@ -1,4 +1,4 @@
-"""Kills, full disks, damage and races: no checkpoint is lost, and a damaged one is found and passed over."""
+"""Kills, full disks, damage and races: no checkpoint is lost, and a damaged one is reported and skipped."""
 
 import contextlib
 import errno
@@ -177,7 +177,7 @@ def test_a_best_checkpoint_that_cannot_be_used_is_named(tmp_path, logged_warning
     damage(best)
     assert checkpoint.resolve(tmp_path, best=True).name == "step-6"
     assert (
-        "step-4, the best, is passed over for step-6: model.safetensors has 0" in logged_warnings[0]
+        "step-4, the best, is damaged (model.safetensors has 0" in logged_warnings[0]
     )
 
 
@@ -371,7 +371,7 @@ def test_random_damage_is_detected_and_survived(tmp_path, logged_warnings):
         logged_warnings.clear()
         assert checkpoint.latest(bad.parent) == good, done
         (message,) = logged_warnings
-        assert message.startswith(f"{bad} is damaged and passed over: ")
+        assert message.startswith(f"{bad} is damaged and skipped: ")
         named = done.split()[2]
         assert named in message or MANIFEST in (named, message.split()[-1])
 

@@ -278,7 +278,7 @@ def test_damaged_checkpoint_is_refused_by_name_and_passed_over_in_a_run(
     argv = arguments(tmp_path, images, "--resume", str(last))
     refused(capsys, [*argv, "--eval"], 4, "model.safetensors", str(len(content)))
     assert main.main(arguments(tmp_path, images)) == 0
-    assert "step-6 is damaged and passed over" in capsys.readouterr().out
+    assert "step-6 is damaged and skipped" in capsys.readouterr().out
     assert outcome(tmp_path) == outcome(unbroken)
 
 
