@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data.dataset import BadFile
 from utils.errors import DataError
-from utils.logging import logger, write_atomically
+from utils.files import write_atomically
+from utils.logging import logger
 
 SHOWN = 20  # files that a message lists
 

@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import nn
 
 from utils.errors import CheckpointError, StopRequested, StorageError
 from utils.logging import logger
+from utils.text import join_some
 
 MANIFEST = "manifest.json"
 REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json"}
@@ -452,10 +452,3 @@ def _restore_optimizer(file: Path, state: TrainState) -> None:
 def _kind(tensor: torch.Tensor) -> str:
     """Shape and type of `tensor` as messages name them."""
     return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def join_some(items: Iterable[str], count: int = 10) -> str:
-    """The first `count` of `items` for a message, and how many there are beyond."""
-    items = list(items)
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(items[:count]) + more

@@ -14,6 +14,7 @@ from models.convert import Description, identify, to_ours, unwrap
 from models.dat import DAT
 from utils.errors import CheckpointError
 from utils.logging import logger
+from utils.text import join_some
 
 # What the released DAT and Swin files hold besides tensors: a yacs CfgNode, read as the dict that it is.
 SAFE_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
@@ -62,7 +63,7 @@ class Report:
                 shapes = {n: [list(t[n].shape) for t in (self._file, self._model)] for n in names}
                 names = [f"{n} is {file} instead of {model}" for n, (file, model) in shapes.items()]
             if names:
-                parts.append(f"{shares}: {checkpoint.join_some(names)}")
+                parts.append(f"{shares}: {join_some(names)}")
         return "; ".join(parts)
 
 
@@ -111,7 +112,7 @@ def refuse_nonfinite(path: Path, tensors: dict[str, Tensor]) -> None:
     names = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if names:
         raise CheckpointError(
-            f"{path} holds NaN or infinite weights, in {checkpoint.join_some(names)}. "
+            f"{path} holds NaN or infinite weights, in {join_some(names)}. "
             "The run that wrote it had diverged: take an earlier checkpoint of it."
         )
 

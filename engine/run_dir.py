@@ -14,7 +14,8 @@ from pathlib import Path
 from engine.checkpoint import remove_partial
 from utils.distributed import Process
 from utils.errors import StopRequested, StorageError, UserError
-from utils.logging import logger, write_atomically
+from utils.files import write_atomically
+from utils.logging import logger
 from utils.watchdog import HANG_EXIT_CODE
 
 

@@ -34,7 +34,8 @@ from utils import distributed
 from utils.distributed import Process, explain_lost_process, init_distributed
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError, DataError, DivergedError
-from utils.logging import MetricWriter, logger, start_logging, write_atomically
+from utils.files import write_atomically
+from utils.logging import MetricWriter, logger, start_logging
 from utils.rng import key, reseed
 from utils.signals import StopRequest
 from utils.watchdog import Watchdog

@@ -26,6 +26,7 @@ from engine import checkpoint
 from engine.pretrained import read_weights, refuse_nonfinite
 from models.convert import DERIVED, derived_buffers, identify, to_official, to_ours
 from utils.errors import CheckpointError, ConfigError, StorageError, as_exit_code
+from utils.text import join_some
 
 
 def read(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
@@ -143,7 +144,7 @@ def average(args: argparse.Namespace) -> None:
         if found != (shapes := shapes or found):
             different = sorted(name for name, _ in found.items() ^ shapes.items())
             raise CheckpointError(
-                f"{path} is another model than {args.paths[0]}: {checkpoint.join_some(different)}"
+                f"{path} is another model than {args.paths[0]}: {join_some(different)}"
             )
         total = {name: total.get(name, 0) + tensor.double() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():

@@ -39,7 +39,7 @@ from data.decode import TURNS, UNREADABLE, decode, open_image, orientation
 from data.readers import FolderReader
 from engine.train import REFERENCE_BATCH
 from utils.errors import ConfigError, DataError, UserError
-from utils.logging import write_atomically
+from utils.files import write_atomically
 
 CHUNK = 64  # files that are examined before they are noted
 SHOWN = 5  # examples of a finding

@@ -32,7 +32,7 @@ from data.decode import UNREADABLE, decode
 from data.pack import shard_name, write_index
 from data.readers import PackReader, Reader, open_split
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
-from utils.logging import write_atomically
+from utils.files import write_atomically
 
 SHARD_BYTES = 64 * 2**20  # of the files that go into a shard
 

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.errors import StorageError
+from utils.files import write_atomically
 
 logger = logging.getLogger("dat")
 
@@ -155,7 +155,7 @@ def _cut_records(path: Path, step: int, epoch: int) -> int:
     if None in places[:-1]:
         logger.warning(f"{path}: {places[:-1].count(None)} damaged records are dropped")
     if len(kept) < len(lines):
-        write_atomically(path, b"".join(line for _, line in kept).decode())
+        write_atomically(path, b"".join(line for _, line in kept))
     return kept[-1][0] if kept else 0
 
 
@@ -166,22 +166,3 @@ def _place_of(line: bytes) -> tuple[int, int] | None:
         return (int(record["step"]), int(record.get("epoch", 0))) if line.endswith(b"\n") else None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a reader, or a kill, finds the old or the new content and nothing between.
-
-    Raises StorageError, leaving the old one.
-    """
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror}. Make room there."
-        ) from error

@@ -30,7 +30,7 @@ import torch
 from engine import compat
 from reliability import cost, exact, inputs, process, storage
 from reliability.harness import Lab, NotRunError, Outcome, close, kill, marked
-from utils.logging import write_atomically
+from utils.files import write_atomically
 
 
 @dataclass(frozen=True)
