@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from analysis import imagenet
@@ -172,11 +173,30 @@ def _cells(tree: Path, group: str) -> Iterator[tuple[str, int]]:
 # --- Open -----------------------------------------------------------------------------------------
 
 
+# How pictures of a set are cropped: as the evaluation says; not at all (resized only if they have another size, as
+# ImageNet-C was cropped when it was made); or without ObjectNet's red border, then as the evaluation says.
+CROPS = {"own": {}, "none": {"crop_mode": "center", "crop_pct": 1.0}, "border": {}}
+BORDER = 2  # pixels
+
+
+class WithoutBorder:
+    """`transform` after `border` pixels were cut off at every side of a picture that is larger."""
+
+    def __init__(self, transform: Callable[[Tensor], Tensor], border: int):
+        self.transform = transform
+        self.border = border
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels uint8 [height, width, 3] to [3, H, W]."""
+        inside = slice(self.border, -self.border)
+        large = min(pixels.shape[:2]) > 2 * self.border
+        return self.transform(pixels[inside, inside] if large else pixels)
+
+
 class OpenDataset(NamedTuple):
     """How to open a split with an evaluation's settings.
 
-    dataset: (root, split, classes, crop, allow_missing) to ImageDataset; `crop` is "own" (the evaluation's), "none"
-    (the picture as it is, resized only if it has another size) or "border" (2 pixels of each side, then "own").
+    dataset: (root, split, classes, crop, allow_missing) to ImageDataset; `crop` is a key of CROPS.
     pixels: `crop` to what changes pixels, for the record.
     val_subset: whether sets of own classes may lack some.
     """
@@ -256,8 +276,8 @@ def _check_names(dataset: ImageDataset, val_subset: bool) -> None:
     logger.info(f"ReaL: labels for {known} of {len(names)} images of val, by their file names")
     if 0 < known < len(names) and not val_subset:
         raise DataError(
-            f"{dataset.source.path}: {len(names) - known} of {len(names)} files are not named ILSVRC2012_val_<8 digits>; "
-            "restore their names for ReaL, or leave ReaL out with DATA.VAL_SUBSET True"
+            f"{dataset.source.path}: {len(names) - known} of {len(names)} files are not named "
+            "ILSVRC2012_val_<8 digits>; restore their names for ReaL, or leave ReaL out with DATA.VAL_SUBSET True"
         )
 
 

@@ -1,10 +1,11 @@
 """Small trees of every test set, and a model that reads its answer from an image's colour.
 
-A picture is of one colour, which `colour` makes from an index of sorted wnids; `colour_reader` answers with the class
-of that index, and half of the time is right by it. Accuracies are therefore what the trees say.
+A picture has one colour, which `colour` makes from an index of sorted wnids; `colour_reader` answers with the class of
+that index. Accuracies are therefore what the trees say.
 """
 
 import functools
+import io
 import json
 from pathlib import Path
 
@@ -27,8 +28,6 @@ def colour(index: int) -> tuple[int, int, int]:
 
 @functools.cache
 def encode_colour(index: int, size: int) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     Image.new("RGB", (size, size), colour(index)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -41,7 +40,7 @@ def write_picture(path: Path, index: int, size: int = 8) -> None:
 
 
 class ColourReader(nn.Module):
-    """Logits from the mean colour: `sharpness` for its class, falling with the distance of the index."""
+    """Logits from the mean colour: largest for its class, falling with the distance of the index."""
 
     def __init__(self, num_classes: int, sharpness: float = 4.0, nan: int = -1, **ignored):
         super().__init__()
@@ -55,8 +54,8 @@ class ColourReader(nn.Module):
         level = ((x.mean((2, 3)) * mean + mean) * 255 / STEP).round()
         index = level[:, 0] + 32 * level[:, 1]
         classes = torch.arange(self.num_classes, device=x.device)
-        logits = self.sharpness - (index[:, None] - classes).abs() / 100
-        logits = logits + self.sharpness * (index[:, None] == classes)
+        distance = index[:, None] - classes
+        logits = self.sharpness * (distance == 0) - distance.abs() / 100 + (distance > 0) / 500
         return torch.where(index[:, None] == self.nan, torch.nan, logits)
 
 
@@ -106,8 +105,10 @@ def write_objectnet(root: Path) -> None:
     write_classes(root / "images", [*names, "spoon"], [559, 504, 441, 0])
 
 
-def write_corruptions(root: Path, names: list[str], labels: list[int], wrong: dict[str, int]) -> None:
-    """All cells of ImageNet-C; of corruption c, severity s, the first `wrong[c]` + s pictures are read as the next class."""
+def write_corruptions(
+    root: Path, names: list[str], labels: list[int], wrong: dict[str, int]
+) -> None:
+    """All cells of ImageNet-C: the first `wrong[corruption]` + severity pictures are read as the next class."""
     for corruption in imagenet.CORRUPTIONS + imagenet.EXTRA_CORRUPTIONS:
         for severity in imagenet.SEVERITIES:
             count = wrong.get(corruption, 0) + severity
