@@ -167,6 +167,11 @@ def reliability(
     )
 
 
+def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(logits / temperature) [N, classes]."""
+    return special.softmax(logits / temperature, axis=1)
+
+
 def negative_log_likelihood(
     logits: np.ndarray, label: np.ndarray, temperature: float = 1.0
 ) -> float:
@@ -237,9 +242,8 @@ def bootstrap(statistic: Callable[..., float], *columns: np.ndarray) -> Interval
     if len(columns[0]) < 2:
         return None
     result = stats.bootstrap(
-        columns,
-        statistic,
-        paired=True,
+        (np.arange(len(columns[0])),),
+        lambda rows: statistic(*(column[rows] for column in columns)),
         vectorized=False,
         n_resamples=RESAMPLES,
         batch=1,
