@@ -76,7 +76,7 @@ def _set_rows(evaluation: Evaluation, name: str, rows: dict[str, Predictions]) -
         "set": name,
         **_accuracy(found.right),
         "top5": 100 * float(found.right5.mean()),
-        "ece": 100 * _ece(found.right[seen], found.top_p[seen, 0]),
+        "ece": _ece(found.right[seen], found.top_p[seen, 0]) if seen.any() else None,
         "nll": float(found.nll[seen].mean()) if seen.any() else None,
         "unreadable": int((~seen).sum()),
         "crop": describe_crop(record.pixels),
@@ -112,7 +112,7 @@ def _accuracy(right: np.ndarray) -> dict:
 
 
 def _ece(right: np.ndarray, confidence: np.ndarray) -> float:
-    return statistics.calibration_error(right, confidence, statistics.bin_numbers(confidence))
+    return 100 * statistics.calibration_error(right, confidence, statistics.bin_numbers(confidence))
 
 
 def _real(evaluation: Evaluation, val: Predictions) -> dict | None:
