@@ -2,7 +2,7 @@
 
     evaluation.json     what the numbers depend on; the keys of `Evaluation` and `SetRecord`
     <set>.csv           one row per image, in dataset order; the columns of `column_names`
-    <set>.logits.npy    float16 [images, classes], only if logits are kept
+    <set>.logits.npy    float16 [images, classes], only if logits are kept; of all classes, also where a set masks them
     scores.json, scores.md   what tools/score.py makes of them (analysis/scores.py)
 
 A CSV is UTF-8 with a header, lines end in "\\n", and a file name is quoted only if it has to be (Python's `csv` with
@@ -219,10 +219,10 @@ def read_predictions(path: str | Path) -> Predictions:
 
 
 def read_logits(path: str | Path, predictions: Predictions, classes: int) -> np.ndarray:
-    """float64 [N, classes] of `<set>.logits.npy`. Raises DataError if missing, of another shape or not finite."""
+    """float32 [N, classes] of `<set>.logits.npy`. Raises DataError if missing, of another shape or not finite."""
     path = Path(path)
     try:
-        logits = np.load(path, allow_pickle=False).astype(np.float64)
+        logits = np.load(path, allow_pickle=False).astype(np.float32)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read ({error}); evaluate again with the logits kept"

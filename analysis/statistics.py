@@ -167,6 +167,11 @@ def reliability(
     )
 
 
+def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(logits / temperature) [N, classes]."""
+    return special.softmax(logits / temperature, axis=1)
+
+
 def negative_log_likelihood(
     logits: np.ndarray, label: np.ndarray, temperature: float = 1.0
 ) -> float:
@@ -234,15 +239,23 @@ def bootstrap(statistic: Callable[..., float], *columns: np.ndarray) -> Interval
 
     Not scipy's default BCa, whose jackknife takes N² steps. The seed is fixed: the same rows give the same interval.
     """
-    if len(columns[0]) < 2:
+    images = len(columns[0])
+    if images < 2:
         return None
+
+    def of_resamples(rows: np.ndarray, axis: int) -> np.ndarray:
+        values = [
+            statistic(*(column[chosen] for column in columns))
+            for chosen in rows.reshape(-1, images)
+        ]
+        return np.reshape(values, rows.shape[:-1])
+
     result = stats.bootstrap(
-        columns,
-        statistic,
-        paired=True,
-        vectorized=False,
+        (np.arange(images),),
+        of_resamples,
+        vectorized=True,
         n_resamples=RESAMPLES,
-        batch=1,
+        batch=max(1, 2**20 // images),  # 8 MiB of row numbers at a time
         confidence_level=LEVEL,
         method="percentile",
         rng=0,

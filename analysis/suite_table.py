@@ -28,7 +28,7 @@ def suite_results(evaluation: Evaluation, factors_file: Path | None = None) -> d
 
     factors_file: ImageNet-X's annotations of val, if any.
     """
-    cells = [name for name in evaluation.sets if _cell(name)]
+    cells = [name for name in evaluation.sets if cell_of(name)]
     names = [n for n in evaluation.sets if n not in cells and n not in CLEAN.values()]
     rows = {
         n: read_predictions(evaluation.folder / f"{n}.csv")
@@ -52,7 +52,7 @@ def suite_results(evaluation: Evaluation, factors_file: Path | None = None) -> d
     }
 
 
-def _cell(name: str) -> tuple[str, int] | None:
+def cell_of(name: str) -> tuple[str, int] | None:
     """Corruption and severity of a set `c-<corruption>-<severity>`."""
     letter, _, rest = name.partition("-")
     corruption, _, severity = rest.rpartition("-")
@@ -76,7 +76,7 @@ def _set_rows(evaluation: Evaluation, name: str, rows: dict[str, Predictions]) -
         "set": name,
         **_accuracy(found.right),
         "top5": 100 * float(found.right5.mean()),
-        "ece": 100 * _ece(found.right[seen], found.top_p[seen, 0]),
+        "ece": _ece(found.right[seen], found.top_p[seen, 0]) if seen.any() else None,
         "nll": float(found.nll[seen].mean()) if seen.any() else None,
         "unreadable": int((~seen).sum()),
         "crop": describe_crop(record.pixels),
@@ -112,21 +112,29 @@ def _accuracy(right: np.ndarray) -> dict:
 
 
 def _ece(right: np.ndarray, confidence: np.ndarray) -> float:
-    return statistics.calibration_error(right, confidence, statistics.bin_numbers(confidence))
+    return 100 * statistics.calibration_error(right, confidence, statistics.bin_numbers(confidence))
 
 
 def _real(evaluation: Evaluation, val: Predictions) -> dict | None:
     """ReaL's accuracies; None where the classes or the file names are not ImageNet's."""
+    hits = reassess(evaluation, val)
+    if hits is None:
+        return None
+    return {**_accuracy(hits[:, 0]), "top5": 100 * float(hits[:, -1].mean())}
+
+
+def reassess(evaluation: Evaluation, val: Predictions) -> np.ndarray | None:
+    """bool [images of val that have ReaL's labels, K]: one of the first k + 1 predictions is among them.
+
+    None where the classes or the file names are not ImageNet's, or no image has labels.
+    """
     if sorted(evaluation.classes) != sorted(imagenet.wnids()):
         return None
     if any(imagenet.val_number(file) is None for file in val.file):
         return None
     labels = imagenet.real_labels(val.file, evaluation.classes)
     judged = np.array([bool(allowed) for allowed in labels])
-    if not judged.any():
-        return None
-    hits = imagenet.real_hits(labels, val.top)[judged]
-    return {**_accuracy(hits[:, 0]), "top5": 100 * float(hits[:, -1].mean())}
+    return imagenet.real_hits(labels, val.top)[judged] if judged.any() else None
 
 
 def describe_crop(pixels: dict) -> str:
@@ -142,7 +150,7 @@ def _corruptions(evaluation: Evaluation, cells: Sequence[str], clean: float | No
     wrong: dict[str, dict[int, np.ndarray]] = {}
     files = set()
     for name in cells:
-        corruption, severity = _cell(name)
+        corruption, severity = cell_of(name)
         found = read_predictions(evaluation.folder / f"{name}.csv")
         wrong.setdefault(corruption, {})[severity] = ~found.right
         if corruption in imagenet.CORRUPTIONS:
@@ -216,7 +224,7 @@ def markdown(results: Sequence[dict]) -> str:
         "crop mode",
         "note",
     ]
-    lines = _lines([*["model"] * several, *header], [
+    lines = format_table([*["model"] * several, *header], [
         [*[result["model"]] * several, *_cells_of(row)] for result in results for row in result["rows"]
     ])  # fmt: skip
     lines += ["", FOOT]
@@ -234,7 +242,7 @@ def markdown(results: Sequence[dict]) -> str:
             ]
             ordered = sorted(result["factors"].items(), key=lambda item: -item[1]["ratio"])
             body = [[n, str(v["images"]), f"{v['ratio']:.2f}"] for n, v in ordered]
-            lines += _lines(["factor", "images", "error ratio"], body)
+            lines += format_table(["factor", "images", "error ratio"], body)
     return "\n".join(lines) + "\n"
 
 
@@ -272,7 +280,7 @@ def _corruption_lines(result: dict) -> list[str]:
         ratios = [found.get(key, {}).get(name) for key in ("ce", "relative_ce")]
         values = [*errors, _mean({name: errors}), *ratios]
         body.append([name, *("—" if value is None else f"{value:.2f}" for value in values)])
-    lines = [title, "", *_lines(header, body), ""]
+    lines = [title, "", *format_table(header, body), ""]
     if found["mean_error"] is not None:
         lines.append(f"Mean error {found['mean_error']:.2f} %.")
     if "mce" in found:
@@ -287,8 +295,8 @@ def _corruption_lines(result: dict) -> list[str]:
     return lines
 
 
-def _lines(header: list[str], body: list[list[str]]) -> list[str]:
-    """A Markdown table with aligned columns."""
+def format_table(header: list[str], body: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table with aligned columns."""
     table = [header, *body]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     rule = ["-" * width for width in widths]

@@ -368,7 +368,7 @@ def test_permuted_labels_are_explained():
 
 
 def test_a_table_aligns():
-    lines = suite_table._lines(["a", "bb"], [["ccc", "d"]])
+    lines = suite_table.format_table(["a", "bb"], [["ccc", "d"]])
     assert lines == ["| a   | bb |", "| --- | -- |", "| ccc | d  |"]
 
 
