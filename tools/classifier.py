@@ -50,7 +50,7 @@ class Classifier:
     @property
     def transform(self) -> Callable[[Tensor], Tensor]:
         """From a picture's pixels to the model's, as in an evaluation."""
-        return build.eval_transform(self.cfg, {})
+        return build.eval_transform(self.cfg, "own")
 
     @property
     def upright(self) -> bool:
