@@ -19,7 +19,8 @@ import data
 from analysis import imagenet
 from analysis.collector import Collector
 from analysis.predictions import Evaluation
-from analysis.suite_table import markdown, suite_results
+from analysis.scores import write_scores
+from analysis.suite_table import markdown
 from data import Loader
 from engine import build, checkpoint, compat, suite
 from engine.hooks import InterruptibleLoader
@@ -28,7 +29,6 @@ from engine.pretrained import load_pretrained
 from utils.distributed import Process, init_distributed
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError
-from utils.files import write_atomically
 from utils.logging import logger, start_logging
 from utils.yaml_nodes import to_dict
 
@@ -187,7 +187,7 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
                 keep_logits=cfg.TEST.SAVE_LOGITS,
             )
             if process.is_main:
-                results.append(write_results(cfg, evaluation, size, several=len(sizes) > 1))
+                results.append(score_predictions(cfg, evaluation, size, several=len(sizes) > 1))
     if not process.is_main:
         return {}
     logger.info(f"Evaluated {weights.path}\n\n{markdown(results)}")
@@ -274,15 +274,12 @@ def _collect(
     )
 
 
-def write_results(cfg: CfgNode, evaluation: Evaluation, size: int, *, several: bool) -> dict:
-    """Compute the table of an evaluation from its predictions, and write suite.json and suite.md beside them."""
+def score_predictions(cfg: CfgNode, evaluation: Evaluation, size: int, *, several: bool) -> dict:
+    """Write scores.json and scores.md beside the predictions; the results for the table, with the size if `several`."""
     factors = Path(cfg.TEST.SETS, suite.FACTORS_FILE) if cfg.TEST.SETS else None
-    found = suite_results(evaluation, factors if factors and factors.exists() else None)
-    if several:
-        found["model"] += f", {size} px"
-    write_atomically(evaluation.folder / "suite.json", json.dumps(found, indent=1) + "\n")
-    write_atomically(evaluation.folder / "suite.md", markdown([found]))
-    return found
+    found = write_scores(evaluation.folder, factors if factors and factors.exists() else None)
+    results = found["suite"]
+    return results | ({"model": f"{results['model']}, {size} px"} if several else {})
 
 
 # --- Log and time ---------------------------------------------------------------------------------

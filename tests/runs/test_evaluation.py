@@ -90,7 +90,7 @@ def evaluated(world, tmp_path_factory):
     more = ("--sets", str(world / "sets"), "--opts", "TEST.SAVE_LOGITS", "True")
     assert main.main(command(world, out, *more)) == 0
     patch.undo()
-    return out, json.loads((out / "suite.json").read_text()), lines
+    return out, json.loads((out / "scores.json").read_text())["suite"], lines
 
 
 def row(record, name):
@@ -196,7 +196,7 @@ def test_what_is_found_is_listed_first(evaluated):
 
 def test_the_table_names_sets_intervals_and_crops(evaluated):
     out, _, _ = evaluated
-    text = (out / "suite.md").read_text()
+    text = (out / "scores.md").read_text()
     assert "| val " in text
     low, high = (100 * end for end in statistics.wilson(750, 1000))
     assert f"75.000 [{low:.2f}, {high:.2f}]" in text
@@ -330,7 +330,7 @@ def test_predictions_have_the_same_bytes_on_1_2_and_3_processes(micro, tmp_path)
         out = tmp_path / str(processes)
         assert run_group(processes, [*micro, "--out", str(out)]) == [0] * processes
     one = contents(tmp_path / "1")
-    assert {"val.csv", "a.csv", "a-clean.csv", "val.logits.npy", "suite.md"} <= one[0].keys()
+    assert {"val.csv", "a.csv", "a-clean.csv", "val.logits.npy", "scores.md"} <= one[0].keys()
     assert one == contents(tmp_path / "2")
     assert one == contents(tmp_path / "3")
 
