@@ -5,7 +5,7 @@ Here the configuration is read group by group and goes no further: what is built
 
 import functools
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import timm
@@ -18,12 +18,13 @@ from yacs.config import CfgNode
 
 import data
 import models
-from engine import checkpoint, compat
+from engine import checkpoint, compat, suite
 from engine.grad_sync import DDPSync, DeterministicSync, GradSync
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
 from engine.pretrained import load_pretrained
 from engine.state import TrainState
+from models.dat import VARIANTS
 from utils.distributed import Process
 from utils.download import download
 from utils.errors import ConfigError, DataError
@@ -45,6 +46,19 @@ def lower(group: CfgNode, names: Iterable[str]) -> dict[str, object]:
 def run_path(cfg: CfgNode) -> Path:
     """The directory of this run."""
     return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
+
+
+def at_size(cfg: CfgNode, size: int) -> CfgNode:
+    """`cfg` for images of another size; a DAT's tables keep the size that it was trained at."""
+    if size == cfg.DATA.IMG_SIZE:
+        return cfg
+    sized = cfg.clone()
+    sized.defrost()
+    if "rpe_img_size" not in VARIANTS.get(cfg.MODEL.NAME, {"rpe_img_size": None}):
+        sized.MODEL.ARGS.setdefault("rpe_img_size", cfg.DATA.IMG_SIZE)
+    sized.DATA.IMG_SIZE = size
+    sized.freeze()
+    return sized
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -74,27 +88,61 @@ def open_data(
 
 def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.ImageDataset:
     """The images of "train", augmented, or of "val", resized and cropped."""
-    common = {"interpolation": cfg.DATA.INTERPOLATION}
-    if split == "train":
-        transform = data.train_transform(
-            cfg.DATA.IMG_SIZE, mean=cfg.DATA.MEAN, **common, **lower(cfg.AUG, IMAGE_KEYS)
-        )
-    else:
-        transform = data.eval_transform(
-            cfg.DATA.IMG_SIZE, **common, **lower(cfg.TEST, ("CROP_MODE", "CROP_PCT", "EXACT"))
-        )
+    if split != "train":
+        return open_set(cfg, Path(cfg.DATA.PATH), split, classes, "own", cfg.DATA.VAL_SUBSET)
+    transform = data.train_transform(
+        cfg.DATA.IMG_SIZE,
+        mean=cfg.DATA.MEAN,
+        interpolation=cfg.DATA.INTERPOLATION,
+        **lower(cfg.AUG, IMAGE_KEYS),
+    )
     return data.ImageDataset(
         cfg.DATA.PATH,
         split,
         transform=transform,
-        train=split == "train",
+        train=True,
         seed=cfg.SEED,
         classes=classes,
-        allow_missing=cfg.DATA.VAL_SUBSET and split == "val",
         upright=cfg.DATA.EXIF == "apply",
         checksums=cfg.DATA.VERIFY or None,
+    )
+
+
+def open_set(
+    cfg: CfgNode,
+    root: Path,
+    split: str,
+    classes: list[str] | None,
+    crop: str,
+    allow_missing: bool,
+) -> data.ImageDataset:
+    """The images of `split` below `root`, resized and cropped; `crop` is a key of `suite.CROPS`."""
+    return data.ImageDataset(
+        root,
+        split,
+        transform=eval_transform(cfg, crop),
+        classes=classes,
+        allow_missing=allow_missing,
+        upright=cfg.DATA.EXIF == "apply",
+        checksums=(cfg.DATA.VERIFY or None) if split == "val" else None,
         skip_bad=cfg.TEST.SKIP_BAD,
     )
+
+
+def eval_transform(cfg: CfgNode, crop: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From a picture's pixels to the model's."""
+    settings = lower(cfg.TEST, ("CROP_MODE", "CROP_PCT", "EXACT")) | suite.CROPS[crop]
+    transform = data.eval_transform(
+        cfg.DATA.IMG_SIZE, interpolation=cfg.DATA.INTERPOLATION, **settings
+    )
+    return suite.WithoutBorder(transform, suite.BORDER) if crop == "border" else transform
+
+
+def describe_pixels(cfg: CfgNode, crop: str) -> dict[str, object]:
+    """What changes the pixels of a set, for the record of an evaluation."""
+    settings = lower(cfg.TEST, ("CROP_MODE", "CROP_PCT", "EXACT")) | suite.CROPS[crop]
+    settings |= {"border": suite.BORDER} if crop == "border" else {}
+    return settings | lower(cfg.DATA, ("IMG_SIZE", "INTERPOLATION"))
 
 
 def class_list(cfg: CfgNode) -> list[str] | None:
@@ -303,6 +351,14 @@ def build_metadata(
         "reproducibility": compat.reproducibility(
             process.device, exact_world_size=cfg.TRAIN.EXACT_WORLD_SIZE
         ),
+        **describe_environment(process),
+        "config": to_dict(cfg),
+    }
+
+
+def describe_environment(process: Process) -> dict[str, object]:
+    """Code, versions and hardware, for checkpoints and evaluations."""
+    return {
         "world_size": process.world_size,
         "versions": {
             "project": __version__,
@@ -315,7 +371,6 @@ def build_metadata(
         "device": compat.device_name(process.device),
         # What a GPU computes does not depend on the threads beside it.
         "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
-        "config": to_dict(cfg),
     }
 
 

@@ -32,7 +32,16 @@ IGNORED = {
     *("MODEL.NUM_CLASSES", "TRAIN.MAX_SECONDS", "TRAIN.HANG_SECONDS", "TRAIN.MAX_SKIPPED"),
     *("CHECKPOINT.RESUME", "CHECKPOINT.AUTO_RESUME", "CHECKPOINT.PRETRAINED"),
     *("CHECKPOINT.ACCEPT", "CHECKPOINT.KEEP"),
+    *("TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT", "TEST.SAVE_LOGITS"),
 }
+
+
+# What changes the pixels or the logits of an evaluation, beside the weights.
+EVALUATED = (
+    *("DATA.MEAN", "DATA.STD", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.EXIF"),
+    *("DATA.VAL_SUBSET", "MODEL.ARGS", "AMP_DTYPE", "TEST.CROP_MODE", "TEST.CROP_PCT"),
+    *("TEST.EXACT", "val_data", "decoder.pixels"),
+)
 
 
 # --- Resume ---------------------------------------------------------------------------------------
@@ -74,6 +83,16 @@ def check_resume(path: Path, metadata: dict, accept: str) -> None:
             f"{path} was written with different settings; resuming would change the result:\n  {changes}\n"
             f"Undo the change, or if it is intended add --accept {','.join(refused)}"
         )
+
+
+def list_evaluation_changes(saved: dict, now: dict) -> list[str]:
+    """What an evaluation does otherwise than the run that wrote the metadata `saved`, by name: "… was …, is …".
+
+    now: "config", "decoder" and, where val is evaluated, "val_data", as metadata have them.
+    """
+    before, after = _by_name(saved), _by_name(now)
+    both = [name for name in EVALUATED if name in before and name in after]
+    return [_describe_change(name, before, after) for name in both if before[name] != after[name]]
 
 
 def _by_name(metadata: dict) -> dict[str, object]:

@@ -3,7 +3,7 @@
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from analysis.collector import Collector
 from data import NO_LABEL
 from engine.grad_sync import GradSync
 from engine.optim import Schedule
@@ -203,8 +204,12 @@ def validate(
     process: Process,
     amp_dtype: torch.dtype,
     print_freq: int,
+    collectors: Sequence[Collector] = (),
 ) -> Accuracy:
     """Classify this process's share of the images, then add the counts of all processes, once.
+
+    print_freq: batches from one log line to the next; 0: none.
+    collectors: what keeps the predictions of every image.
 
     No image is counted twice and none is left out, however many processes there are. The losses are added up in the
     order of the images, so that their sum does not depend on that number either.
@@ -228,12 +233,15 @@ def validate(
         with autocast(process.device, amp_dtype):
             logits = model(normalize(images)).float()
         loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
-        losses[positions.to(process.device)] = loss.double()
+        positions = positions.to(process.device)
+        losses[positions] = loss.double()
+        for collector in collectors:
+            collector.add(logits, labels != NO_LABEL, positions)
         guesses = logits.topk(min(5, logits.shape[1])).indices
         right = guesses == labels[:, None]
         sizes = torch.tensor((len(images), len(bad)), device=process.device)
         counts += torch.cat((sizes, torch.stack((right[:, 0].sum(), right.any(1).sum()))))
-        if index % print_freq == 0:
+        if print_freq and index % print_freq == 0:
             n, unreadable, top1, top5 = counts.tolist()
             time_meter.update((time.perf_counter() - since) / print_freq, print_freq)
             since = time.perf_counter()
