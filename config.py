@@ -374,14 +374,14 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
         return
     yield from _weight_conflicts(cfg.CHECKPOINT, mode, given)
     if mode == "train":
-        for name in given & {"TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT"}:
+        for name in sorted(given & {"TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT"}):
             yield name, "is of an evaluation alone; add --eval"
-    elif cfg.TEST.ONLY and not cfg.TEST.SETS:
-        yield "TEST.ONLY TEST.SETS", "chooses among the test sets of --sets; add it"
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)
         yield from _augmentation_conflicts(cfg.AUG, cfg.DATA.IMG_SIZE)
+    elif cfg.TEST.ONLY and not cfg.TEST.SETS:
+        yield "TEST.ONLY TEST.SETS", "chooses among the test sets of --sets; add it"
 
 
 def _renamed_arguments(model: CfgNode) -> Iterator[Conflict]:
