@@ -235,7 +235,7 @@ def reopen(
     train_set = _open_split(cfg, "train", metadata["classes"])
     if train_set.fingerprint != metadata["data"]:
         raise DataError(
-            f"{train_set.source.path} does not hold the images that {path} was trained on"
+            f"{train_set.reader.path} does not hold the images that {path} was trained on"
         )
     model = _build_model(cfg, len(metadata["classes"]), process)
     recipe = _recipe(cfg, metadata["steps_per_epoch"], len(metadata["classes"]), process)
@@ -294,9 +294,10 @@ def _open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Ima
         seed=cfg.SEED,
         classes=classes,
         allow_missing=cfg.DATA.VAL_SUBSET and split == "val",
-        upright=cfg.DATA.EXIF == "apply",
+        apply_exif=cfg.DATA.EXIF == "apply",
         checksums=cfg.DATA.VERIFY or None,
         skip_bad=cfg.TEST.SKIP_BAD,
+        holdout=0.0,
     )
 
 

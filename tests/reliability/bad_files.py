@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Which damaged, odd and malicious files must training survive? Image files and archives, made on demand.
+"""Damaged, odd and malicious files that training must survive: image files and archives, made on demand.
 
-python tests/reliability/bad_files.py FOLDER writes FOLDER/images, every kind of image file, and FOLDER/archives, every archive.
+python tests/reliability/bad_files.py FOLDER writes FOLDER/images, every kind of image file, and FOLDER/archives, every
+archive.
 """
 
 import argparse
@@ -23,9 +24,9 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 import numpy as np
 import torch
+from helpers.pipeline import image_dataset
 from PIL import Image
 
-from data import ImageDataset
 from data.decode import UNREADABLE, decode
 from utils.errors import DataError
 
@@ -240,7 +241,7 @@ def sound_zip(
 ) -> bytes:
     """A zip of four images in two classes, and of `more` members."""
     with (
-        warnings.catch_warnings(action="ignore"),  # of names that stand twice
+        warnings.catch_warnings(action="ignore"),  # of names that appear twice
         zipfile.ZipFile(buffer := io.BytesIO(), "w", method) as archive,
     ):
         for name, data in (*_images(), *more):
@@ -278,8 +279,8 @@ def _bad_zips() -> dict[str, tuple[bytes, str]]:
         "parent_inside": (sound_zip(("class_0/../../evil.jpg", jpeg)), "leads out of the archive"),
         "absolute": (sound_zip(("/etc/evil.jpg", jpeg)), "leads out of the archive"),
         "link": (sound_zip((link, b"/etc/passwd")), "is a link"),
-        "duplicate": (sound_zip(("class_0/0.jpg", jpeg[:-9])), "stands twice"),
-        "duplicate_spelling": (sound_zip(("./class_0//0.jpg", jpeg)), "stands twice"),
+        "duplicate": (sound_zip(("class_0/0.jpg", jpeg[:-9])), "appears twice"),
+        "duplicate_spelling": (sound_zip(("./class_0//0.jpg", jpeg)), "appears twice"),
         "bomb": (sound_zip((zeros, bytes(2**22))), "times its size"),
         "bzip2": (sound_zip(method=zipfile.ZIP_BZIP2), "compressed by method 12"),
         "encrypted": (_patch_zip(sound, 8, "<H", 1), "is encrypted"),
@@ -304,7 +305,7 @@ def _bad_tars() -> dict[str, tuple[bytes, str]]:
         "hard_link": (sound_tar(_tar_member("class_0/a.jpg", tarfile.LNKTYPE)), "is a link"),
         "device": (sound_tar(_tar_member("class_0/a.jpg", tarfile.CHRTYPE)), "a device"),
         "pipe": (sound_tar(_tar_member("class_0/a.jpg", tarfile.FIFOTYPE)), "a device"),
-        "duplicate": (sound_tar(_tar_member("class_0/0.jpg")), "stands twice"),
+        "duplicate": (sound_tar(_tar_member("class_0/0.jpg")), "appears twice"),
         "negative_size": (_patch_tar(sound, 124, b"\xff" * 11 + b"\x00"), "would lie in bytes"),
         "huge": (_patch_tar(sound, 124, b"77777777777\0"), "would lie in bytes"),
         "damaged_header": (_flip(sound, member_end + 10), "damaged or cut off at byte"),
@@ -373,7 +374,7 @@ def read_fuzzed(seed: int, folder: Path) -> str:
     damaged = fuzz(content, source)
     if not name.endswith((".zip", ".tar")):
         try:
-            decode(damaged, upright=True)
+            decode(damaged, apply_exif=True)
         except UNREADABLE:
             return BAD
         return GOOD
@@ -381,7 +382,7 @@ def read_fuzzed(seed: int, folder: Path) -> str:
     path.parent.mkdir(parents=True)
     path.write_bytes(damaged)
     try:
-        dataset = ImageDataset(path.parent, "train", transform=torch.clone, skip_bad=True)
+        dataset = image_dataset(path.parent, transform=torch.clone, skip_bad=True)
     except DataError:
         return REFUSED
     return BAD if any(dataset[index].bad for index in range(len(dataset))) else GOOD
@@ -404,6 +405,7 @@ def sound_files() -> dict[str, bytes]:
         "a.webp": encode(picture, "WEBP"),
         "a.tiff": encode(picture, "TIFF"),
         "a.ppm": encode(picture, "PPM"),
+        "a.avif": encode(picture, "AVIF"),
         "train.zip": sound_zip(),
         "deflated/train.zip": sound_zip(method=zipfile.ZIP_DEFLATED),
         "train.tar": sound_tar(),

@@ -13,8 +13,8 @@ import numpy as np
 import timm
 import torch
 import torchvision
+from helpers.pipeline import train_transform
 
-import data
 from engine import compat
 from reliability.harness import (
     STOPPED,
@@ -233,7 +233,7 @@ def order_hash() -> str:
 
 def batch_hash() -> str:
     """SHA-256 of 16 augmented images of a drawn picture, which no decoder has touched."""
-    transform = data.train_transform(32)
+    transform = train_transform(32)
     picture = torch.arange(48 * 64 * 3).remainder(251).to(torch.uint8).view(48, 64, 3)
     digest = hashlib.sha256()
     for index in range(16):
