@@ -12,6 +12,7 @@ import stat
 import time
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,12 +161,12 @@ def _sorted(names: list[np.ndarray], sizes: list[np.ndarray]) -> tuple[np.ndarra
     if not names:
         return np.empty(0, np.bytes_), np.empty(0, np.int64)
     order = sorted(range(len(names)), key=lambda number: names[number][0])
-    joined = np.concatenate([names[number] for number in order])
-    joined_sizes = np.concatenate([sizes[number] for number in order])
-    if (joined[:-1] > joined[1:]).any():  # files beside folders that hold further files
-        by_name = joined.argsort()
-        return joined[by_name], joined_sizes[by_name]
-    return joined, joined_sizes
+    all_names = np.concatenate([names[number] for number in order])
+    all_sizes = np.concatenate([sizes[number] for number in order])
+    if (all_names[:-1] > all_names[1:]).any():  # files beside folders that hold further files
+        by_name = all_names.argsort()
+        return all_names[by_name], all_sizes[by_name]
+    return all_names, all_sizes
 
 
 def _rules() -> np.ndarray:
@@ -178,7 +179,7 @@ def _identity(path: bytes) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _entries(folder: bytes) -> "os.ScandirIterator[bytes]":
+def _entries(folder: bytes) -> Iterable[os.DirEntry]:
     try:
         return os.scandir(folder)
     except OSError as error:

@@ -28,7 +28,7 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
-    """The micro-batches of one process over the whole run, each a list of (epoch, index).
+    """The micro-batches of one process from the first step to the last, each a list of (epoch, index).
 
     The `micro_batches` of a step, a multiple of `world_size`, go to the processes in contiguous runs; they
     come step by step from `start_step` to `total_steps`, without a break between epochs.

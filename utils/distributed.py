@@ -71,7 +71,7 @@ def explain_lost_process() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise ProcessLost(
-            "Another process of this run has ended or hangs: its own output, or the launcher's, names it and the reason. "
+            "Another process of this run has ended or hangs: its output, or the launcher's, gives the reason. "
             f"Then start the same command again. Noticed by: {error}"
         ) from error
 

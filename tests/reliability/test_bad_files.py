@@ -45,9 +45,9 @@ from reliability.bad_files import (
     make_bad_archives,
     make_bad_images,
     read_fuzzed,
-    sound_files,
-    sound_tar,
-    sound_zip,
+    valid_files,
+    valid_tar,
+    valid_zip,
 )
 from utils.distributed import Process
 from utils.errors import DataError
@@ -65,7 +65,7 @@ def no_hang():
 
 @pytest.fixture(scope="module")
 def every_kind(tmp_path_factory):
-    """A dataset whose first class holds every kind of bad file beside sound ones, and what each is."""
+    """A dataset whose first class holds every kind of bad file beside valid ones, and what each is."""
     root = write_image_folder(tmp_path_factory.mktemp("set"), classes=2, train=12, val=4)
     expected = make_bad_images(root / "train/class_0")
     shutil.copytree(root / "train/class_0", root / "val/class_0", dirs_exist_ok=True, symlinks=True,
@@ -145,10 +145,10 @@ def test_what_cannot_be_read_is_wrong_and_has_no_loss(tmp_path):
         amp_dtype=torch.float32,
         print_freq=10,
     )
-    sound = [val[index] for index in range(9) if index != 4]
-    labels = torch.tensor([sample.label for sample in sound])
+    valid = [val[index] for index in range(9) if index != 4]
+    labels = torch.tensor([sample.label for sample in valid])
     with torch.no_grad():
-        logits = model(torch.stack([sample.image for sample in sound]).float() / 255)
+        logits = model(torch.stack([sample.image for sample in valid]).float() / 255)
     assert (result.images, result.unreadable) == (9, 1)
     assert result.top1 == (logits.argmax(1) == labels).sum()
     assert result.top5 == 8  # all three classes are among the first five
@@ -160,10 +160,10 @@ def test_a_skipped_image_is_black_however_the_others_are_resized(exact, tmp_path
     root = write_image_folder(tmp_path, classes=2, train=1, val=2)
     (root / "val" / "class_0" / "000.jpg").write_bytes(b"")
     val = dataset(root, "val", transform=eval_transform(32, exact=exact), skip_bad=True)
-    skipped, sound = val[0], val[1]
+    skipped, valid = val[0], val[1]
     assert skipped.label == NO_LABEL
-    assert skipped.image.shape == sound.image.shape
-    assert skipped.image.dtype == sound.image.dtype
+    assert skipped.image.shape == valid.image.shape
+    assert skipped.image.dtype == valid.image.dtype
     assert not skipped.image.any()
 
 
@@ -263,7 +263,7 @@ def test_bad_archives(archives, kind):
 
 
 def test_the_archives_are_sound_before_they_are_damaged(tmp_path):
-    for name, content in (("train.zip", sound_zip()), ("val.tar", sound_tar())):
+    for name, content in (("train.zip", valid_zip()), ("val.tar", valid_tar())):
         (tmp_path / name).write_bytes(content)
         opened = dataset(tmp_path, name[:-4])
         assert [opened[index].label for index in range(len(opened))] == [0, 0, 1, 1]
@@ -417,7 +417,7 @@ def test_damaged_exif_leaves_a_picture_as_it_is():
 def test_truncated_images_are_never_painted_grey(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(DataError, match="LOAD_TRUNCATED_IMAGES"):
-        decode(sound_files()["a.jpg"])
+        decode(valid_files()["a.jpg"])
 
 
 def test_the_decoder_is_known_by_its_pixels(monkeypatch):
@@ -433,4 +433,4 @@ def test_the_decoder_is_known_by_its_pixels(monkeypatch):
 def test_no_warning_of_a_sound_image():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        decode(sound_files()["a.jpg"], apply_exif=True)
+        decode(valid_files()["a.jpg"], apply_exif=True)

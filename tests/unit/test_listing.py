@@ -109,12 +109,12 @@ def test_a_file_overwritten_in_place_is_noticed_until_its_folder_is_touched(spli
 def test_a_damaged_index_is_ignored(split, monkeypatch, harm):
     expected = content(FolderReader(split))
     cache = split.parent / ".train.index.npz"
-    whole = cache.read_bytes()
-    half = len(whole) // 2
+    valid = cache.read_bytes()
+    half = len(valid) // 2
     harms = {
-        "cut": whole[:half],
-        "flipped": whole[:300] + bytes([whole[300] ^ 1]) + whole[301:],
-        "flag of encryption": whole.replace(b"PK\1\2-\3-\0\0", b"PK\1\2-\3-\0\1"),
+        "cut": valid[:half],
+        "flipped": valid[:300] + bytes([valid[300] ^ 1]) + valid[301:],
+        "flag of encryption": valid.replace(b"PK\1\2-\3-\0\0", b"PK\1\2-\3-\0\1"),
     }
     cache.write_bytes(harms.get(harm, harm))
     assert listed(split, monkeypatch) == (expected, True)

@@ -224,7 +224,7 @@ def test_the_augmentation_follows_the_laws_of_the_papers():
         flips += flip(dark_left).getpixel((0, 0)) != (0, 0, 0)
         augment(dark_left)
     areas, ratios = np.array(areas), np.array(ratios)
-    # A wide or high crop of nearly the whole picture does not fit and is drawn again.
+    # A wide or high crop of nearly the full picture does not fit and is drawn again.
     fits = areas < 0.7
     assert stats.kstest((areas[fits] - 0.08) / 0.62, "uniform").pvalue > 1e-3
     assert stats.kstest((ratios[fits] + 1) / 2, "uniform").pvalue > 1e-3
