@@ -21,7 +21,7 @@ from data import ImageDataset
 from data.dataset import EvalSample
 from data.readers import open_split
 from utils.distributed import Process
-from utils.errors import ConfigError, DataError
+from utils.errors import ConfigError, DataError, StorageError
 from utils.logging import logger
 from utils.text import join_some, nearest
 
@@ -397,7 +397,12 @@ def evaluate_sets(
     """
     evaluation = extend_evaluation(evaluation)
     if process.is_main:
-        evaluation.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            evaluation.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{evaluation.folder} cannot be written: {error.strerror}. Choose another folder with --out."
+            ) from error
         write_evaluation(evaluation)  # before hours of work: can it be written?
     val_accuracy = 0.0
     for one in passes:

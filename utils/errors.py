@@ -50,7 +50,7 @@ class ProcessLost(UserError):
 
 
 class StopRequested(UserError):
-    """The run was asked to stop; it is saved and goes on when started again."""
+    """The run was asked to stop; it is saved and resumes when started again."""
 
     exit_code = 75
 

@@ -7,6 +7,7 @@ that index. Accuracies are therefore what the trees say.
 import functools
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -106,10 +107,14 @@ def write_objectnet(root: Path) -> None:
 
 
 def write_corruptions(
-    root: Path, names: list[str], labels: list[int], wrong: dict[str, int]
+    root: Path,
+    names: list[str],
+    labels: list[int],
+    wrong: dict[str, int],
+    corruptions: Sequence[str] = imagenet.CORRUPTIONS + imagenet.EXTRA_CORRUPTIONS,
 ) -> None:
-    """All cells of ImageNet-C: the first `wrong[corruption]` + severity pictures are read as the next class."""
-    for corruption in imagenet.CORRUPTIONS + imagenet.EXTRA_CORRUPTIONS:
+    """Cells of ImageNet-C: the first `wrong[corruption]` + severity pictures are read as the next class."""
+    for corruption in corruptions:
         for severity in imagenet.SEVERITIES:
             count = wrong.get(corruption, 0) + severity
             answers = [(i + 1) % 1000 if n < count else i for n, i in enumerate(labels)]

@@ -340,7 +340,7 @@ def test_mean_corruption_error_by_hand():
         errors, 0.2385, reference, imagenet.ALEXNET_CLEAN_ERROR
     )
     # 105.4 with the clean error subtracted at every severity; 79.6 if it were subtracted once.
-    assert 100 * relative.mean() == pytest.approx(105.4, abs=1)
+    assert 100 * relative.mean() == pytest.approx(105.4, abs=0.3)
 
 
 def test_factors_are_errors_relative_to_all(tmp_path):
