@@ -3,8 +3,10 @@
 
     python tools/compare.py configs/mixers/*.yaml --runs output/seed0 output/seed1 output/seed2
 
-Each of --runs is what runs were given as --output; those that are finished count. Speeds are medians of models that
-take turns in this process, on random images: leave the machine alone. Memory is that of a step that drops nothing.
+Each of --runs is what runs were given as --output; those that are finished count. Several runs of a configuration give
+a mean over seeds with its 95 % t-interval, and every two such configurations are compared by Welch's test. Speeds are
+medians of models that take turns in this process, on random images: leave the machine alone. Memory is that of a step
+that drops nothing.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from yacs.config import CfgNode
 
 import config
 import models
+from analysis.tables import format_run_differences, format_runs
 from engine import checkpoint
 from tools.benchmarks.model import Subject, at_least, in_turns
 from utils.errors import as_exit_code
@@ -32,7 +35,7 @@ COLUMNS = (
     "images/s, training",
     "evaluation",
     "MiB kept per image",
-    "top-1 in %, by run",
+    "top-1 in %, mean ± 95 % interval (by run)",
     "of the EMA",
 )
 
@@ -65,6 +68,25 @@ def build(cfg: CfgNode, runs: list[Path]) -> torch.nn.Module:
     return models.build(
         name, num_classes=classes, img_size=size, drop_path_rate=0.0, **cfg.MODEL.ARGS
     )
+
+
+def differences(args: argparse.Namespace) -> list[str]:
+    """The lines about what differs between the configurations' runs, of the weights and of their EMA."""
+    cfgs = {path: config.parse(["--cfg", path, "--throughput"]).cfg for path in args.cfg}
+    found = {
+        name: [accuracies(run) for run in finished(cfg, args.runs)] for name, cfg in cfgs.items()
+    }
+    lines = []
+    for title, key in (("top-1", "val/acc1"), ("top-1 of the EMA", "val_ema/acc1")):
+        values = {name: [one[key] for one in runs if key in one] for name, runs in found.items()}
+        if table := format_run_differences(values):
+            lines += [
+                "",
+                f"Differences in {title}, over trainings with other seeds (Welch):",
+                "",
+                *table,
+            ]
+    return lines
 
 
 def compare(args: argparse.Namespace) -> list[list[str]]:
@@ -100,7 +122,7 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
                 *speeds[name],
                 f"{subject.kept_mib():.2f}",
                 *(
-                    " · ".join(f"{one[key]:.2f}" for one in found if key in one) or "—"
+                    format_runs([one[key] for one in found if key in one])
                     for key in ("val/acc1", "val_ema/acc1")
                 ),
             ]
@@ -124,6 +146,8 @@ def main(arguments: list[str]) -> None:
     rows = compare(args)
     for row in (COLUMNS, ["---"] * len(COLUMNS), *rows):
         print(f"| {' | '.join(row)} |")
+    for line in differences(args):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_configurations_side_by_side_with_the_accuracies_of_their_finished_runs(
     options = ["--batch", "2", "--rounds", "2"]
     assert compare.main([*cfgs, "--runs", *runs, *options]) == 0
     one, two = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
-    assert (one[0], one[6], one[7]) == (f"| {cfgs[0]}", "50.00 · 51.00", "— |")
+    assert (one[0], one[6], one[7]) == (f"| {cfgs[0]}", "50.50 ± 6.35 (50.00 · 51.00)", "— |")
     assert (two[0], two[6], two[7]) == (f"| {cfgs[1]}", "—", "— |")
     assert float(two[1].split()[0]) - float(one[1].split()[0]) > 0.2  # 998 classes more
     assert compare.main([str(tmp_path / "three.yaml"), *options]) == 2
