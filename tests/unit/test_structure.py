@@ -10,7 +10,8 @@ MAY_IMPORT = {
     "utils": set(),
     "models": {"utils"},
     "data": {"utils"},
-    "engine": {"utils", "models", "data"},
+    "analysis": {"utils", "models", "data"},
+    "engine": {"utils", "models", "data", "analysis"},
     "config": {"utils"},
     "main": {"config", "engine", "utils"},
 }
