@@ -209,7 +209,7 @@ def begin(out: Path, plan: dict) -> None:
 def list_digest(reader: Reader) -> str:
     """SHA-256 of the names and sizes of all images."""
     digest = hashlib.sha256()
-    for name, size in zip(reader.names.tolist(), reader.where[:, 0].tolist(), strict=True):
+    for name, size in zip(reader.names.tolist(), reader.sizes.tolist(), strict=True):
         digest.update(b"%s\t%d\n" % (name, size))
     return digest.hexdigest()
 

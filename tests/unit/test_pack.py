@@ -162,7 +162,7 @@ def test_a_pack_of_other_files_is_noticed(root, tmp_path, capsys):
 
 def test_shards_hold_every_file_once():
     sizes = np.array([5, 1, 1, 9, 30, 2, 2, 2]) * 2**22
-    shards = pack.shards_of(sizes)
+    shards = pack.split_into_shards(sizes)
     assert [i for shard in shards for i in shard] == list(range(8))
     assert all(len(shard) == 1 or sizes[shard].sum() <= pack.SHARD_BYTES for shard in shards)
     assert len(shards) == 3
