@@ -78,6 +78,8 @@ SCHEMA = (
     # ---- data ----
     Key("DATA.PATH", "imagenet", FILLED_PATH,
         "dataset: folder with train and val, each a folder, .pack, .zip or .tar of class folders"),
+    Key("DATA.HOLDOUT", 0.0, SHARE_BELOW_1,
+        "share of each training class to validate on, chosen by a hash of the file name; 0: the val split"),
     Key("DATA.CLASS_LIST", "", PATH, "text file, a class name a line; empty: the training set's class folders"),
     Key("DATA.VAL_SUBSET", False, ANY, "the validation set may lack classes"),
     Key("DATA.BATCH_SIZE", 128, at_least(1), "images of a micro-batch: what a process forwards at once"),
@@ -375,7 +377,7 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
     yield from _weight_conflicts(cfg.CHECKPOINT, mode, given)
     if mode == "train":
         for name in sorted(given & {"TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT"}):
-            yield name, "is of an evaluation alone; add --eval"
+            yield name, "belongs to evaluation; add --eval"
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)

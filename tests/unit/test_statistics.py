@@ -13,6 +13,7 @@ from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 from torchmetrics.functional.classification import binary_calibration_error
 
 from analysis import statistics as st
+from analysis import tables
 
 
 @pytest.fixture
@@ -241,3 +242,26 @@ def test_runs_without_spread_have_no_interval():
     assert st.compare_runs([64.0, 64.0], [62.0, 62.0]) == st.Mean(2.0, None)
     with pytest.raises(ValueError, match="no runs"):
         st.mean_of_runs([])
+
+
+# --- Their tables -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_shown_with_their_mean_and_interval():
+    assert tables.format_runs([64.36, 65.0, 64.42]) == "64.59 ± 0.88 (64.36 · 65.00 · 64.42)"
+    assert tables.format_runs([64.36, 64.36]) == "64.36 (64.36 · 64.36)"
+    assert tables.format_runs([64.36]) == "64.36"
+    assert tables.format_runs([]) == "—"
+
+
+def test_configurations_are_compared_by_welch():
+    dat, swin, one = [64.36, 65.00, 64.42], [62.10, 62.32, 63.08], [60.0]
+    [header, _, row] = tables.format_run_differences({"dat": dat, "swin": swin, "pvt": one})
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["dat", "swin", "+2.09 [1.04, 3.15]", "0.0063"]
+    assert " q " not in header
+    lines = tables.format_run_differences({"dat": dat, "swin": swin, "vit": [60.0, 60.5]})
+    assert len(lines) == 5
+    assert " q " in lines[0]
+    assert tables.format_run_differences({"dat": dat, "pvt": one}) == []
+    assert tables.format_run_differences({}) == []
