@@ -21,6 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.listing import Listing, change_time, load_listing, save_listing
 from data.pack import read_index, shard_name
+from data.raw_forms import describe_raw_form
 from utils.errors import DataError
 
 Where = tuple[int, ...]  # a file's size and what else its source needs to find it
@@ -48,7 +49,7 @@ class Reader:
             found = f"{len(loose)} images and no class folder" if loose else "no image"
             raise DataError(
                 f"{path}: holds {found}, expected <class>/<image>; "
-                "sort the images into one folder per class"
+                f"{describe_raw_form(path.parent) or 'sort the images into one folder per class'}"
             )
         names = sorted(os.fsencode(name) for name in images if "/" in name)
         where = np.array([images[os.fsdecode(name)] for name in names], dtype=np.int64)
@@ -253,7 +254,8 @@ def open_split(root: str | Path, split: str) -> Reader:
             if exists(path):
                 return kind(path)
     found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
-    raise DataError(f"{root}: has no {split} split, found {found}; {LAYOUT}")
+    remedy = describe_raw_form(root) or LAYOUT
+    raise DataError(f"{root}: has no {split} split, found {found}; {remedy}")
 
 
 def _identity(path: str | Path) -> tuple[int, int]:
