@@ -121,12 +121,13 @@ def test_zip_files_are_stored_and_the_same_each_time(photos, tmp_path):
     assert (reader.where[:, 0] == reader.where[:, 2]).all(), "packed size equals size"
 
 
-def test_validation_alone_can_be_prepared_and_training_later(photos, tmp_path):
+def test_validation_alone_can_be_prepared_and_training_later(photos, tmp_path, capsys):
     source = downloads.write_archives(photos, tmp_path / "source")
     train = source / "ILSVRC2012_img_train.tar"
     train.rename(tmp_path / "later")
     run("imagenet", source, tmp_path / "out")
     assert visible(tmp_path / "out") == ["prepare.json", "val"]
+    assert f"{source}: ImageNet's original archives, val\n" in capsys.readouterr().out
     (tmp_path / "later").rename(train)
     run("imagenet", source, tmp_path / "out")
     assert contents(tmp_path / "out") == expected(photos)
@@ -433,21 +434,21 @@ def test_a_csv_file_with_a_missing_repeated_or_strange_row(photos, tmp_path, cap
 
 
 @needs_pyarrow
-def test_broken_images_in_parquet_are_copied_counted_and_reported(photos, tmp_path, capsys):
+@each_output
+def test_broken_images_in_parquet_are_copied_counted_and_reported(photos, tmp_path, to, capsys):
     broken = dict(photos, train=list(photos["train"]))
     for place, data in ((1, b"no image"), (2, b""), (3, None)):
         broken["train"][place] = broken["train"][place]._replace(data=data)
     source = downloads.write_parquet(broken, tmp_path / "source")
-    run("imagenet", source, tmp_path / "out")
-    out = capsys.readouterr().out
-    assert "3 files cannot be opened as images and were copied as they are" in out
-    wnid, name, _ = photos["train"][2]
-    assert f"{wnid}/{name}.JPEG: empty" in out
-    wnid, name, _ = photos["train"][1]
-    assert (tmp_path / f"out/train/{wnid}/{name}.JPEG").read_bytes() == b"no image"
-    assert len(ImageDataset(tmp_path / "out", "train", transform=None)) == 9
-    run("imagenet", source, tmp_path / "out")
-    assert "3 files cannot be opened" in capsys.readouterr().out, "said again by a second run"
+    for _ in range(2):  # a second run reports them again
+        run("imagenet", source, tmp_path / "out", "--to", to)
+        out = capsys.readouterr().out
+        assert "3 files cannot be opened as images and were copied as they are" in out
+        wnid, name, _ = photos["train"][2]
+        assert f"{wnid}/{name}.JPEG: empty" in out
+    for place in (2, 3):
+        broken["train"][place] = broken["train"][place]._replace(data=b"")
+    assert contents(tmp_path / "out") == expected(broken)
 
 
 @needs_pyarrow

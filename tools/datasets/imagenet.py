@@ -71,6 +71,7 @@ def open_imagenet(folder: Path) -> ImageNet:
     source = FORMS[form.name](folder)
     if not source.splits:
         raise DataError(f"{folder}: holds {form.name} but neither training nor validation images")
+    print(f"{folder}: {form.name}, {' and '.join(source.splits)}")
     return source
 
 

@@ -88,7 +88,7 @@ def _write_split(source: Source, out: Path, split: str, to: str, any_count: bool
         raise ConfigError(f"{out / name} exists already; remove it, or name another folder")
     progress = Progress(out / WORK / f"{split}.jsonl")
     output = OUTPUTS[to](out / WORK / name, progress.position)
-    seen = {name.decode() for name in progress.names}
+    seen, classes = {name.decode() for name in progress.names}, frozenset(source.classes)
     with tqdm(
         total=source.counts[split], initial=len(seen), unit=" images", desc=name, disable=None
     ) as bar:
@@ -97,7 +97,7 @@ def _write_split(source: Source, out: Path, split: str, to: str, any_count: bool
                 continue
             images, unreadable = [], []
             for image in part.images:
-                path = _checked_name(image, part, source, seen)
+                path = _checked_name(image, part, classes, seen)
                 if reason := _problem(image.data):
                     unreadable.append(f"{path}: {reason}")
                 crc = zlib.crc32(image.data)
@@ -112,13 +112,12 @@ def _write_split(source: Source, out: Path, split: str, to: str, any_count: bool
     return _verify(out, split, source, names, where) | {"unreadable": progress.unreadable}
 
 
-def _checked_name(image: RawImage, part: Part, source: Source, seen: set[str]) -> str:
+def _checked_name(image: RawImage, part: Part, classes: frozenset[str], seen: set[str]) -> str:
     """`<class>/<file>` of an image, added to `seen`. Raises DataError for a name it cannot have."""
     path = f"{image.class_name}/{image.file_name}"
-    if image.class_name not in source.classes:
+    if image.class_name not in classes:
         raise DataError(
-            f"{part.name}: {path!r} is of a class that is not one of the {len(source.classes)}; "
-            "remove it"
+            f"{part.name}: {path!r} is of a class that is not one of the {len(classes)}; remove it"
         )
     if not FILE_NAME.fullmatch(image.file_name):
         raise DataError(
@@ -152,10 +151,11 @@ def _check_counts(
     if any_count or (len(names) == expected and not missing):
         return
     lacks = f"; no image of {join_some(missing, SHOWN)}" if missing else ""
+    hint = f" {source.hint}" if source.hint else ""
     raise DataError(
         f"{out}: {split} has {len(names):,} images of {len(found):,} classes, expected "
-        f"{expected:,} of {len(source.classes):,}{lacks}. {source.hint} Complete the download and "
-        "run the same command: it resumes. To accept these, add --any-count."
+        f"{expected:,} of {len(source.classes):,}{lacks}.{hint} Complete the download and run the "
+        "same command: it resumes. To accept these, add --any-count."
     )
 
 
