@@ -6,23 +6,21 @@ written under another name, synced and renamed: a folder of that name is whole, 
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
-import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.state import TrainState
+from utils import first_edition
 from utils.errors import CheckpointError, StopRequested, StorageError
 from utils.logging import logger
 from utils.text import join_some
@@ -33,55 +31,6 @@ FILES = REQUIRED | {"ema.safetensors"}
 # "replaced": an older one of the same step, until the newer is on the disk.
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(-replaced-\d+)?")
 MAX_FAILURES = 3  # saves in a row that may fail before the run ends
-
-
-@dataclass
-class TrainState:
-    """Exactly what the loop changes, what is saved, and what is restored."""
-
-    model: nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0  # steps done: the position in the run
-    epoch: int = 0  # epochs closed: trained and, where due, validated
-    skipped: int = 0  # steps in a row whose gradient was not finite
-    best: dict = field(default_factory=lambda: {"acc1": 0.0, "step": 0})
-
-    def counters(self) -> dict:
-        """The state that is not tensors."""
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "skipped": self.skipped,
-            "best": self.best,
-            "scaler": self.scaler.state_dict(),
-        }
-
-
-# --- Die on purpose -------------------------------------------------------------------------------
-
-POINTS = (  # of a save, in this order; some are reached several times
-    "snapshot",  # the state is copied, nothing is written
-    "folder",  # the temporary folder is there
-    "file",  # a file is written
-    "file-synced",
-    "folder-synced",
-    "set-aside",  # the older checkpoint of the same step has another name
-    "renamed",  # the new one has its name
-    "committed",  # and is on the disk
-    "hidden",  # one that is no longer kept has lost its name
-    "deleted",
-    "pruned",
-)
-_times = itertools.count(1)
-
-
-def reached(point: str) -> None:
-    """Die as of kill -9 where the environment says DAT_KILL_AT=<point>[:<nth time>]: the proof that no kill hurts."""
-    place, _, nth = os.environ.get("DAT_KILL_AT", "").partition(":")
-    if place == point and next(_times) == int(nth or 1):
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # --- Write ----------------------------------------------------------------------------------------
@@ -118,7 +67,6 @@ class Saver:
         start = time.perf_counter()
         files = snapshot(state, metadata)
         copied = time.perf_counter() - start
-        reached("snapshot")
         self._writing = self._thread.submit(
             self._write, f"step-{state.step}", files, f"step-{state.best['step']}", copied
         )
@@ -173,23 +121,16 @@ def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        reached("folder")
         for file_name, content in files.items():
             with (temporary / file_name).open("wb") as file:
                 file.write(content)
                 file.flush()
-                reached("file")
                 os.fsync(file.fileno())
-                reached("file-synced")
         _sync_folder(temporary)
-        reached("folder-synced")
         if target.exists():  # damaged and passed over, or from before its epoch was closed
             os.rename(target, folder / f"{name}-replaced-{time.time_ns()}")
-            reached("set-aside")
         os.rename(temporary, target)
-        reached("renamed")
         _sync_folder(folder)
-        reached("committed")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
@@ -214,14 +155,11 @@ def prune(written: Path, keep: int, best: str) -> None:
             if (kept >= keep and path.name != best) or (kept and replaced):
                 hidden = path.with_name(f".tmp-{path.name}")
                 os.rename(path, hidden)  # no reader finds a part of it
-                reached("hidden")
                 shutil.rmtree(hidden)
-                reached("deleted")
             elif verify(path) is None:
                 kept += 1
     except OSError as error:
         logger.warning(f"{written.parent}: what is not kept cannot be deleted ({error.strerror})")
-    reached("pruned")
 
 
 def remove_partial(folder: Path) -> None:
@@ -369,6 +307,8 @@ def read_metadata(path: Path) -> JsonDict:
         metadata = json.loads(file.read_bytes(), object_hook=functools.partial(JsonDict, file))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if isinstance(metadata, dict) and "step" not in metadata:
+        metadata = first_edition.translate_metadata(metadata, functools.partial(JsonDict, file))
     kinds = {"step": int, "epoch": int, "skipped": int, "best": dict, "scaler": dict}
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{file} holds {type(metadata).__name__}, expected an object")
@@ -407,8 +347,8 @@ def restore(path: Path, state: TrainState) -> None:
 
 def load_strictly(model: nn.Module, file: Path) -> None:
     """Load `file` into `model`; other names, shapes or types are a CheckpointError that lists them."""
-    tensors = read_tensors(file)
     own = model.state_dict()
+    tensors = first_edition.translate_tensors(read_tensors(file), own)
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
     problems += [
@@ -426,10 +366,11 @@ def load_strictly(model: nn.Module, file: Path) -> None:
 
 def _restore_optimizer(file: Path, state: TrainState) -> None:
     moments: dict[str, dict[str, torch.Tensor]] = {}
+    parameters = dict(state.model.named_parameters())
     for full_name, tensor in read_tensors(file).items():
         name, _, key = full_name.rpartition(".")
         moments.setdefault(name, {})[key] = tensor
-    parameters = dict(state.model.named_parameters())
+    moments = first_edition.translate_tensors(moments, parameters)
     keys = {key for values in moments.values() for key in values}
     problems = [f"{name} is no parameter" for name in moments if name not in parameters]
     problems += [f"{name} has no {key}" for name in moments for key in keys - moments[name].keys()]

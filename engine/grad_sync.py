@@ -33,7 +33,7 @@ class DDPSync:
         self._statistics = running_statistics(net)
 
     @contextmanager
-    def micro_batch(self, micro_batch: int, timer: StepTimer) -> Iterator[None]:
+    def accumulate(self, micro_batch: int, timer: StepTimer) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch; after the last one the gradient is the mean of all."""
         last = micro_batch == self._micro_batches[-1]
         with nullcontext() if last or self._process.world_size == 1 else self.net.no_sync():
@@ -62,7 +62,7 @@ class DeterministicSync:
         self._statistics = running_statistics(model)
 
     @contextmanager
-    def micro_batch(self, micro_batch: int, timer: StepTimer) -> Iterator[None]:
+    def accumulate(self, micro_batch: int, timer: StepTimer) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch; after the last one the gradient is the mean of all."""
         self.net.zero_grad(set_to_none=True)
         yield

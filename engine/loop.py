@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import NO_LABEL
-from engine.checkpoint import TrainState
 from engine.grad_sync import GradSync
 from engine.optim import Schedule
+from engine.state import TrainState
 from utils.distributed import Process, all_reduce_sum
 from utils.logging import MetricWriter, logger
 from utils.rng import key, reseed
@@ -49,16 +49,15 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def train_one_epoch(
-    *,
     state: TrainState,
-    reduction: GradSync,
+    grad_sync: GradSync,
     batches: Iterator,
     recipe: Recipe,
     process: Process,
     writer: MetricWriter,
     after_step: Callable[[], None],
 ) -> None:
-    """Train from `state.step` to the end of epoch `state.epoch`; `reduction` is of `state.model`.
+    """Train from `state.step` to the end of epoch `state.epoch`; `grad_sync` belongs to `state.model`.
 
     `after_step` is called after every step: there the state may be saved and the run end.
     """
@@ -78,14 +77,14 @@ def train_one_epoch(
         rate = recipe.schedule(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        losses = forward_backward(state, reduction, batches, recipe, process, timer)
+        losses = forward_backward(state, grad_sync, batches, recipe, process, timer)
         with timer("optimizer"):
             norm = _step(state, recipe.clip_grad)
         state.step += 1
         progress.update()
         if state.step % recipe.print_freq == 0:
             # The values are this step's own, so that a resumed run records the same as one that was not stopped.
-            loss = reduction.mean_loss(losses).item()
+            loss = grad_sync.mean_loss(losses).item()
             values = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
             if state.scaler.is_enabled():
                 values["train/loss_scale"] = state.scaler.get_scale()
@@ -110,7 +109,7 @@ def train_one_epoch(
 
 def forward_backward(
     state: TrainState,
-    reduction: GradSync,
+    grad_sync: GradSync,
     batches: Iterator,
     recipe: Recipe,
     process: Process,
@@ -125,11 +124,11 @@ def forward_backward(
         reseed(key(recipe.seed, "slot", state.step, micro_batch), process.device)
         with timer("transform"):
             images, targets = recipe.transform(batch.images, batch.labels)
-        with reduction.micro_batch(micro_batch, timer):
+        with grad_sync.accumulate(micro_batch, timer):
             with timer("forward"), autocast(process.device, recipe.amp_dtype):
-                logits = reduction.net(images)
+                logits = grad_sync.net(images)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
-            loss = loss / reduction.divisor
+            loss = loss / grad_sync.divisor
             with timer("backward"):
                 state.scaler.scale(loss).backward()
         losses.append(loss.detach())

@@ -117,10 +117,10 @@ def refuse_nonfinite(path: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def load_pretrained(model: nn.Module, path: Path, *, whole: bool) -> Report:
+def load_pretrained(model: nn.Module, path: Path, *, strict: bool) -> Report:
     """Load the weights at `path` into the timm model `model`, renamed and resized as its architecture knows to.
 
-    With `whole` (evaluation) every tensor must be there and the file must be for this variant. Otherwise (a new
+    With `strict` (evaluation) every tensor must be there and the file must be for this variant. Otherwise (a new
     training) a classifier that does not fit keeps its initial values; all else must fit. Raises CheckpointError with
     the report and, for a DAT, the name of the model that the file is for.
     """
@@ -128,7 +128,7 @@ def load_pretrained(model: nn.Module, path: Path, *, whole: bool) -> Report:
     fitted, resized = _fit(tensors, model, path)
     own = model.state_dict()
     report = Report(fitted, own, resized)
-    anew = () if whole else _classifier(model)
+    anew = () if strict else _classifier(model)
     report.new = [n for n in report.missing + report.misshapen if n.startswith(anew)]
     unwanted = report.unexpected  # a model without a classifier wants none
     if model.num_classes == 0:
@@ -138,7 +138,7 @@ def load_pretrained(model: nn.Module, path: Path, *, whole: bool) -> Report:
     found = identify(tensors) if refused or resized else None
     # Windows are resized for a training only: evaluated, the result would be neither variant's.
     misnamed = found and _asked(model) not in found.variants
-    if refused or (whole and misnamed):
+    if refused or (strict and misnamed):
         remedy = _remedy(found, model)
         raise CheckpointError(f"{path} does not fit {_asked(model)}. {remedy} In numbers: {report}")
     loaded = {name: fitted[name] for name in report.matched + report.resized}

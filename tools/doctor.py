@@ -37,7 +37,6 @@ import models
 from data import ImageDataset, allowed_files, read_class_list, steps_per_epoch
 from data.decode import TURNS, UNREADABLE, decode, open_image, orientation
 from data.readers import FolderReader
-from engine.train import REFERENCE_BATCH
 from utils.errors import ConfigError, DataError, UserError
 from utils.files import write_atomically
 
@@ -384,11 +383,11 @@ def check_batches(cfg: CfgNode, train: ImageDataset | None, processes: int) -> I
                 yield Finding("OK", "epoch", text)
             else:
                 yield Finding("WARN", "epoch", text, remedy)
-    scale = total / REFERENCE_BATCH
+    scale = total / cfg.TRAIN.LR_BASE_SIZE
     rates = (cfg.TRAIN.WARMUP_LR, cfg.TRAIN.BASE_LR, cfg.TRAIN.MIN_LR)
     shown = " → ".join(f"{rate * scale:.3g}" for rate in rates)
     text = (
-        f"{shown} (warm-up, highest, last) after scaling by {total} / {REFERENCE_BATCH}; "
+        f"{shown} (warm-up, highest, last) after scaling by {total} / {cfg.TRAIN.LR_BASE_SIZE}; "
         f"{cfg.TRAIN.WARMUP_EPOCHS} of {cfg.TRAIN.EPOCHS} epochs warm up"
     )
     yield Finding("OK", "learning rate", text)

@@ -25,9 +25,9 @@ from yacs.config import CfgNode
 
 import config
 import data
-from engine import checkpoint, train
-from engine.divergence import images_of
+from engine import build, checkpoint
 from engine.grad_sync import DDPSync
+from engine.hooks import images_of
 from engine.loop import forward_backward
 from utils import distributed
 from utils.errors import CheckpointError, as_exit_code
@@ -73,7 +73,7 @@ def replay(cfg: CfgNode, path: Path) -> dict:
     """The numbers of the step after the state at `path`: of its weights, of every micro-batch, of the mean gradient."""
     with distributed.init_distributed(cfg.DEVICE, cfg.THREADS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
-        state, recipe, train_set, sampler = train.reopen(cfg, path, process)
+        state, recipe, train_set, sampler = build.load_step(cfg, path, process)
         images = images_of(state.step, train_set, sampler)
         batches = iter(data.train_loader(train_set, sampler, num_workers=0))
         parameters = dict(state.model.named_parameters())

@@ -389,7 +389,7 @@ def load_model(cfg: CfgNode, pretrained: str, run: str) -> tuple[nn.Module, str]
         checkpoint.load_strictly(model, source / "model.safetensors")
         return model, f"run {metadata['config']['TAG']} after {metadata['epoch']} epochs"
     if pretrained:
-        load_pretrained(model, Path(pretrained), whole=False)
+        load_pretrained(model, Path(pretrained), strict=False)
         return model, f"weights of {Path(pretrained).name}"
     return model, "untrained, random weights"
 

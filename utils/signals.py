@@ -46,7 +46,7 @@ class StopRequest:
         self._starting = False
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether this process, perhaps alone, was asked to stop."""
         return bool(self._own())
 

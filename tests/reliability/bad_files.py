@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Which damaged, odd and malicious files must training survive? Image files and archives, made on demand.
 
-python tests/reliability/bad_files.py FOLDER writes FOLDER/images, every kind of image file, and FOLDER/archives, every archive.
+python tests/reliability/bad_files.py FOLDER   every kind of image file in FOLDER/images, of archive in FOLDER/archives
 """
 
 import argparse
@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Which configurations are wrong, and what has each to be answered? In one line: the place, the key, the remedy."""
+"""Wrong configurations and command lines, and the one line that has to answer each: place, key and remedy."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import config
 from utils.errors import ConfigError
 
-# (what run.yaml holds, how the only line of the message begins, what else it says)
+# (content of run.yaml, start of the only line of the message, another part of it)
 WRONG_FILES = [
     # keys
     ("TRAIN:\n  BASE_LRR: 1e-3", "run.yaml:2: TRAIN.BASE_LRR: unknown key", "did you mean TRAIN.BASE_LR?"),
@@ -20,8 +20,8 @@ WRONG_FILES = [
     ("1: 2", "run.yaml:1: 1: unknown key", "config.py"),
     ("? [a, b]\n: 2", "run.yaml:1: [a, b]: unknown key", "config.py"),
     ("TRAIN.EPOCHS: 30", "run.yaml:1: TRAIN.EPOCHS: dots are for --opts", "below their group"),
-    ("TRAIN:\n  EPOCHS: 30\n  EPOCHS: 40", "run.yaml:3: TRAIN.EPOCHS: stands twice", "line 2; remove one"),
-    ("TAG: a\nTRAIN: {EPOCHS: 30}\nTRAIN: {SEED: 1}", "run.yaml:3: TRAIN: stands twice", "line 2"),
+    ("TRAIN:\n  EPOCHS: 30\n  EPOCHS: 40", "run.yaml:3: TRAIN.EPOCHS: is given twice", "line 2; remove one"),
+    ("TAG: a\nTRAIN: {EPOCHS: 30}\nTRAIN: {SEED: 1}", "run.yaml:3: TRAIN: is given twice", "line 2"),
     ("MODEL:\n  TYPE: swin", "run.yaml:2: MODEL.TYPE: unknown key", "use MODEL.NAME"),
     ("TRAIN:\n  OPTIMIZER:\n    NAME: adamw", "run.yaml:2: TRAIN.OPTIMIZER:", "use TRAIN.ADAM_BETAS"),
     ("TRAIN:\n  ACCUMULATION_STEPS: 4", "run.yaml:2: TRAIN.ACCUMULATION_STEPS:", "TRAIN.GLOBAL_BATCH_SIZE"),
@@ -119,13 +119,13 @@ WRONG_FILES = [
     ("BASE: config.py", "run.yaml:1: BASE: config.py: expected a .yaml file", "never run as code"),
 ]  # fmt: skip
 
-# (what run.yaml holds, the keys that do not fit, the reason or remedy)
+# (content of run.yaml, the keys that conflict, the reason or remedy)
 WRONG_TOGETHER = [
-    ("DATA: {BATCH_SIZE: 100}", ["run.yaml:1", "DATA.BATCH_SIZE 100", "4096 (defaults)"], "micro-batch to 64 or 128"),
-    ("TRAIN: {GLOBAL_BATCH_SIZE: 64}", ["TRAIN.GLOBAL_BATCH_SIZE 64"], "step to 128 images, or the micro-batch to 64"),
-    ("DATA: {BATCH_SIZE: 32}\nTRAIN: {GLOBAL_BATCH_SIZE: 100}", ["GLOBAL_BATCH_SIZE 100"], "micro-batch to 20 or 50"),
-    ("DATA: {BATCH_SIZE: 1}", ["DATA.BATCH_SIZE 1", "AUG.MIXUP 0.8"], "even micro-batch"),
-    ("DATA: {BATCH_SIZE: 5}\nTRAIN: {GLOBAL_BATCH_SIZE: 25}\nAUG: {MIXUP: 0}", ["AUG.CUTMIX 1.0"], "even micro-batch"),
+    ("DATA: {BATCH_SIZE: 100}", ["run.yaml:1", "DATA.BATCH_SIZE 100", "4096 (defaults)"], "batch size to 64 or 128"),
+    ("TRAIN: {GLOBAL_BATCH_SIZE: 64}", ["TRAIN.GLOBAL_BATCH_SIZE 64"], "set it to 128, or the batch size to 64"),
+    ("DATA: {BATCH_SIZE: 32}\nTRAIN: {GLOBAL_BATCH_SIZE: 100}", ["GLOBAL_BATCH_SIZE 100"], "batch size to 20 or 50"),
+    ("DATA: {BATCH_SIZE: 1}", ["DATA.BATCH_SIZE 1", "AUG.MIXUP 0.8"], "even size"),
+    ("DATA: {BATCH_SIZE: 5}\nTRAIN: {GLOBAL_BATCH_SIZE: 25}\nAUG: {MIXUP: 0}", ["AUG.CUTMIX 1.0"], "even size"),
     ("TRAIN: {EPOCHS: 20}", ["TRAIN.WARMUP_EPOCHS 20 (defaults), TRAIN.EPOCHS 20"], "shorten it"),
     ("TRAIN: {EPOCHS: 10}", ["TRAIN.EPOCHS 10"], "warm-up must end"),
     ("TRAIN: {MIN_LR: 1e-3}", ["TRAIN.MIN_LR 0.001", "TRAIN.BASE_LR 0.0005 (defaults)"], "lower MIN_LR"),
@@ -139,7 +139,7 @@ WRONG_TOGETHER = [
     ("TRAIN: {EXACT_WORLD_SIZE: on}", ["TRAIN.EXACT_WORLD_SIZE True, THREADS 0 (defaults)"], "set THREADS"),
 ]  # fmt: skip
 
-# (words after --cfg and --data-path, how the only line of the message begins, what else it says)
+# (words after --cfg and --data-path, start of the only line of the message, another part of it)
 WRONG_WORDS = [
     ("--evall", "--evall: unknown flag", "did you mean --eval?"),
     ("--batch_size 64", "--batch_size: unknown flag", "did you mean --batch-size?"),
@@ -163,7 +163,7 @@ WRONG_WORDS = [
     ("--tag a/b", "--tag: TAG: got 'a/b', expected a folder's name", ""),
     ("--output=~/runs", "--output: OUTPUT: got '~/runs', expected a path, written out", ""),
     ("--resume w.pth", "--resume: CHECKPOINT.RESUME: got 'w.pth'", "weights go to --pretrained"),
-    ("--batch-size 100", "--batch-size: DATA.BATCH_SIZE 100", "micro-batch to 64 or 128"),
+    ("--batch-size 100", "--batch-size: DATA.BATCH_SIZE 100", "batch size to 64 or 128"),
     ("--eval --throughput", "--throughput: excludes --eval", "one after the other"),
     ("--eval --opts CHECKPOINT.AUTO_RESUME False", "--opts: CHECKPOINT.AUTO_RESUME False", "--pretrained FILE"),
     ("--resume run --pretrained w.pth", "--pretrained: CHECKPOINT.PRETRAINED 'w.pth'", "drop one"),
@@ -186,7 +186,7 @@ WRONG_WORDS = [
 
 
 def cases() -> Iterator[tuple[str, list[str], list[str]]]:
-    """What run.yaml holds, the words after it and --data-path, and the parts of the answer, for each wrong one."""
+    """For each case: content of run.yaml, the words after it and --data-path, the parts of the message."""
     for text, begin, also in WRONG_FILES:
         yield text, [], [begin, also]
     for text, names, remedy in WRONG_TOGETHER:
@@ -196,7 +196,7 @@ def cases() -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def answer(text: str, words: list[str]) -> str:
-    """What config.py says to run.yaml, which is written into the working directory; empty if it says nothing."""
+    """The ConfigError of a run.yaml that is written into the working directory; empty if there is none."""
     Path("run.yaml").write_text(text)
     try:
         config.parse(["--cfg", "run.yaml", "--data-path", "data", *words])

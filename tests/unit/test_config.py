@@ -11,7 +11,9 @@ import pytest
 from reliability.wrong_configs import WRONG_FILES, WRONG_TOGETHER, WRONG_WORDS
 
 import config
+from utils import first_edition
 from utils.errors import ConfigError
+from utils.yaml_nodes import to_dict
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -85,11 +87,9 @@ def test_a_device_is_not_read_to_its_end():
         (["--cfg", "folder.yaml"], ["--cfg: folder.yaml: Is a directory", "a readable file"]),
         (["--cfg", "config.py"], ["--cfg: config.py: expected a .yaml file", "never run as code"]),
         (["--cfg", "latin.yaml"], ["--cfg: latin.yaml: ", "UTF-8"]),
-        (["--cfg", "ok.yaml"], ["DATA.PATH '': train needs a dataset", "add --data-path"]),
-        (["--cfg", "ok.yaml", "--eval"], ["eval needs a dataset", "add --data-path"]),
     ],
 )
-def test_the_file_and_the_data_must_be_named(argv, parts):
+def test_the_file_must_be_named_and_readable(argv, parts):
     Path("folder.yaml").mkdir()
     Path("latin.yaml").write_bytes("TAG: caf\xe9".encode("latin-1"))
     write("TAG: test", "ok.yaml")
@@ -315,7 +315,7 @@ def test_help_lists_every_flag_and_three_examples(capsys):
 
 def test_flags_and_groups_belong_to_keys():
     assert set(config.FLAGS.values()) <= set(config.KEYS)
-    assert {name.rpartition(".")[0] for name in config.KEYS} <= {"", *config.GROUPS}
+    assert {name.rpartition(".")[0] for name in config.KEYS} <= {"", *config.READER.groups}
 
 
 def test_every_default_passes_its_own_check():
@@ -337,3 +337,42 @@ def test_a_refusal_comes_without_torch_and_at_once():
     )
     assert done.stdout.strip() == "[]"
     assert time.perf_counter() - start < 2  # 0.15 s on a quiet machine
+
+
+# --- For tools, and of the first edition -----------------------------------------------------------
+
+
+def test_tools_load_a_file_or_the_values_of_a_checkpoint():
+    path = write("MODEL: {NAME: dat_micro, ARGS: {window_size: 4}}\nDATA: {IMG_SIZE: 32}")
+    cfg = config.load(path, ["SEED=3", "MODEL.ARGS.patch_size", "2"])
+    assert (cfg.SEED, cfg.MODEL.ARGS) == (3, {"window_size": 4, "patch_size": 2})
+    assert config.dump(config.load_values(to_dict(cfg), "here")) == config.dump(cfg)
+    with pytest.raises(ConfigError, match=r"state\.json: SEED: got -1, expected an integer"):
+        config.load_values({"SEED": -1}, "state.json")
+    with pytest.raises(ConfigError, match=r"state\.json: SEEDS: unknown key; did you mean SEED"):
+        config.load_values({"SEEDS": 1}, "state.json")
+
+
+@pytest.mark.parametrize(("old", "new"), first_edition.KEYS.items())
+def test_an_old_key_is_refused_with_its_new_name(old, new):
+    group, last = old.split(".")
+    assert f"{old}: unknown key; use {new}" in refusal(yaml=f"{group}: {{{last}: 1}}")
+    assert f"{old}: unknown key; use {new}" in refusal("--opts", old, "1")
+
+
+@pytest.mark.parametrize(("old", "new"), first_edition.MODEL_ARGS.items())
+def test_an_old_argument_of_our_models_is_refused_with_its_new_name(old, new):
+    message = refusal("--opts", f"MODEL.ARGS.{old}", "[1, 1, 1, 1]")
+    assert f"renamed; use MODEL.ARGS.{new}" in message
+    other = parse("--opts", f"MODEL.ARGS.{old}=3", yaml="MODEL: {NAME: resnet18}")
+    assert {old: 3} == other.cfg.MODEL.ARGS  # timm's models have arguments of those names
+
+
+def test_the_configuration_that_an_old_run_left_is_read():
+    old = ROOT / "tests/golden/first_edition/run/config.yaml"
+    cfg = config.parse(["--cfg", str(old)]).cfg
+    assert (cfg.EVAL_FREQ, cfg.SAVE_FREQ, cfg.SAVE_STEPS) == (2, 2, 3)
+    assert (cfg.TEST.CROP_MODE, cfg.MODEL.ARGS.num_heads) == ("center", [1, 2, 2, 2])
+    write(old.read_text(), "mine.yaml")  # elsewhere, it is a file that somebody wrote
+    with pytest.raises(ConfigError, match="use SAVE_FREQ"):
+        config.parse(["--cfg", "mine.yaml"])

@@ -70,7 +70,7 @@ def test_the_reduction_is_a_part_of_the_backward_pass(clock, monkeypatch, reduct
     monkeypatch.setattr("utils.distributed.broadcast", lambda tensors: clock(3))
     timer = StepTimer(cpu)
     for micro_batch in range(2):
-        with reduce.micro_batch(micro_batch, timer):
+        with reduce.accumulate(micro_batch, timer):
             model(torch.randn(4, 2)).sum().backward()
     assert timer.lap()["backward"] == 3
 

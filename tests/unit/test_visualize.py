@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from engine import checkpoint
-from engine.checkpoint import TrainState
+from engine.state import TrainState
 from models.dat import MIXERS, DATConfig
 from models.ops import sample
 from tools import visualize
