@@ -23,12 +23,12 @@ from tools.datasets.imagenet import open_imagenet
 from tools.datasets.imagenette import ARCHIVES, Imagenette
 from tools.datasets.output import OUTPUTS
 from tools.datasets.prepare import WORK, prepare
-from tools.datasets.source import Source
+from tools.datasets.raw_dataset import RawDataset
 from utils.errors import as_exit_code
 
 
-def open_source(args: argparse.Namespace) -> Source:
-    """The source that the command names."""
+def open_raw(args: argparse.Namespace) -> RawDataset:
+    """The download that the command names."""
     match args.dataset:
         case "imagenet":
             return open_imagenet(args.source)
@@ -102,15 +102,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Prepare a dataset."""
     args = parse(arguments)
-    source = open_source(args)
+    raw = open_raw(args)
     where = getattr(args, "source", None)
     plan = {
         "dataset": args.dataset,
         "source": str(where.resolve()) if where else "published",
         "to": args.to,
-        **source.settings,
+        **raw.settings,
     }
-    prepare(source, args.out, plan, args.to, any_count=args.any_count)
+    prepare(raw, args.out, plan, args.to, any_count=args.any_count)
 
 
 if __name__ == "__main__":

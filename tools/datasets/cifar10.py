@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from tools.datasets.download import download
-from tools.datasets.source import Part, RawImage, Source
+from tools.datasets.raw_dataset import Part, RawDataset, RawImage
 from utils.errors import DataError
 
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
@@ -32,7 +32,7 @@ ALLOWED = {
 }
 
 
-class Cifar10(Source):
+class Cifar10(RawDataset):
     """The pickled batches in an archive or folder.
 
     path: cifar-10-python.tar.gz, the extracted folder or the folder that holds either; None

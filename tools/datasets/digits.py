@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from PIL import Image
 
-from tools.datasets.source import Part, RawImage, Source
+from tools.datasets.raw_dataset import Part, RawDataset, RawImage
 
 SIZE = 32  # pixels a side, from the original 8
 
 
-class Digits(Source):
+class Digits(RawDataset):
     """The images that scikit-learn brings along; every fifth of a class is for validation."""
 
     classes = tuple("0123456789")

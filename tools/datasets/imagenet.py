@@ -21,10 +21,10 @@ from typing import Any
 from timm.data import ImageNetInfo
 
 from data.raw_forms import ARCHIVES, KAGGLE, PARQUET, SHARDS, find_raw_form
-from tools.datasets.source import (
+from tools.datasets.raw_dataset import (
     Part,
+    RawDataset,
     RawImage,
-    Source,
     folder_files,
     folder_parts,
     is_image,
@@ -53,7 +53,7 @@ WNID = re.compile(r"(?:^|_)(n\d{8})(?=_|$)")  # in a file name without extension
 ROWS = 32  # of a parquet file in memory
 
 
-class ImageNet(Source):
+class ImageNet(RawDataset):
     """A form of ImageNet; the base of those below."""
 
     def __init__(self):
@@ -68,11 +68,11 @@ def open_imagenet(folder: Path) -> ImageNet:
             f"{folder}: found no form of ImageNet; expected {TRAIN} or {VAL}, Kaggle's "
             "ILSVRC/Data/CLS-LOC, imagenet1k-train-*.tar or Hugging Face's *.parquet"
         )
-    source = FORMS[form.name](folder)
-    if not source.splits:
+    raw = FORMS[form.name](folder)
+    if not raw.splits:
         raise DataError(f"{folder}: holds {form.name} but neither training nor validation images")
-    print(f"{folder}: {form.name}, {' and '.join(source.splits)}")
-    return source
+    print(f"{folder}: {form.name}, {' and '.join(raw.splits)}")
+    return raw
 
 
 # --- The original archives ------------------------------------------------------------------------

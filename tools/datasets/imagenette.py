@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import IO
 
 from tools.datasets.download import download
-from tools.datasets.source import (
+from tools.datasets.raw_dataset import (
     Part,
+    RawDataset,
     RawImage,
-    Source,
     folder_parts,
     is_image,
     open_file,
@@ -29,7 +29,7 @@ ARCHIVES = {  # size: file, MD5
 }
 
 
-class Imagenette(Source):
+class Imagenette(RawDataset):
     """An archive of any size, or its extracted folder.
 
     path: the archive, the folder of `train` and `val`, or the folder that holds either; None

@@ -14,7 +14,7 @@ import numpy as np
 
 from data import ImageDataset
 from data.pack import shard_name, write_index
-from tools.datasets.source import Part
+from tools.datasets.raw_dataset import Part
 from tools.pack import SHARD_BYTES
 from utils.errors import ConfigError, StorageError
 
@@ -142,8 +142,13 @@ class PackOutput(_Appended):
         self.file.close()
         info: dict[str, int | str] = {"shorter_side": 0}
         write_index(self.path, names, where, info)
-        pack = ImageDataset(self.path.parent, self.path.stem, transform=None)
-        write_index(self.path, names, where, info | {"source": pack.fingerprint})
+        info["source"] = fingerprint(self.path.parent, self.path.stem)
+        write_index(self.path, names, where, info)
+
+
+def fingerprint(root: Path, split: str) -> str:
+    """The fingerprint of a split, the same for every form of output."""
+    return ImageDataset(root, split, transform=None).fingerprint
 
 
 OUTPUTS = {"tree": TreeOutput, "zip": ZipOutput, "pack": PackOutput}
@@ -180,7 +185,7 @@ class Progress:
         return np.concatenate(self._where)
 
     def has(self, part: Part) -> bool:
-        """Whether `part` is written. Raises ConfigError if its source has changed since."""
+        """Whether `part` is written. Raises ConfigError if its size has changed since."""
         if (size := self._sizes.get(part.name, part.size)) != part.size:
             raise ConfigError(
                 f"{part.name} has changed since it was written (size {size}, now {part.size}); "

@@ -1,4 +1,4 @@
-"""Preparation of a dataset: from a source to `<out>/train` and `<out>/val` as tree, zip or pack.
+"""Preparation of a dataset: from a download to `<out>/train` and `<out>/val` as tree, zip or pack.
 
 <out>/prepare.json says what is prepared from what, and which splits are complete. A split is
 written below <out>/.prepare and moved to its place when its images have been counted.
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import ImageDataset
 from data.decode import UNREADABLE, open_image
-from tools.datasets.output import OUTPUTS, Progress
-from tools.datasets.source import FILE_NAME, Part, RawImage, Source
+from data.readers import open_split
+from tools.datasets.output import OUTPUTS, Progress, fingerprint
+from tools.datasets.raw_dataset import FILE_NAME, Part, RawDataset, RawImage
 from utils.errors import ConfigError, DataError, StorageError
 from utils.files import write_atomically
 from utils.text import join_some
@@ -29,26 +29,26 @@ SHOWN = 5  # names in a message
 
 
 def prepare(
-    source: Source, out: Path, plan: dict[str, int | str], to: str, *, any_count: bool = False
+    raw: RawDataset, out: Path, plan: dict[str, int | str], to: str, *, any_count: bool = False
 ) -> None:
-    """Write the splits of `source` below `out`, continuing where the same command was stopped.
+    """Write the splits of `raw` below `out`, continuing where the same command was stopped.
 
     plan: what decides the content of `out`; the same in every run of one folder.
     to: "tree", "zip" or "pack".
     any_count: accept other numbers of images and classes than the published ones.
 
-    Raises DataError for a damaged or incomplete source, ConfigError for an `out` with other
+    Raises DataError for a damaged or incomplete download, ConfigError for an `out` with other
     content, StorageError where nothing can be written.
     """
     with _storage_errors(out):
         record = _begin(out, plan)
         with _locked(out / WORK):
-            for split in source.splits:
+            for split in raw.splits:
                 if split not in record["splits"]:
-                    record["splits"][split] = _write_split(source, out, split, to, any_count)
+                    record["splits"][split] = _write_split(raw, out, split, to, any_count)
                     write_atomically(out / RECORD, json.dumps(record, indent=1))
                 _publish(out, split + OUTPUTS[to].suffix)
-                _report(source, out, split, record["splits"][split])
+                _report(raw, out, split, record["splits"][split])
             shutil.rmtree(out / WORK)
 
 
@@ -81,18 +81,18 @@ def _begin(out: Path, plan: dict) -> dict:
     return record
 
 
-def _write_split(source: Source, out: Path, split: str, to: str, any_count: bool) -> dict:
+def _write_split(raw: RawDataset, out: Path, split: str, to: str, any_count: bool) -> dict:
     """Write a split below `out`/.prepare, check it, and say what it holds."""
     name = split + OUTPUTS[to].suffix
     if (out / name).exists():
         raise ConfigError(f"{out / name} exists already; remove it, or name another folder")
     progress = Progress(out / WORK / f"{split}.jsonl")
     output = OUTPUTS[to](out / WORK / name, progress.position)
-    seen, classes = {name.decode() for name in progress.names}, frozenset(source.classes)
+    seen, classes = {name.decode() for name in progress.names}, frozenset(raw.classes)
     with tqdm(
-        total=source.counts[split], initial=len(seen), unit=" images", desc=name, disable=None
+        total=raw.counts[split], initial=len(seen), unit=" images", desc=name, disable=None
     ) as bar:
-        for part in source.parts(split):
+        for part in raw.parts(split):
             if progress.has(part):
                 continue
             images, unreadable = [], []
@@ -107,9 +107,9 @@ def _write_split(source: Source, out: Path, split: str, to: str, any_count: bool
             progress.add(part, images, unreadable, output.position)
     order = np.argsort(np.array(progress.names, np.bytes_))
     names, where = np.array(progress.names, np.bytes_)[order], progress.where[order]
-    _check_counts(source, out, split, names, any_count)
+    _check_counts(raw, out, split, names, any_count)
     output.close(names, where)
-    return _verify(out, split, source, names, where) | {"unreadable": progress.unreadable}
+    return _verify(out, split, names, where) | {"unreadable": progress.unreadable}
 
 
 def _checked_name(image: RawImage, part: Part, classes: frozenset[str], seen: set[str]) -> str:
@@ -142,42 +142,37 @@ def _problem(data: bytes) -> str:
 
 
 def _check_counts(
-    source: Source, out: Path, split: str, names: np.ndarray, any_count: bool
+    raw: RawDataset, out: Path, split: str, names: np.ndarray, any_count: bool
 ) -> None:
     """Compare the number of images and classes with the published ones. Raises DataError."""
-    expected = source.counts[split]
+    expected = raw.counts[split]
     found = {name.split(b"/", 1)[0].decode() for name in names.tolist()}
-    missing = [name for name in source.classes if name not in found]
+    missing = [name for name in raw.classes if name not in found]
     if any_count or (len(names) == expected and not missing):
         return
     lacks = f"; no image of {join_some(missing, SHOWN)}" if missing else ""
-    hint = f" {source.hint}" if source.hint else ""
+    hint = f" {raw.hint}" if raw.hint else ""
     raise DataError(
         f"{out}: {split} has {len(names):,} images of {len(found):,} classes, expected "
-        f"{expected:,} of {len(source.classes):,}{lacks}.{hint} Complete the download and run the "
+        f"{expected:,} of {len(raw.classes):,}{lacks}.{hint} Complete the download and run the "
         "same command: it resumes. To accept these, add --any-count."
     )
 
 
-def _verify(
-    out: Path, split: str, source: Source, names: np.ndarray, where: np.ndarray
-) -> dict[str, int | str]:
+def _verify(out: Path, split: str, names: np.ndarray, where: np.ndarray) -> dict[str, int | str]:
     """Compare what was written, as training reads it, with what was meant to be; a summary."""
-    dataset = ImageDataset(
-        out / WORK, split, transform=None, classes=source.classes, allow_missing=True
-    )
-    written = dataset.source
-    same = np.array_equal(written.names, names)
-    if not same or not np.array_equal(written.where[:, 0], where[:, 0]):
+    reader = open_split(out / WORK, split)
+    same = np.array_equal(reader.names, names)
+    if not same or not np.array_equal(reader.where[:, 0], where[:, 0]):
         raise StorageError(
-            f"{written.path} does not hold the files that were written to it; remove {out / WORK} "
+            f"{reader.path} does not hold the files that were written to it; remove {out / WORK} "
             "to start again"
         )
     return {
-        "images": len(dataset),
-        "classes": len(set(dataset.labels.tolist())),
+        "images": len(names),
+        "classes": len(reader.folders),
         "bytes": int(where[:, 0].sum()),
-        "fingerprint": dataset.fingerprint,
+        "fingerprint": fingerprint(out / WORK, split),
     }
 
 
@@ -191,8 +186,8 @@ def _publish(out: Path, name: str) -> None:
         )
 
 
-def _report(source: Source, out: Path, split: str, summary: dict) -> None:
-    expected = source.counts[split], len(source.classes)
+def _report(raw: RawDataset, out: Path, split: str, summary: dict) -> None:
+    expected = raw.counts[split], len(raw.classes)
     published = (summary["images"], summary["classes"]) == expected
     verdict = "as published" if published else "published: {:,} of {:,}".format(*expected)
     print(

@@ -1,6 +1,6 @@
-"""Dataset sources: the images of a published dataset, read part by part from its download.
+"""Raw datasets: the images of a published dataset, read part by part from its download.
 
-A source is streamed: at most one image, batch or row group is in memory.
+Downloads are streamed: at most one image, batch or row group is in memory.
 """
 
 import os
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     """The unit of progress: written completely, or written again by the next run.
 
     name: unique in its split.
-    size: of its source, in bytes or files; another size means that the source has changed.
+    size: of what it is read from, in bytes or files; another size means another content.
     images: to be read before the next part is asked for, or not at all.
     """
 
@@ -42,7 +42,7 @@ class Part(NamedTuple):
     images: Iterator[RawImage]
 
 
-class Source:
+class RawDataset:
     """The download of a dataset; the base of those in this package.
 
     splits: those that the download holds, of "train" and "val".
@@ -81,7 +81,7 @@ def folder_files(folder: Path) -> list[str]:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file of the source. Raises DataError."""
+    """The bytes of a file of the download. Raises DataError."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -108,7 +108,7 @@ def _folder_images(folder: Path, files: list[str]) -> Iterator[RawImage]:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """An open file of the source. Raises DataError."""
+    """An open file of the download. Raises DataError."""
     try:
         return path.open("rb")
     except OSError as error:
