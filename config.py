@@ -78,6 +78,8 @@ SCHEMA = (
     # ---- data ----
     Key("DATA.PATH", "imagenet", FILLED_PATH,
         "dataset: folder with train and val, each a folder, .pack, .zip or .tar of class folders"),
+    Key("DATA.HOLDOUT", 0.0, SHARE_BELOW_1,
+        "share of each training class to validate on, chosen by a hash of the file name; 0: the val split"),
     Key("DATA.CLASS_LIST", "", PATH, "text file, a class name a line; empty: the training set's class folders"),
     Key("DATA.VAL_SUBSET", False, ANY, "the validation set may lack classes"),
     Key("DATA.BATCH_SIZE", 128, at_least(1), "images of a micro-batch: what a process forwards at once"),
@@ -375,13 +377,13 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
     yield from _weight_conflicts(cfg.CHECKPOINT, mode, given)
     if mode == "train":
         for name in given & {"TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT"}:
-            yield name, "is of an evaluation alone; add --eval"
-    elif cfg.TEST.ONLY and not cfg.TEST.SETS:
-        yield "TEST.ONLY TEST.SETS", "chooses among the test sets of --sets; add it"
+            yield name, "belongs to evaluation; add --eval"
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)
         yield from _augmentation_conflicts(cfg.AUG, cfg.DATA.IMG_SIZE)
+    elif cfg.TEST.ONLY and not cfg.TEST.SETS:
+        yield "TEST.ONLY TEST.SETS", "chooses among the test sets of --sets; add it"
 
 
 def _renamed_arguments(model: CfgNode) -> Iterator[Conflict]:

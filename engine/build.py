@@ -35,7 +35,8 @@ from utils.yaml_nodes import to_dict
 
 # Keys of AUG: per image in the loader's workers, and per micro-batch on the device.
 IMAGE_KEYS = ("SCALE", "RATIO", "HFLIP", "COLOR_JITTER", "AUTO_AUGMENT", "PADDING")
-BATCH_KEYS = ("REPROB", "REMODE", "RECOUNT", "MIXUP", "CUTMIX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")  # fmt: skip
+MIX_KEYS = ("MIXUP", "CUTMIX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
+BATCH_KEYS = ("REPROB", "REMODE", "RECOUNT", *MIX_KEYS)
 
 
 def lower(group: CfgNode, names: Iterable[str]) -> dict[str, object]:
@@ -87,24 +88,28 @@ def open_data(
 
 
 def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.ImageDataset:
-    """The images of "train", augmented, or of "val", resized and cropped."""
-    if split != "train":
-        return open_set(cfg, Path(cfg.DATA.PATH), split, classes, "own", cfg.DATA.VAL_SUBSET)
-    transform = data.train_transform(
-        cfg.DATA.IMG_SIZE,
-        mean=cfg.DATA.MEAN,
-        interpolation=cfg.DATA.INTERPOLATION,
-        **lower(cfg.AUG, IMAGE_KEYS),
-    )
+    """The images of "train", augmented, or of "val", resized and cropped.
+
+    With DATA.HOLDOUT both are parts of the training set, and the validation set is left unread.
+    """
+    root, share = Path(cfg.DATA.PATH), cfg.DATA.HOLDOUT
+    if split == "val" and not share:
+        return open_set(cfg, root, split, classes, "own", cfg.DATA.VAL_SUBSET)
+    if split == "val":
+        transform, part = eval_transform(cfg, "own"), "holdout"
+    else:
+        transform, part = train_transform(cfg), "train"
     return data.ImageDataset(
-        cfg.DATA.PATH,
-        split,
+        root,
+        "train",
         transform=transform,
-        train=True,
-        seed=cfg.SEED,
+        train=split == "train",
         classes=classes,
-        upright=cfg.DATA.EXIF == "apply",
+        allow_missing=False,
+        holdout=share,
+        part=part,
         checksums=cfg.DATA.VERIFY or None,
+        **_image_arguments(cfg),
     )
 
 
@@ -121,11 +126,30 @@ def open_set(
         root,
         split,
         transform=eval_transform(cfg, crop),
+        train=False,
         classes=classes,
         allow_missing=allow_missing,
-        upright=cfg.DATA.EXIF == "apply",
+        holdout=0.0,
         checksums=(cfg.DATA.VERIFY or None) if split == "val" else None,
-        skip_bad=cfg.TEST.SKIP_BAD,
+        **_image_arguments(cfg),
+    )
+
+
+def _image_arguments(cfg: CfgNode) -> dict[str, object]:
+    return {
+        "seed": cfg.SEED,
+        "apply_exif": cfg.DATA.EXIF == "apply",
+        "skip_bad": cfg.TEST.SKIP_BAD,
+    }
+
+
+def train_transform(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From an image's pixels to an augmented sample."""
+    return data.train_transform(
+        cfg.DATA.IMG_SIZE,
+        mean=cfg.DATA.MEAN,
+        interpolation=cfg.DATA.INTERPOLATION,
+        **lower(cfg.AUG, IMAGE_KEYS),
     )
 
 
@@ -385,7 +409,7 @@ def load_step(
     train_set = open_split(cfg, "train", metadata["classes"])
     if train_set.fingerprint != metadata["data"]:
         raise DataError(
-            f"{train_set.source.path} does not hold the images that {path} was trained on"
+            f"{train_set.reader.path} does not hold the images that {path} was trained on"
         )
     num_classes = len(metadata["classes"])
     recipe = build_recipe(cfg, metadata["steps_per_epoch"], num_classes, process)

@@ -154,8 +154,8 @@ EXPLANATIONS = {
     "bits; another number of processes sees the same samples, augmented and mixed the same way",
     "bitwise on any number of processes": "repeated, killed and resumed at any step, with another number of workers or "
     "on 1, 2, 4 … processes, this run ends in the same bits",
-    "same samples": "repeated, resumed or on another number of processes, this run sees the same samples, augmented and "
-    "mixed the same way; the bits differ, because CUDA's kernels add in no fixed order",
+    "same samples": "repeated, resumed or on another number of processes, this run sees the same samples, augmented "
+    "and mixed the same way; the bits differ, because CUDA's kernels add in no fixed order",
 }
 
 

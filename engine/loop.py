@@ -21,7 +21,7 @@ from engine.state import TrainState
 from utils.distributed import Process, all_reduce_sum
 from utils.logging import MetricWriter, logger
 from utils.rng import key, reseed
-from utils.step_timer import StepTimer, shares, verdict
+from utils.step_timer import StepTimer, bottleneck, shares
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def train_one_epoch(
             if state.scaler.is_enabled():
                 values["train/loss_scale"] = state.scaler.get_scale()
             writer.metrics(state.step, values)
-            lap, steps = timer.lap(), state.step - since_step
+            lap, steps = timer.flush(), state.step - since_step
             epoch_seconds.update(lap)
             seconds = sum(lap.values())
             speed = steps * recipe.global_batch / seconds
@@ -103,9 +103,9 @@ def train_one_epoch(
         with timer("save"):
             after_step()
     progress.close()
-    epoch_seconds.update(timer.lap())
+    epoch_seconds.update(timer.flush())
     logger.info(f"EPOCH {state.epoch} training takes {_clock(time.perf_counter() - begin)}")
-    logger.info(verdict(epoch_seconds))
+    logger.info(bottleneck(epoch_seconds))
 
 
 def forward_backward(

@@ -171,7 +171,7 @@ def _fit(
 
 
 def _classifier(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the tensors that a new training may start from scratch; a detector's backbone ends before the norm."""
+    """Prefixes of what a new training may start from scratch; a detector's backbone ends before the norm."""
     heads = model.pretrained_cfg["classifier"] or ()
     heads = (heads,) if isinstance(heads, str) else heads
     return tuple(f"{name}." for name in (*heads, "norm"))

@@ -128,7 +128,9 @@ class RunDir:
                 f"{self.path} is in use by {_holder(lock)}. Stop that run, or give this one a --tag of its own."
             ) from None
         except OSError as error:  # some network drives have no locks
-            logger.warning(f"{self.path}: {error.strerror}; make sure that no other run uses this directory")
+            logger.warning(
+                f"{self.path}: {error.strerror}; make sure that no other run uses this directory"
+            )
         if os.fstat(lock.fileno()).st_nlink == 0:
             raise StorageError(f"{self.path} was deleted while this run began. Start it again.")
 

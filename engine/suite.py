@@ -250,7 +250,7 @@ def _open(found: Found, classes: list[str], opener: OpenDataset) -> Iterator[Pas
     view = View(test_set.name)
     if test_set.letter:
         own = imagenet.subset_wnids(test_set.letter)
-        if (folders := dataset.source.folders) != set(own):
+        if (folders := dataset.reader.folders) != set(own):
             missing = join_some(sorted(set(own) - folders)) or "none"
             others = join_some(sorted(folders - set(own))) or "none"
             raise DataError(
@@ -276,7 +276,7 @@ def _check_names(dataset: ImageDataset, val_subset: bool) -> None:
     logger.info(f"ReaL: labels for {known} of {len(names)} images of val, by their file names")
     if 0 < known < len(names) and not val_subset:
         raise DataError(
-            f"{dataset.source.path}: {len(names) - known} of {len(names)} files are not named "
+            f"{dataset.reader.path}: {len(names) - known} of {len(names)} files are not named "
             "ILSVRC2012_val_<8 digits>; restore their names for ReaL, or leave ReaL out with DATA.VAL_SUBSET True"
         )
 
@@ -339,7 +339,7 @@ class KeptImages(Dataset):
         position = {name: index for index, name in enumerate(names)}
         labels = np.array([position.get(name, -1) for name in dataset.classes])[dataset.labels]
         self.dataset = dataset
-        self.source = dataset.source
+        self.reader = dataset.reader
         self.classes = names
         self.indices = np.flatnonzero(labels >= 0)
         self.labels = labels[self.indices]
@@ -353,7 +353,7 @@ class KeptImages(Dataset):
         return sample._replace(label=label, index=index)
 
     def __str__(self) -> str:
-        return f"{self.source.path}: {len(self)} images of {len(self.classes)} classes"
+        return f"{self.reader.path}: {len(self)} images of {len(self.classes)} classes"
 
     def path(self, index: int) -> str:
         """Where image `index` lies, for people."""
@@ -373,7 +373,7 @@ def file_name(dataset: ImageDataset | KeptImages, index: int) -> str:
     """The path of image `index` below the set's folder."""
     if isinstance(dataset, KeptImages):
         return dataset.file(index)
-    return dataset.source.names[index].decode(errors="backslashreplace")
+    return dataset.reader.names[index].decode(errors="backslashreplace")
 
 
 # --- Evaluate -------------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ def evaluate_sets(
                 pixels=one.pixels,
                 kept=view.kept,
                 classes=view.classes,
-                source=str(one.dataset.source.path),
+                source=str(one.dataset.reader.path),
                 note=one.note,
             )
             if process.is_main:

@@ -53,7 +53,7 @@ class Classifier:
         return build.eval_transform(self.cfg, "own")
 
     @property
-    def upright(self) -> bool:
+    def apply_exif(self) -> bool:
         """Whether pictures are turned as their EXIF data asks for."""
         return self.cfg.DATA.EXIF == "apply"
 

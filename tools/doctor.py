@@ -35,7 +35,7 @@ from yacs.config import CfgNode
 import config
 import models
 from data import ImageDataset, allowed_files, read_class_list, steps_per_epoch
-from data.decode import TURNS, UNREADABLE, decode, open_image, orientation
+from data.decode import EXIF_TRANSPOSES, UNREADABLE, decode, open_image, orientation
 from data.readers import FolderReader
 from utils.errors import ConfigError, DataError, UserError
 from utils.files import write_atomically
@@ -75,8 +75,9 @@ def open_splits(
     for split in splits:
         try:
             dataset = ImageDataset(
-                root, split, transform=np.asarray, classes=classes,
-                allow_missing=subset and split == "val",
+                root, split, transform=np.asarray, train=False, classes=classes, seed=0,
+                allow_missing=subset and split == "val", apply_exif=False, checksums=None,
+                skip_bad=False, holdout=0.0,
             )  # fmt: skip
         except DataError as error:
             remedy = "an evaluation, main.py --eval, does without it" if split == "train" else ""
@@ -84,7 +85,7 @@ def open_splits(
             continue
         opened[split] = dataset
         classes = dataset.classes
-        total = dataset.source.where[:, 0].sum()
+        total = dataset.reader.sizes.sum()
         findings.append(Finding("OK", split, f"{dataset}, {size(total)}"))
         counts = np.bincount(dataset.labels, minlength=len(classes))
         least, most = counts.min(), counts.max()
@@ -99,12 +100,12 @@ def open_splits(
 
 def check_links(root: Path, dataset: ImageDataset) -> Iterator[Finding]:
     """Links of a folder that lead nowhere, back, or out of the dataset's root."""
-    if not isinstance(dataset.source, FolderReader):
+    if not isinstance(dataset.reader, FolderReader):
         return
     real_root = os.path.realpath(root)
     kinds: dict[str, list[str]] = {"nowhere": [], "back": [], "out": []}
     count = 0
-    for path in links(dataset.source.path):
+    for path in links(dataset.reader.path):
         count += 1
         real = os.path.realpath(path)
         if not os.path.exists(path):
@@ -121,7 +122,7 @@ def check_links(root: Path, dataset: ImageDataset) -> Iterator[Finding]:
         if paths := kinds[kind]:
             yield Finding(level, "links", f"{len(paths):,} {text}", remedy, paths)
     if count and not any(kinds.values()):
-        yield Finding("OK", "links", f"{count:,} in {dataset.source.path}, all lead inside")
+        yield Finding("OK", "links", f"{count:,} in {dataset.reader.path}, all lead inside")
 
 
 def links(folder: str) -> Iterator[str]:
@@ -157,15 +158,15 @@ class Examination(Dataset):
     def __getitem__(self, item: int) -> dict:
         split, index = self.todo[item]
         dataset = self.datasets[split]
-        name = os.fsdecode(dataset.source.names[index])
-        record = {"split": split, "name": name, "size": int(dataset.source.where[index, 0])}
+        name = os.fsdecode(dataset.reader.names[index])
+        record = {"split": split, "name": name, "size": int(dataset.reader.sizes[index])}
         try:
             data = dataset.read(index)
             if self.sha:
                 record["sha256"] = hashlib.sha256(data).hexdigest()
             image = open_image(data)
             record |= {"format": image.format, "mode": image.mode, "pixels": image.size}
-            record["turned"] = orientation(image) in TURNS
+            record["turned"] = orientation(image) in EXIF_TRANSPOSES
             record["animated"] = _is_animated(image)
             if self.pixels:
                 decode(data)
@@ -208,7 +209,7 @@ class Tally:
             return
         self.kinds[f"{record['format']} {record['mode']}"] += 1
         suffix = Path(record["name"]).suffix[1:].upper()
-        usual = {"JPG": "JPEG", "TIF": "TIFF", "PGM": "PPM"}.get(suffix, suffix)
+        usual = Image.registered_extensions().get(f".{suffix.lower()}", suffix)
         self.misnamed += usual != record["format"].replace("MPO", "JPEG")
         self.turned += record["turned"]
         self.animated += record["animated"]
@@ -237,7 +238,7 @@ def examine(
     todo = [
         (split, position)
         for split, dataset in datasets.items()
-        for position, name in enumerate(dataset.source.names.tolist())
+        for position, name in enumerate(dataset.reader.names.tolist())
         if (split, os.fsdecode(name)) not in known
     ]
     examination = Examination(datasets, todo, pixels, sha)
@@ -268,7 +269,7 @@ def _keep_valid(
         (split, os.fsdecode(name)): file_size
         for split, dataset in datasets.items()
         for name, file_size in zip(
-            dataset.source.names.tolist(), dataset.source.where[:, 0].tolist(), strict=True
+            dataset.reader.names.tolist(), dataset.reader.sizes.tolist(), strict=True
         )
     }
     lines = []

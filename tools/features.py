@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 import data
 from analysis.statistics import wilson
-from data.readers import open_split
 from engine import build
 from engine.suite import file_name
 from tools.classifier import Classifier, add_arguments, load_classifier, log_to_stderr
@@ -111,9 +110,13 @@ def open_images(
         path.parent,
         split,
         transform=classifier.transform,
-        classes=sorted(open_split(path.parent, split).folders),
-        upright=classifier.upright,
+        train=False,
+        allow_missing=False,
+        seed=0,
+        apply_exif=classifier.apply_exif,
+        checksums=None,
         skip_bad=True,
+        holdout=0.0,
     )
     files = [file_name(dataset, index) for index in range(len(dataset))]
     return dataset, dataset.labels.astype(np.int64), dataset.classes, files

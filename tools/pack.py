@@ -11,7 +11,6 @@ every file's checksum, and the files that were packed with those in ROOT now.
 """
 
 import argparse
-import copy
 import io
 import itertools
 import json
@@ -59,11 +58,20 @@ def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def part_of(source: Reader, indices: range) -> Reader:
-    """The files at `indices` alone, to be sent to another process."""
-    part = copy.copy(source)
-    part.names, part.where = source.names[indices], source.where[indices]
-    return part
+def open_dataset(root: Path, split: str) -> ImageDataset:
+    """The files of a split and their classes, which are never decoded here; raises DataError."""
+    return ImageDataset(
+        root,
+        split,
+        transform=None,
+        train=False,
+        allow_missing=False,
+        seed=0,
+        apply_exif=False,
+        checksums=None,
+        skip_bad=False,
+        holdout=0.0,
+    )
 
 
 def write_shard(source: Reader, folder: Path, number: int, shorter_side: int, quality: int) -> int:
@@ -105,8 +113,8 @@ def pack(root: Path, out: Path, split: str, shorter_side: int, quality: int, wor
     target = out / f"{split}.pack"
     if target.exists():
         raise ConfigError(f"{target} exists: remove it, or name another folder")
-    dataset = ImageDataset(root, split, transform=None)
-    shards = shards_of(dataset.source.where[:, 0])
+    dataset = open_dataset(root, split)
+    shards = shards_of(dataset.reader.sizes)
     info = {"source": dataset.fingerprint, "shorter_side": shorter_side}
     info |= {"quality": quality} if shorter_side else {}
     folder = out / f".{split}.pack"
@@ -117,13 +125,13 @@ def pack(root: Path, out: Path, split: str, shorter_side: int, quality: int, wor
             ProcessPoolExecutor(workers) as pool,
             tqdm(total=len(dataset), unit=" images", desc=str(target), disable=None) as bar,
         ):
-            parts = (part_of(dataset.source, indices) for indices in shards)
+            parts = (dataset.reader.subset(indices) for indices in shards)
             same = ([value] * tasks for value in (shorter_side, quality))
             for count in pool.map(write_shard, parts, [folder] * tasks, range(tasks), *same):
                 bar.update(count)
         rows = [folder / f"part-{number:05d}.npy" for number in range(tasks)]
         where = np.concatenate([np.load(path) for path in rows])
-        write_index(folder, dataset.source.names, where, info)
+        write_index(folder, dataset.reader.names, where, info)
         for path in (*rows, folder / "plan.json"):
             path.unlink()
         os.replace(folder, target)
@@ -131,11 +139,11 @@ def pack(root: Path, out: Path, split: str, shorter_side: int, quality: int, wor
         raise StorageError(
             f"{error.filename or out} cannot be written: {error.strerror}"
         ) from error
-    before, after = dataset.source.where[:, 0].sum(), where[:, 0].sum()
+    before, after = dataset.reader.sizes.sum(), where[:, 0].sum()
     how = f"shorter side {shorter_side}, JPEG quality {quality}" if shorter_side else "as they are"
     print(
         f"{target}: {len(dataset)} images, {how}, in {tasks} shards, {after:,} bytes, "
-        f"{after / before:.1%} of {dataset.source.path}"
+        f"{after / before:.1%} of {dataset.reader.path}"
     )
 
 
@@ -161,15 +169,15 @@ def verify(root: Path, out: Path, split: str) -> None:
         except UNREADABLE as error:
             name = os.fsdecode(source.names[index])
             raise DataError(f"{source.path}: {name}: {error}; copy or write it again") from error
-    original = ImageDataset(root, split, transform=None)
+    original = open_dataset(root, split)
     if original.fingerprint != source.info["source"]:
         raise DataError(
-            f"{source.path} was packed from other files than {original.source.path} holds now "
+            f"{source.path} was packed from other files than {original.reader.path} holds now "
             f"(fingerprint {source.info['source'][:12]}…, there {original.fingerprint[:12]}…); "
             "write it again, or restore them"
         )
     print(
-        f"{source.path}: {len(source.names)} images are whole and those of {original.source.path}"
+        f"{source.path}: {len(source.names)} images are whole and those of {original.reader.path}"
     )
 
 

@@ -47,7 +47,7 @@ class Pictures(Dataset):
     def __init__(self, files: list[str], classifier: Classifier):
         self.files = files
         self.transform = classifier.transform
-        self.upright = classifier.upright
+        self.apply_exif = classifier.apply_exif
 
     def __len__(self) -> int:
         return len(self.files)
@@ -57,7 +57,7 @@ class Pictures(Dataset):
         try:
             if path.exists() and not path.is_file():
                 raise ValueError("not a file")  # reading a pipe could wait for ever
-            pixels = decode_pixels(path.read_bytes(), upright=self.upright)
+            pixels = decode_pixels(path.read_bytes(), apply_exif=self.apply_exif)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
             black = torch.zeros_like(self.transform(decode_pixels(SAMPLE)))

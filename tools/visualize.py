@@ -406,6 +406,7 @@ def load_image(cfg: CfgNode, path: Path) -> Tensor:
         crop_mode=cfg.TEST.CROP_MODE,
         crop_pct=cfg.TEST.CROP_PCT,
         interpolation=cfg.DATA.INTERPOLATION,
+        exact=True,
     )
     return transform(pixels)
 

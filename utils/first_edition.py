@@ -29,7 +29,7 @@ METADATA = {
 # Tensors of our models' checkpoints, a part of their name.
 TENSORS = {".perception.": ".lpu.", "displacement_bias_table": "rpe_table"}
 # What keys that came later would have been.
-LATER_KEYS = {"TRAIN": {"LR_BASE_SIZE": 512}}
+LATER_KEYS = {"TRAIN": {"LR_BASE_SIZE": 512}, "DATA": {"HOLDOUT": 0.0}}
 REPRODUCIBILITY = {
     "L2": "bitwise",
     "L3": "bitwise on any number of processes",

@@ -14,8 +14,8 @@ import timm
 import torch
 import torchvision
 from helpers.images import write_image_folder
+from helpers.pipeline import train_transform
 
-import data
 from engine import compat
 from reliability.harness import (
     STOPPED,
@@ -240,7 +240,7 @@ def hash_order() -> str:
 
 def hash_augmented() -> str:
     """SHA-256 of 16 augmented images of a drawn picture, which no decoder has touched."""
-    transform = data.train_transform(32)
+    transform = train_transform(32)
     picture = torch.arange(48 * 64 * 3).remainder(251).to(torch.uint8).view(48, 64, 3)
     digest = hashlib.sha256()
     for index in range(16):

@@ -176,9 +176,7 @@ def test_a_best_checkpoint_that_cannot_be_used_is_named(tmp_path, logged_warning
     assert checkpoint.resolve(tmp_path, best=True) == best
     damage(best)
     assert checkpoint.resolve(tmp_path, best=True).name == "step-6"
-    assert (
-        "step-4, the best, is damaged (model.safetensors has 0" in logged_warnings[0]
-    )
+    assert "step-4, the best, is damaged (model.safetensors has 0" in logged_warnings[0]
 
 
 # --- Disks that refuse ----------------------------------------------------------------------------

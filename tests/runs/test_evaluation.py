@@ -35,9 +35,9 @@ def a_answers() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def trees(tmp_path_factory):
     """A folder with `imagenet`, `sets`, a configuration and the weights of a colour reader."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("trees")
     root = folder / "sets"
     sets.write_val(folder / "imagenet", wrong=250)
 
@@ -67,10 +67,10 @@ def world(tmp_path_factory):
     return folder
 
 
-def command(world, out, *more):
+def command(trees, out, *more):
     return [
-        *("--cfg", str(world / "colour.yaml"), "--data-path", str(world / "imagenet"), "--eval"),
-        *("--pretrained", str(world / "colour.safetensors"), "--out", str(out), *more),
+        *("--cfg", str(trees / "colour.yaml"), "--data-path", str(trees / "imagenet"), "--eval"),
+        *("--pretrained", str(trees / "colour.safetensors"), "--out", str(out), *more),
     ]
 
 
@@ -80,15 +80,15 @@ def results_of(capsys) -> dict:
 
 
 @pytest.fixture(scope="module")
-def evaluated(world, tmp_path_factory):
+def evaluated(trees, tmp_path_factory):
     """The suite's folder, its record and what it logged."""
     out = tmp_path_factory.mktemp("predictions")
     lines = []
     patch = pytest.MonkeyPatch()
     for level in ("info", "warning"):
         patch.setattr(suite.logger, level, lines.append)
-    more = ("--sets", str(world / "sets"), "--opts", "TEST.SAVE_LOGITS", "True")
-    assert main.main(command(world, out, *more)) == 0
+    more = ("--sets", str(trees / "sets"), "--opts", "TEST.SAVE_LOGITS", "True")
+    assert main.main(command(trees, out, *more)) == 0
     patch.undo()
     return out, json.loads((out / "scores.json").read_text())["suite"], lines
 
@@ -220,22 +220,22 @@ def test_the_store_holds_every_row_and_its_logits(evaluated):
 # --- Selections and refusals ----------------------------------------------------------------------
 
 
-def test_only_some_sets_and_a_second_evaluation_beside_the_first(world, tmp_path, capsys):
-    more = ("--sets", str(world / "sets"), "--only")
-    assert main.main(command(world, tmp_path, *more, "a")) == 0
+def test_only_some_sets_and_a_second_evaluation_beside_the_first(trees, tmp_path, capsys):
+    more = ("--sets", str(trees / "sets"), "--only")
+    assert main.main(command(trees, tmp_path, *more, "a")) == 0
     assert [r["set"] for r in results_of(capsys)["rows"]] == ["a"]
-    assert main.main(command(world, tmp_path, *more, "val")) == 0
+    assert main.main(command(trees, tmp_path, *more, "val")) == 0
     found = results_of(capsys)
     assert [r["set"] for r in found["rows"]] == ["a", "val", "real"]
     assert row(found, "a")["clean"] > 75
     settings = ("--opts", "TEST.CROP_PCT", "0.5")
-    assert main.main(command(world, tmp_path, *more, "val", "--amp-dtype", "bfloat16")) == 3
+    assert main.main(command(trees, tmp_path, *more, "val", "--amp-dtype", "bfloat16")) == 3
     assert "differs in logits.amp_dtype" in capsys.readouterr().err
-    assert main.main(command(world, tmp_path / "other", *more, "val", *settings)) == 0
+    assert main.main(command(trees, tmp_path / "other", *more, "val", *settings)) == 0
 
 
-def test_sizes_are_rows_of_one_table(world, tmp_path, capsys):
-    assert main.main(command(world, tmp_path, "--sizes", "32,48")) == 0
+def test_sizes_are_rows_of_one_table(trees, tmp_path, capsys):
+    assert main.main(command(trees, tmp_path, "--sizes", "32,48")) == 0
     record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert [r["model"] for r in record["results"]] == [
         "colour_reader, 32 px",
@@ -245,43 +245,43 @@ def test_sizes_are_rows_of_one_table(world, tmp_path, capsys):
     assert (tmp_path / "48px" / "val.csv").exists()
 
 
-def test_other_classes_are_refused_before_anything_is_evaluated(world, tmp_path, capsys):
+def test_other_classes_are_refused_before_anything_is_evaluated(trees, tmp_path, capsys):
     data = write_image_folder(tmp_path / "data", classes=3)
-    argv = command(world, tmp_path / "out", "--sets", str(world / "sets"), "--only", "val,r")
+    argv = command(trees, tmp_path / "out", "--sets", str(trees / "sets"), "--only", "val,r")
     argv[argv.index("--data-path") + 1] = str(data)
     assert main.main(argv) == 3
     assert "ImageNet-R: labelled by ImageNet-1k's 1000 classes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_image_is_an_error_or_counts_as_wrong(world, tmp_path, capsys):
-    shutil.copytree(world / "sets" / "imagenet-a", tmp_path / "imagenet-a")
+def test_a_damaged_image_is_an_error_or_counts_as_wrong(trees, tmp_path, capsys):
+    shutil.copytree(trees / "sets" / "imagenet-a", tmp_path / "imagenet-a")
     name = imagenet.subset_wnids("a")[1]
     (tmp_path / "imagenet-a" / name / f"{name}.jpg").write_bytes(b"no picture")
     more = ("--sets", str(tmp_path), "--only", "a")
-    assert main.main(command(world, tmp_path / "1", *more)) == 3
+    assert main.main(command(trees, tmp_path / "1", *more)) == 3
     assert f"{name}.jpg" in capsys.readouterr().err
     skip = ("--opts", "TEST.SKIP_BAD", "True")
-    assert main.main(command(world, tmp_path / "2", *more, *skip)) == 0
+    assert main.main(command(trees, tmp_path / "2", *more, *skip)) == 0
     found = row(results_of(capsys), "a")
     assert (found["images"], found["unreadable"]) == (200, 1)
     assert read_predictions(tmp_path / "2" / "a.csv").rank[1] == 0
 
 
-def test_logits_that_are_no_numbers_end_the_evaluation_with_the_image(world, tmp_path, capsys):
+def test_logits_that_are_no_numbers_end_the_evaluation_with_the_image(trees, tmp_path, capsys):
     nan = ("--opts", "MODEL.ARGS.nan", "700")
-    assert main.main(command(world, tmp_path, *nan)) == 5
+    assert main.main(command(trees, tmp_path, *nan)) == 5
     assert "1 of 1000 images are not finite, first " + WNIDS[700] in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(world, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(trees, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert main.main(command(world, tmp_path / "file" / "out")) == 6
+    assert main.main(command(trees, tmp_path / "file" / "out")) == 6
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_file_of_weights_needs_a_folder_for_its_predictions(world, capsys):
-    argv = command(world, "", "--sets", str(world / "sets"))
+def test_a_file_of_weights_needs_a_folder_for_its_predictions(trees, capsys):
+    argv = command(trees, "", "--sets", str(trees / "sets"))
     assert main.main(argv) == 2
     assert "--out DIR" in capsys.readouterr().err
 
@@ -290,7 +290,7 @@ def test_a_file_of_weights_needs_a_folder_for_its_predictions(world, capsys):
 
 
 @pytest.fixture(scope="module")
-def micro(world, tmp_path_factory):
+def micro(trees, tmp_path_factory):
     """The command line of a DAT with 1000 classes on some of the trees."""
     folder = tmp_path_factory.mktemp("micro")
     torch.manual_seed(0)
@@ -310,7 +310,7 @@ def micro(world, tmp_path_factory):
     return [
         *("--cfg", str(folder / "micro.yaml"), "--data-path", str(folder / "imagenet")),
         *("--eval", "--pretrained", str(folder / "micro.safetensors")),
-        *("--sets", str(world / "sets"), "--only", "val,a"),
+        *("--sets", str(trees / "sets"), "--only", "val,a"),
         *("--opts", "TEST.SKIP_BAD", "True", "DATA.CLASS_LIST", str(classes)),
         *("TEST.SAVE_LOGITS", "True"),
     ]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import faulty
 from helpers.images import write_image_folder
+from helpers.pipeline import image_dataset, train_loader, train_transform
 from helpers.runs import arguments, launch, outcome
 from PIL import Image
 
@@ -41,7 +42,7 @@ FAULTY = ["MODEL.NAME=faulty", "MODEL.ARGS={}", "MODEL.DROP_PATH_RATE=0", *PLAIN
 def images(tmp_path_factory) -> Path:
     """Two steps of 24 images an epoch, one image of which, in steps 2 and 3, is white."""
     root = write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=4)
-    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=6, total_steps=6)
+    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=6, total_steps=6, seed=0)
     second, third = ({index for micro_batch in range(6) for _, index in sampler.micro_batch(step, micro_batch)}
                      for step in (1, 2))  # fmt: skip
     white = min(second & third)
@@ -279,8 +280,8 @@ def test_progress_is_no_hang(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["kill", "kill while the loop computes", "hang"])
 def test_a_worker_that_fails_is_named_with_its_image(fault, images, monkeypatch):
-    dataset = data.ImageDataset(images, "train", transform=data.train_transform(32), train=True)
-    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=1, total_steps=13)
+    dataset = image_dataset(images, transform=train_transform(32), train=True)
+    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=1, total_steps=13, seed=0)
     sick = sampler.micro_batch(1, 0)[0][1]  # read ahead, while the first batch is computed with
     read = readers.FolderReader.read
 
@@ -293,7 +294,7 @@ def test_a_worker_that_fails_is_named_with_its_image(fault, images, monkeypatch)
         return read(self, index)
 
     monkeypatch.setattr(readers.FolderReader, "read", fail)
-    batches = data.train_loader(dataset, sampler, num_workers=2, timeout=3)
+    batches = train_loader(dataset, sampler, num_workers=2, timeout=3)
     with pytest.raises(DataError, match=rf"{name_of(sick)} \(sample {sick}\)"):
         deque(time.sleep("while" in fault) for _ in batches)
 
@@ -307,9 +308,9 @@ def test_workers_end_with_their_process(images, monkeypatch):
         time.sleep(60)
 
     monkeypatch.setattr(data.ImageDataset, "__getitem__", stuck)
-    dataset = data.ImageDataset(images, "train", transform=None, train=True)
-    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=1, total_steps=13)
-    loader = data.train_loader(dataset, sampler, num_workers=2)
+    dataset = image_dataset(images, transform=None, train=True)
+    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=1, total_steps=13, seed=0)
+    loader = train_loader(dataset, sampler, num_workers=2)
     process = multiprocessing.get_context("fork").Process(target=lambda: next(iter(loader)))
     process.start()
     with os.fdopen(read) as pids:

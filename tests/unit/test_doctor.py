@@ -11,11 +11,11 @@ import shutil
 import numpy as np
 import pytest
 from helpers.images import write_image_folder, write_zip
+from helpers.pipeline import image_dataset
 from helpers.runs import arguments
 from reliability.bad_files import ANY, BAD, make_bad_images
 
 import main
-from data import ImageDataset
 from tools import doctor
 from utils.errors import DataError
 
@@ -140,7 +140,7 @@ def test_its_index_shows_a_flipped_byte_to_the_run(examine, root, tmp_path):
     file.write_bytes(content)
 
     def bad(split, **options):
-        data = ImageDataset(root, split, transform=np.asarray, train=split == "train", **options)
+        data = image_dataset(root, split, transform=np.asarray, train=split == "train", **options)
         samples = [data[0, i] if split == "train" else data[i] for i in range(len(data))]
         return [file for sample in samples for file in sample.bad]
 
@@ -165,7 +165,7 @@ def test_an_index_that_does_not_fit(examine, root, tmp_path):
         if content is not None:
             index.write_text(content)
         with pytest.raises(DataError, match=words):
-            ImageDataset(root, "train", transform=np.asarray, checksums=index)
+            image_dataset(root, transform=np.asarray, checksums=index)
 
 
 def test_the_same_image_in_both_splits_or_under_two_labels(examine, root):

@@ -18,7 +18,7 @@ TEST: {CROP_PCT: 1.0}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def trees(tmp_path_factory):
     """A folder with images, an untrained model's weights, and the flags that name it."""
     folder = tmp_path_factory.mktemp("features")
     write_image_folder(folder / "data", classes=3, train=6, val=3)
@@ -33,8 +33,8 @@ def world(tmp_path_factory):
     return folder, model, flags
 
 
-def test_features_are_what_the_last_layer_reads(world):
-    folder, model, _ = world
+def test_features_are_what_the_last_layer_reads(trees):
+    folder, model, _ = trees
     found = features.read(folder / "val.npz")
     assert found.features.shape == (9, 256)
     assert found.features.dtype == np.float32
@@ -50,8 +50,8 @@ def test_features_are_what_the_last_layer_reads(world):
     torch.testing.assert_close(by_features, logits, rtol=1e-3, atol=1e-3)
 
 
-def test_archives_and_loose_pictures_are_read_too(world, tmp_path):
-    folder, _, flags = world
+def test_archives_and_loose_pictures_are_read_too(trees, tmp_path):
+    folder, _, flags = trees
     write_zip(folder / "data" / "val", tmp_path / "val.zip")
     out = tmp_path / "zip.npz"
     assert features.main(["extract", str(tmp_path / "val.zip"), "--out", str(out), *flags]) == 0
@@ -64,8 +64,8 @@ def test_archives_and_loose_pictures_are_read_too(world, tmp_path):
     np.testing.assert_allclose(found.features, expected.features[3:6], rtol=1e-4, atol=1e-4)
 
 
-def test_damaged_images_are_named_and_left_out(world, tmp_path, capsys):
-    folder, _, flags = world
+def test_damaged_images_are_named_and_left_out(trees, tmp_path, capsys):
+    folder, _, flags = trees
     write_image_folder(tmp_path, classes=2, train=1, val=2)
     (tmp_path / "val" / "class_0" / "000.jpg").write_bytes(b"no picture")
     out = tmp_path / "val.npz"
@@ -74,8 +74,8 @@ def test_damaged_images_are_named_and_left_out(world, tmp_path, capsys):
     assert "class_0/000.jpg cannot be read" in capsys.readouterr().err
 
 
-def test_colours_are_classified_by_neighbours_and_by_a_probe(world, capsys):
-    folder, _, _ = world
+def test_colours_are_classified_by_neighbours_and_by_a_probe(trees, capsys):
+    folder, _, _ = trees
     pair = [str(folder / "train.npz"), str(folder / "val.npz")]
     assert features.main(["knn", *pair, "-k", "3"]) == 0
     assert features.main(["probe", *pair]) == 0
@@ -123,8 +123,8 @@ def test_features_that_do_not_belong_together_are_refused(tmp_path, capsys, othe
         features.read_pair(tmp_path / "a.npz", tmp_path / "b.npz")
 
 
-def test_impossible_requests_are_refused(world, tmp_path, capsys):
-    folder, _, flags = world
+def test_impossible_requests_are_refused(trees, tmp_path, capsys):
+    folder, _, flags = trees
     pair = [str(folder / "train.npz"), str(folder / "val.npz")]
     assert features.main(["knn", *pair, "-k", "19"]) == 2
     assert features.main(["probe", *pair, "-c", "0"]) == 2

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import sets
-from helpers.images import as_they_are, write_tar, write_zip
+from helpers.images import write_tar, write_zip
+from helpers.pipeline import image_dataset
 from helpers.sets import WNIDS
 from scipy import special
 
@@ -20,9 +21,7 @@ CPU = torch.device("cpu")
 
 
 def open_dataset(root, split, classes, crop, allow_missing):
-    return data.ImageDataset(
-        root, split, transform=as_they_are, classes=classes, allow_missing=allow_missing
-    )
+    return image_dataset(root, split, classes=classes, allow_missing=allow_missing)
 
 
 def pixels(crop):
@@ -202,7 +201,7 @@ def test_nothing_found_is_an_error(tmp_path):
 
 def names_of(one, classes=WNIDS):
     """Folder -> class of each image."""
-    owners = [name.decode().split("/")[0] for name in one.dataset.source.names.tolist()]
+    owners = [name.decode().split("/")[0] for name in one.dataset.reader.names.tolist()]
     return {owner: classes[label] for owner, label in zip(owners, one.dataset.labels, strict=True)}
 
 

@@ -16,13 +16,15 @@ import numpy as np
 import timm.data
 import torch
 from timm.data import auto_augment
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
+from config import SCHEMA
 from data.decode import decode, decode_pixels
+from data.fast_ops import posterize
 from data.readers import Reader, open_split
-from data.transforms import posterize
 from tools import pack
 from utils.errors import DataError
 from utils.rng import reseed
@@ -30,6 +32,31 @@ from utils.rng import reseed
 CPU = torch.device("cpu")
 SIZE = 224
 AUGMENT = "rand-m9-mstd0.5-inc1"
+AUG = {
+    key.name.removeprefix("AUG.").lower(): key.default
+    for key in SCHEMA
+    if key.name.startswith("AUG.")
+}
+CROP = ("scale", "ratio", "padding", "hflip", "color_jitter")
+MIXING = (
+    "reprob",
+    "remode",
+    "recount",
+    "mixup",
+    "cutmix",
+    "mixup_prob",
+    "mixup_switch_prob",
+    "mixup_mode",
+)
+COLOURS = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+IMAGES = {
+    "allow_missing": False,
+    "seed": 0,
+    "apply_exif": False,
+    "checksums": None,
+    "skip_bad": False,
+    "holdout": 0.0,
+}
 MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.0}
 QUALITY = 90  # of the pack that is encoded anew
 PEER = "timm with prefetcher"
@@ -162,29 +189,34 @@ def _spread(values: dict[str, float], form: str) -> str:
 
 
 def _training(root: Path, args: argparse.Namespace) -> Pass:
-    dataset = data.ImageDataset(
-        root, "train", transform=data.train_transform(SIZE, auto_augment=AUGMENT), train=True
+    transform = data.train_transform(
+        SIZE,
+        **{name: AUG[name] for name in CROP},
+        auto_augment=AUGMENT,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
     )
+    dataset = data.ImageDataset(root, "train", transform=transform, train=True, **IMAGES)
     steps = len(dataset) // args.batch_size
     sampler = data.TrainBatchSampler(
-        len(dataset), batch_size=args.batch_size, micro_batches=1, total_steps=steps
+        len(dataset), batch_size=args.batch_size, micro_batches=1, total_steps=steps, seed=0
     )
-    loader = data.train_loader(dataset, sampler, num_workers=args.workers)
-    micro_batch = data.BatchTransform(
-        len(dataset.classes), device=CPU, reprob=0.25, mixup=0.8, cutmix=1.0
-    )
+    loader = data.train_loader(dataset, sampler, num_workers=args.workers, timeout=0)
+    mixing = {name: AUG[name] for name in MIXING}
+    micro_batch = data.BatchTransform(len(dataset.classes), device=CPU, **COLOURS, **mixing)
     return lambda: (micro_batch(batch.images, batch.labels) for batch in loader)
 
 
 def _evaluation(
     root: Path, args: argparse.Namespace, crop_mode: str, *, exact: bool = True
 ) -> Pass:
-    dataset = data.ImageDataset(
-        root, "val", transform=data.eval_transform(SIZE, crop_mode=crop_mode, exact=exact)
+    transform = data.eval_transform(
+        SIZE, crop_mode=crop_mode, crop_pct=0.875, interpolation="bicubic", exact=exact
     )
+    dataset = data.ImageDataset(root, "val", transform=transform, train=False, **IMAGES)
     sampler = data.ShardSampler(len(dataset), batch_size=args.batch_size)
-    loader = data.eval_loader(dataset, sampler, num_workers=args.workers)
-    normalize = data.Normalize(device=CPU)
+    loader = data.eval_loader(dataset, sampler, num_workers=args.workers, timeout=0)
+    normalize = data.Normalize(**COLOURS, device=CPU)
     return lambda: (normalize(batch.images) for batch in loader)
 
 

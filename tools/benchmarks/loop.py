@@ -14,7 +14,7 @@ import config
 import main
 from tools.benchmarks.model import at_least
 from utils.errors import ConfigError
-from utils.step_timer import PHASES, shares, verdict
+from utils.step_timer import PHASES, bottleneck, shares
 
 IMAGES = 20_000  # a long epoch: what happens between epochs is not measured
 OVERHEAD = ("transform", "save", "other")  # neither computing nor waiting for images
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Train into a folder that is deleted; the phases and the verdict.
+    """Train into a folder that is deleted; the phases and the bottleneck.
 
     Saves and evaluations between epochs do not count. Raises ConfigError where too few steps were made.
     """
@@ -70,7 +70,7 @@ def summarize(records: list[dict]) -> dict:
         "images_per_s": len(slowness) / sum(slowness),
         "shares": share,
         "overhead": sum(share[phase] for phase in OVERHEAD),
-        "verdict": verdict(seconds),
+        "bottleneck": bottleneck(seconds),
         "records": len(slowness),
     }
 
@@ -79,7 +79,7 @@ def table(result: dict) -> str:
     """The numbers of `run` for people."""
     lines = [f"{phase:12}{share:>8.2%}" for phase, share in result["shares"].items()]
     lines.append(f"{'overhead':12}{result['overhead']:>8.2%}  ({', '.join(OVERHEAD)})")
-    return "\n".join([*lines, f"{result['images_per_s']:.1f} images/s; {result['verdict']}"])
+    return "\n".join([*lines, f"{result['images_per_s']:.1f} images/s; {result['bottleneck']}"])
 
 
 def write_images(root: Path, count: int) -> None:
