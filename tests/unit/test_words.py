@@ -64,7 +64,8 @@ WORDS = {
 TRANSLATIONS = {
     *("config.py", "utils/first_edition.py", "engine/compat.py", "models/convert.py"),
     *("CHANGELOG.md", "docs/migrating.md", "tests/unit/test_words.py", "tests/unit/test_config.py"),
-    *("tests/unit/test_compat.py", "tests/runs/test_first_edition.py"),
+    *("tests/unit/test_compat.py", "tests/unit/test_logging.py", "tests/unit/test_tools.py"),
+    "tests/runs/test_first_edition.py",
 }
 # The word in the key of a micro-batch's random numbers, which fixes the bits of runs.
 SLOT_KEYS = {"utils/rng.py", "engine/loop.py", "tools/replay.py", "tests/reliability/cost.py"}
