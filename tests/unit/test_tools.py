@@ -4,7 +4,6 @@ pytest tests/unit/test_tools.py
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -18,20 +17,6 @@ from tools import checkpoint as checkpoint_tool
 from tools import compare, curves
 from utils.errors import StorageError
 from utils.logging import logger
-
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__")
-
-
-def test_all_tools_find_the_project_by_the_same_line():
-    for tool in TOOLS:
-        text = (ROOT / "tools" / f"{tool}.py").read_text()
-        lines = {line for line in text.splitlines() if "sys.path" in line}
-        assert lines <= {"sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"}, tool
-
-
-# --- Records of a run -----------------------------------------------------------------------------
-
 
 GOOD = [
     {"step": 1, "train/loss": 2.0, "train/lr": 0.1},
