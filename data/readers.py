@@ -250,8 +250,8 @@ def open_split(root: str | Path, split: str) -> Reader:
     root = Path(root)
     if not root.is_dir():
         raise DataError(
-            f"{root}: no such folder. Name yours with --data-path, link it here (ln -s FOLDER {root}), or make one from "
-            f"downloaded files with tools/prepare.py (docs/data.md); {LAYOUT}"
+            f"{root}: no such folder. Name yours with --data-path, link it here (ln -s FOLDER {root}), or make one "
+            f"from downloaded files with tools/prepare.py (docs/data.md); {LAYOUT}"
         )
     for name in (split, "validation") if split == "val" else (split,):
         for suffix, kind, exists in (
