@@ -11,9 +11,9 @@ import shutil
 import numpy as np
 import pytest
 from helpers import downloads
+from helpers.pipeline import image_dataset
 from PIL import Image
 
-from data import ImageDataset
 from data.decode import decode
 from data.raw_forms import describe_raw_form
 from data.readers import open_split
@@ -74,7 +74,7 @@ def contents(root):
 
 
 def fingerprint(root, split="train"):
-    return ImageDataset(root, split, transform=None).fingerprint
+    return image_dataset(root, split).fingerprint
 
 
 def expected(photos):

@@ -12,10 +12,9 @@ from typing import IO
 
 import numpy as np
 
-from data import ImageDataset
 from data.pack import shard_name, write_index
 from tools.datasets.raw_dataset import Part
-from tools.pack import SHARD_BYTES
+from tools.pack import SHARD_BYTES, open_dataset
 from utils.errors import ConfigError, StorageError
 
 
@@ -148,7 +147,7 @@ class PackOutput(_Appended):
 
 def fingerprint(root: Path, split: str) -> str:
     """The fingerprint of a split, the same for every form of output."""
-    return ImageDataset(root, split, transform=None).fingerprint
+    return open_dataset(root, split).fingerprint
 
 
 OUTPUTS = {"tree": TreeOutput, "zip": ZipOutput, "pack": PackOutput}
