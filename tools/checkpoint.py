@@ -24,7 +24,8 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.pretrained import read_weights, refuse_nonfinite
-from models.convert import DERIVED, derived_buffers, identify, to_official, to_ours
+from models.convert import DERIVED, derived_buffers, to_official, to_ours
+from models.identify import identify
 from utils.errors import CheckpointError, ConfigError, StorageError, as_exit_code
 from utils.text import join_some
 

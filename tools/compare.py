@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 import config
 import models
 from engine import checkpoint
+from tools.benchmarks.macs import count_macs
 from tools.benchmarks.model import Subject, at_least, in_turns
 from utils.errors import as_exit_code
 
@@ -91,7 +92,7 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
     rows = []
     for name, subject in subjects.items():
         found = [accuracies(run) for run in runs[name]]
-        macs = models.count_macs(subject.net, *subject.images.shape[2:])
+        macs = count_macs(subject.net, *subject.images.shape[2:])
         rows.append(
             [
                 name,

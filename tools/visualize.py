@@ -34,6 +34,7 @@ from engine import checkpoint
 from engine.pretrained import load_pretrained
 from models.attention import DeformableAttention, DeformableConvolution, GlobalAttention
 from models.dat import DAT
+from models.ops import convolve
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.rng import key, reseed
 
@@ -109,7 +110,7 @@ def attention_weights(mixer: nn.Module, x: Tensor, query: tuple[int, int]) -> Te
 
 def convolution_reading(mixer: DeformableConvolution, x: Tensor, query: tuple[int, int]) -> Reading:
     """A convolution has no softmax: the share of (modulation · norm of the kernel's slice) stands for a weight."""
-    theta = mixer.positions(x)[0, *query].unflatten(0, (-1, 3, 3))  # (27 G / 9, 3, 3)
+    theta = convolve(mixer.positions, x)[0, *query].unflatten(0, (-1, 3, 3))  # (27 G / 9, 3, 3)
     groups = len(theta) // 3
     offsets = theta[: 2 * groups].flatten().view(groups, 3, 3, 2)
     heads = mixer.conv.groups

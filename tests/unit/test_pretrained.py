@@ -26,13 +26,14 @@ from engine import checkpoint
 from engine.checkpoint import TrainState
 from engine.optim import create_optimizer
 from engine.pretrained import load_pretrained, read_weights
-from models.convert import derived_buffers, identify, resize_table, to_official
+from models.convert import derived_buffers, resize_table, to_official
 from models.dat import VARIANTS
+from models.identify import identify
 from tools.checkpoint import main as tool
 from utils.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "../shared/golden"
+GOLDEN = ROOT / "tests/golden"
 
 
 def micro(classes: int = 10, seed: int = 0, **args) -> nn.Module:
@@ -200,8 +201,6 @@ def test_variants_are_told_apart_by_their_tensors(name, released):
 
 @pytest.mark.parametrize("name", ["dat_tiny", "dat_base_384", "dat_pp_tiny", "dat_pp_base_384"])
 def test_released_files_are_identified_and_written_alike(name):
-    if not GOLDEN.is_dir():
-        pytest.skip("the golden files are not beside this project")
     shapes = json.loads((GOLDEN / f"{name}.json").read_text())["state_dict"]
     found = identify(hollow(shapes))
     assert name in found.variants
@@ -440,8 +439,8 @@ def test_verify_names_the_damaged_ones(tmp_path, capsys):
 def test_conversion_changes_no_bit(args, tmp_path, monkeypatch):
     source = micro(**args)
     if args:  # there is no small variant of DAT++
-        monkeypatch.setattr("models.convert.skeletons", lambda: {"dat_micro": source})
-        monkeypatch.setattr("models.convert.Description.build", lambda found: source)
+        monkeypatch.setattr("models.identify.skeletons", lambda: {"dat_micro": source})
+        monkeypatch.setattr("models.identify.Description.build", lambda found: source)
     ours, released, back, again = (
         tmp_path / n for n in ("a.safetensors", "b.pth", "c.safetensors", "d.pth")
     )

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from engine import checkpoint
 from engine.checkpoint import TrainState
 from models.dat import MIXERS, DATConfig
-from models.ops import sample
+from models.ops import convolve, sample
 from tools import visualize
 from tools.visualize import NOT_READ, look, read
 
@@ -89,7 +89,9 @@ def test_a_convolution_reads_at_the_drawn_points(query):
     positions = (reading.points - 0.5) / centres * 2 - 1  # ±1 at the border cells' centres
     source = sample(x, positions[None])[0].unflatten(-1, (4, -1))  # (9, M, D)
     kernel = mixer.conv.weight.flatten(2).unflatten(0, (4, -1))  # (M, D, D, 9)
-    modulation = mixer.positions(x)[0, *query, 36:].sigmoid().view(2, 9).repeat_interleave(2, 0)
+    modulation = (
+        convolve(mixer.positions, x)[0, *query, 36:].sigmoid().view(2, 9).repeat_interleave(2, 0)
+    )
     z = torch.einsum("moik,mk,kmi->mo", kernel, modulation, source).flatten() + mixer.conv.bias
     torch.testing.assert_close(mixer.proj(z), mixer(x)[0, *query], atol=1e-4, rtol=1e-4)
     strength = (kernel * modulation[:, None, None]).norm(dim=(1, 2))

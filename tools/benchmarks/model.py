@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from engine.loop import autocast
+from tools.benchmarks.macs import count_macs
 from utils.errors import ConfigError
 
 KINDS = {  # of ATen operations, the first pattern that is found counts
@@ -212,7 +213,7 @@ def metadata(name: str, subject: Subject, args: argparse.Namespace) -> dict:
         peak = process.submit(peak_mib, name, args).result()
     return {
         "parameters": sum(p.numel() for p in subject.net.parameters()),
-        "gmacs": models.count_macs(subject.net, args.size, args.size) / 1e9,
+        "gmacs": count_macs(subject.net, args.size, args.size) / 1e9,
         "kept_mib_per_image": subject.kept_mib(),
         "peak_mib": peak,
         "aten_operations": subject.operations(),
