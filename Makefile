@@ -1,17 +1,20 @@
-# make demo   train and evaluate a small DAT on real handwritten digits, from nothing
-# make test   the whole test suite
-# make lint   style
-# make scorecard   what a run survives, in about five minutes
+# make demo        train and evaluate a small DAT on handwritten digits, from nothing
+# make test-fast   the unit tests; a minute on 2 cores
+# make test        also training runs, faults, and parity with the released code; 5 minutes
+# make test-all    also the slow tests and the short scorecard; half an hour
+# make scorecard   what a run survives, in its short form; 6 minutes
+# make lint        style
 PYTHON ?= python3
 VENV ?= .venv
-OPTS ?=                 # further configuration of the demo, as TRAIN.EPOCHS=3
+OPTS ?=                 # further settings of the demo, as TRAIN.EPOCHS=3
 RUN = output/dat_micro/digits
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint scorecard
+.PHONY: demo test-fast test test-all scorecard lint
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/installed
@@ -19,14 +22,21 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python tools/prepare.py output/digits
 	$(VENV)/bin/torchrun --standalone --nproc-per-node 2 main.py --cfg configs/digits.yaml --opts $(OPTS)
 	$(VENV)/bin/python main.py --cfg configs/digits.yaml --eval --resume $(RUN) --opts $(OPTS)
-	@echo "The run lies in $(RUN); look at it with: $(VENV)/bin/tensorboard --logdir output"
+	@echo "The run is in $(RUN); look at it with: $(VENV)/bin/tensorboard --logdir output"
+
+test-fast: $(VENV)/installed
+	$(PYTEST) tests/unit
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST)
+
+test-all: $(VENV)/installed
+	$(PYTEST) -m "slow or not slow"
+	$(VENV)/bin/python tests/reliability/scorecard.py --short
+
+scorecard: $(VENV)/installed
+	$(VENV)/bin/python tests/reliability/scorecard.py --short
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-
-scorecard: $(VENV)/installed
-	$(VENV)/bin/python tests/reliability/scorecard.py --short

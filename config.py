@@ -1,4 +1,4 @@
-"""Configuration: every key with its default and check, the command line, and what does not fit together.
+"""Configuration, in one file: every key with default and check, flags, foreign names, and what does not fit together.
 
 `parse(argv)` gives the frozen configuration, or one ConfigError that lists everything wrong, a line each. The last of
 these wins: the defaults below, `BASE` files, the file of `--cfg`, `--opts`, the other flags. Neither torch nor NumPy
@@ -31,9 +31,11 @@ from utils.checks import (
     POSITIVE,
     RATIOS,
     RUN_PATH,
+    SET_NAMES,
     SHARE,
     SHARE_ABOVE_0,
     SHARE_BELOW_1,
+    SIZES,
     SPREADS,
     WEIGHTS,
     at_least,
@@ -76,6 +78,8 @@ SCHEMA = (
     # ---- data ----
     Key("DATA.PATH", "imagenet", FILLED_PATH,
         "dataset: folder with train and val, each a folder, .pack, .zip or .tar of class folders"),
+    Key("DATA.HOLDOUT", 0.0, SHARE_BELOW_1,
+        "share of each training class to validate on, chosen by a hash of the file name; 0: the val split"),
     Key("DATA.CLASS_LIST", "", PATH, "text file, a class name a line; empty: the training set's class folders"),
     Key("DATA.VAL_SUBSET", False, ANY, "the validation set may lack classes"),
     Key("DATA.BATCH_SIZE", 128, at_least(1), "images of a micro-batch: what a process forwards at once"),
@@ -147,6 +151,11 @@ SCHEMA = (
     Key("TEST.CROP_PCT", 0.875, SHARE_ABOVE_0, "side of the centre crop / side of the resized image"),
     Key("TEST.SKIP_BAD", False, ANY, "an unreadable image counts as wrong instead of ending the evaluation"),
     Key("TEST.BATCH_SIZE", 0, at_least(0), "images forwarded at once; 0: DATA.BATCH_SIZE"),
+    Key("TEST.SETS", "", PATH, "folder of ImageNet's test sets, evaluated beside val; docs/evaluation.md lists them"),
+    Key("TEST.ONLY", "", SET_NAMES, "of them val, v2, a, r, sketch, c, c-extra, objectnet; empty: all that are there"),
+    Key("TEST.SIZES", "", SIZES, "image sizes to evaluate at, such as 192,224,256; empty: DATA.IMG_SIZE"),
+    Key("TEST.OUT", "", PATH, "folder of the predictions; empty: eval in the run's own folder"),
+    Key("TEST.SAVE_LOGITS", False, ANY, "keep the logits of every image too, as float16"),
 )
 # fmt: on
 KEYS = {key.name: key for key in SCHEMA}
@@ -163,6 +172,10 @@ FLAGS = {
     "--seed": "SEED",
     "--print-freq": "PRINT_FREQ",
     "--workers": "DATA.NUM_WORKERS",
+    "--sets": "TEST.SETS",
+    "--only": "TEST.ONLY",
+    "--sizes": "TEST.SIZES",
+    "--out": "TEST.OUT",
 }
 
 # Arguments that have a key of their own: a second place for the same number would hide which one counts.
@@ -196,6 +209,7 @@ FOREIGN = {
     "--grad-accum-steps": _ACCUMULATION,
     "--use-checkpoint": "--opts MODEL.GRAD_CHECKPOINTING True",
     "--skip-bad": "--opts TEST.SKIP_BAD True",
+    "--logits": "--opts TEST.SAVE_LOGITS True",
     "--amp": "--amp-dtype float16, bfloat16 or float32",
     "--use-bf16": "--amp-dtype bfloat16",
     "--disable_amp": "--amp-dtype float32",
@@ -214,7 +228,7 @@ READER = Schema(KEYS, "MODEL.ARGS", OWNED_ARGS, FOREIGN)
 EXAMPLES = """examples:
   torchrun --nproc-per-node 8 main.py --cfg configs/dat_tiny.yaml --data-path /imagenet
   python main.py --cfg configs/dat_tiny.yaml --data-path /imagenet --eval --pretrained dat_tiny_in1k_224.pth
-  python main.py --cfg configs/cifar10.yaml --data-path cifar10 --tag lr1e-3 --opts TRAIN.BASE_LR 1e-3 TRAIN.EPOCHS=50
+  python main.py --cfg configs/cifar10.yaml --tag lr1e-3 --opts TRAIN.BASE_LR 1e-3 TRAIN.EPOCHS=50
 
 Every key that files and --opts may set is listed in config.py with its default. The same command resumes a run."""
 
@@ -362,10 +376,14 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
         return
     yield from _weight_conflicts(cfg.CHECKPOINT, mode, given)
     if mode == "train":
+        for name in sorted(given & {"TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT"}):
+            yield name, "belongs to evaluation; add --eval"
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)
         yield from _augmentation_conflicts(cfg.AUG, cfg.DATA.IMG_SIZE)
+    elif cfg.TEST.ONLY and not cfg.TEST.SETS:
+        yield "TEST.ONLY TEST.SETS", "chooses among the test sets of --sets; add it"
 
 
 def _renamed_arguments(model: CfgNode) -> Iterator[Conflict]:

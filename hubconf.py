@@ -26,9 +26,9 @@ def _entry(name: str) -> collections.abc.Callable[..., torch.nn.Module]:
         model = timm.create_model(name, **kwargs)
         if weights is not None:
             # The classifier may differ from the file's only where a number of classes was named, or none is wanted.
-            whole = "num_classes" not in kwargs and not features
+            strict = "num_classes" not in kwargs and not features
             path = utils.download.download(str(weights))
-            report = engine.pretrained.load_pretrained(model, path, whole=whole)
+            report = engine.pretrained.load_pretrained(model, path, strict=strict)
             if report.resized or report.new:
                 warnings.warn(f"{weights}: {report}", stacklevel=2)
         if not features:

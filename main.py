@@ -40,16 +40,16 @@ def _execute(command: config.Command) -> None:
     use_large_pages()
     if command.mode == "train":
         with StopRequest(command.cfg.TRAIN.MAX_SECONDS).handle_signals() as stop:
-            from engine import train
+            from engine.train import train
 
-            train.train(command.cfg, command.sources, config.dump(command.cfg), stop)
+            train(command.cfg, command.sources, stop)
         return
-    from engine import train
+    from engine.evaluate import evaluate, throughput
 
     if command.mode == "eval":
-        train.evaluate(command.cfg, command.sources)
+        evaluate(command.cfg, command.sources, command.given)
     else:
-        train.throughput(command.cfg, command.sources)
+        throughput(command.cfg, command.sources)
 
 
 def leave(code: int) -> NoReturn:

@@ -1,31 +1,35 @@
-"""How do images get from disk to the model's input? What follows is public."""
+"""The data package: images from disk to the model's input. The names below are public.
 
-from data.bad_samples import BadSamples, allowed_files
-from data.dataset import NO_LABEL, BadFile, ImageDataset, read_class_list
-from data.decode import decoder_fingerprint
-from data.loader import EvalBatch, Loader, TrainBatch, eval_loader, train_loader
-from data.mixup import BatchTransform, Normalize
-from data.samplers import ShardSampler, TrainBatchSampler, steps_per_epoch
-from data.transforms import eval_transform, train_transform
+Each is imported when it is first used: what only lists files (`data.readers`) needs no torch.
+"""
 
-__all__ = [
-    "NO_LABEL",
-    "BadFile",
-    "BadSamples",
-    "BatchTransform",
-    "EvalBatch",
-    "ImageDataset",
-    "Loader",
-    "Normalize",
-    "ShardSampler",
-    "TrainBatch",
-    "TrainBatchSampler",
-    "allowed_files",
-    "decoder_fingerprint",
-    "eval_loader",
-    "eval_transform",
-    "read_class_list",
-    "steps_per_epoch",
-    "train_loader",
-    "train_transform",
-]
+from importlib import import_module
+
+_MODULES = {
+    "BadFile": "dataset",
+    "BadSamples": "bad_samples",
+    "BatchTransform": "mixup",
+    "EvalBatch": "loader",
+    "ImageDataset": "dataset",
+    "Loader": "loader",
+    "NO_LABEL": "dataset",
+    "Normalize": "mixup",
+    "ShardSampler": "samplers",
+    "TrainBatch": "loader",
+    "TrainBatchSampler": "samplers",
+    "allowed_files": "bad_samples",
+    "decoder_fingerprint": "decode",
+    "eval_loader": "loader",
+    "eval_transform": "transforms",
+    "read_class_list": "dataset",
+    "steps_per_epoch": "samplers",
+    "train_loader": "loader",
+    "train_transform": "transforms",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

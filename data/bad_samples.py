@@ -1,4 +1,4 @@
-"""Which training images could not be read in a run? They stand in its bad_samples.jsonl."""
+"""Bad samples: the training images that could not be read in a run, in its bad_samples.jsonl."""
 
 import fcntl
 import json
@@ -21,7 +21,7 @@ class BadSamples:
     """The damaged files that the processes of a run have met, sample by sample, in `path`.
 
     It is a sorted set of records: what a resumed run meets again is there already, so that the file
-    does not tell how often the run was stopped, nor on how many processes it was.
+    depends neither on stops nor on the number of processes.
 
     limit: different files that may be bad.
     """
@@ -42,13 +42,15 @@ class BadSamples:
         try:
             paths = sorted({file.path for file in self._merged(bad)})
         except OSError as error:
-            logger.warning(f"{self.path} cannot be written ({error.strerror}); the log has it all")
+            logger.warning(
+                f"{self.path} cannot be written ({error.strerror}); the log has the same records"
+            )
             return
         if len(paths) > self.limit:
             listed = "\n  ".join(paths[:SHOWN])
             raise DataError(
                 f"{len(paths)} training images cannot be read, {self.limit} are allowed: restore "
-                f"them and delete {self.path}, which tells why and counts them, or raise "
+                f"them and delete {self.path}, which holds the reasons, or raise "
                 f"DATA.MAX_BAD_SAMPLES.\n  {listed}"
             )
 

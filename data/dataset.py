@@ -1,4 +1,4 @@
-"""What is sample i? Images with labels, addressed by position, and what happens to bad files.
+"""Image dataset: images with labels, addressed by position, and what happens to bad files.
 
 An evaluation sample is addressed by its index. A training sample is addressed by (epoch, index),
 which fixes every random number of its augmentation and, if its file is damaged, its substitute.
@@ -7,9 +7,11 @@ which fixes every random number of its augmentation and, if its file is damaged,
 import errno
 import functools
 import hashlib
+import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +19,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.checksums import read_checksums
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
-from data.readers import open_split
+from data.readers import Reader, open_split
 from utils.errors import DataError
 from utils.rng import key, reseed
+from utils.text import join_some
 
 SUBSTITUTES = 10  # tried before a class is given up
-NO_LABEL = -1  # of an image that cannot be read, where an evaluation may go on without it
+LINES = 1 << 16  # of the fingerprint, hashed at once
+NO_LABEL = -1  # of an image that cannot be read, where an evaluation continues without it
 
 # What disks and servers may recover from, and how many seconds they are given before each retry.
 TRANSIENT = {
@@ -74,18 +77,22 @@ class UnreadableError(Exception):
 
 
 class ImageDataset(Dataset):
-    """The images of `<root>/<split>`, a folder, .zip or .tar of `<class>/<file>`.
+    """The images of `<root>/<split>`, a folder, .zip, .tar or .pack of `<class>/<file>`.
 
-    classes: the class list that decides the labels, in order; by default the sorted folder names.
-    allow_missing: declares the split a subset, so that classes may have no images.
     transform: an image's pixels, uint8 [height, width, 3], to uint8 [3, H, W].
+    train: whether samples are `TrainSample`s, addressed by (epoch, index), or `EvalSample`s.
+    classes: the class list that decides the labels, in order; None: the folder names, sorted.
+    allow_missing: declares the split a subset, so that classes may have no images.
     seed: of the augmentation and of substitutes; only training uses it.
-    upright: turn images as their EXIF data asks for.
-    checksums: index of tools/doctor.py --sha with which the bytes of each image are compared.
+    apply_exif: rotate images as their EXIF data asks for.
+    checksums: index of tools/doctor.py --sha with which the bytes of each image are compared; None or empty: not.
     skip_bad: in evaluation, an image that cannot be read is black and its label is `NO_LABEL`.
+    holdout: share of each class that is set apart, by a hash of the file's path; 0: none.
+    part: with `holdout`, which images are kept: `train` all others, `holdout` those set apart.
 
     Raises DataError for a split that is not there, has no class folders, an empty class, a class
-    that `classes` does not have, or lacks one that it has.
+    that `classes` does not have, or lacks one that it has; for fewer than two classes; and for a class
+    that `holdout` leaves without an image in one of its parts.
     """
 
     def __init__(
@@ -93,29 +100,36 @@ class ImageDataset(Dataset):
         root: str | Path,
         split: str,
         *,
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        train: bool = False,
-        seed: int = 0,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None,
+        train: bool,
         classes: Sequence[str] | None = None,
-        allow_missing: bool = False,
-        upright: bool = False,
-        checksums: str | Path | None = None,
-        skip_bad: bool = False,
+        allow_missing: bool,
+        seed: int,
+        apply_exif: bool,
+        checksums: str | Path | None,
+        skip_bad: bool,
+        holdout: float,
+        part: str = "train",
     ):
-        self.source = open_split(root, split)
+        self.reader = open_split(root, split)
         self.transform = transform
         self.train = train
         self.seed = seed
-        self.upright = upright
+        self.apply_exif = apply_exif
         self.skip_bad = skip_bad
-        self.classes = sorted(self.source.folders) if classes is None else list(classes)
-        owners = [os.fsdecode(name.split(b"/", 1)[0]) for name in self.source.names.tolist()]
-        self._check_classes(set(owners), allow_missing)
+        self.classes = sort_classes(self.reader.folders) if classes is None else list(classes)
+        _check_classes(self.reader, self.classes, allow_missing)
+        self._part = ""
+        if holdout:
+            self._part = f" ({part} part, {holdout:g} of each class held out)"
+            self.reader = _split_by_hash(self.reader, holdout, part)
+        self.labels = np.empty(len(self.reader.names), np.int32)
         position = {name: label for label, name in enumerate(self.classes)}
-        self.labels = np.array([position[owner] for owner in owners], dtype=np.int32)
+        for name, (start, end) in self.reader.class_ranges().items():
+            self.labels[start:end] = position[name]
         self.checksums = None
-        if checksums is not None:
-            self.checksums = read_checksums(checksums, split, self.source.names.tolist())
+        if checksums:
+            self.checksums = read_checksums(checksums, split, self.reader.names.tolist())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -124,55 +138,38 @@ class ImageDataset(Dataset):
         return self._train_sample(*item) if self.train else self._eval_sample(item)
 
     def __str__(self) -> str:
-        return (
-            f"{self.source.path}: {len(self)} images, {len(self.classes)} classes, "
-            f"{self.source.ignored} other files ignored"
-        )
+        text = f"{self.reader.path}: {len(self)} images, {len(self.classes)} classes{self._part}"
+        return text + _ignored(self.reader)
 
     def path(self, index: int) -> str:
         """Where image `index` lies, for people; inside an archive, as if that were a folder."""
-        name = self.source.names[index].decode(errors="backslashreplace")
-        return os.path.join(self.source.path, name)
+        name = self.reader.names[index].decode(errors="backslashreplace")
+        return os.path.join(self.reader.path, name)
 
     def read(self, index: int) -> bytes:
         """The bytes of an image, after a few more tries if the disk or server did not answer."""
         for pause in PAUSES:
             try:
-                return self.source.read(index)
+                return self.reader.read(index)
             except OSError as error:
                 if error.errno not in TRANSIENT:
                     raise
                 time.sleep(pause)
-        return self.source.read(index)
+        return self.reader.read(index)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the lines `path<TAB>size<TAB>class`, the same for folder, zip and tar."""
+        """SHA-256 of the lines `path<TAB>size<TAB>class`, the same for folder, zip, tar and pack."""
         digest = hashlib.sha256()
-        sizes = self.source.where[:, 0].tolist()
-        for name, size, label in zip(
-            self.source.names.tolist(), sizes, self.labels.tolist(), strict=True
-        ):
-            digest.update(b"%s\t%d\t%s\n" % (name, size, os.fsencode(self.classes[label])))
+        for start in range(0, len(self), LINES):
+            names = self.reader.names[start : start + LINES].tolist()
+            sizes = self.reader.sizes[start : start + LINES].tolist()
+            lines = (
+                b"%s\t%d\t%s\n" % (name, size, name.split(b"/", 1)[0])
+                for name, size in zip(names, sizes, strict=True)
+            )
+            digest.update(b"".join(lines))
         return digest.hexdigest()
-
-    def _check_classes(self, filled: set[str], allow_missing: bool) -> None:
-        path, folders, known = self.source.path, self.source.folders, set(self.classes)
-        if unknown := folders - known:
-            raise DataError(
-                f"{path}: {_some(unknown)} not in the class list of {len(known)} "
-                f"({_some(known)}); use the data that the list is from, or remove the folders"
-            )
-        if empty := folders - filled:
-            raise DataError(
-                f"{path}: no image in {_some(empty)}; expected at least one per class folder, "
-                "fill or remove it"
-            )
-        if (missing := known - folders) and not allow_missing:
-            raise DataError(
-                f"{path}: no folder for {_some(missing)} of the {len(known)} classes; "
-                "complete the data, or declare it a subset"
-            )
 
     def _train_sample(self, epoch: int, index: int) -> TrainSample:
         bad = []
@@ -219,15 +216,22 @@ class ImageDataset(Dataset):
             if self.checksums is not None:
                 digest = hashlib.sha256(data).digest()
                 if digest != self.checksums[index].tobytes():
-                    raise ValueError("its SHA-256 is another than in the index of DATA.VERIFY")
-            return decode_pixels(data, upright=self.upright)
+                    raise ValueError("its SHA-256 differs from that in the index of DATA.VERIFY")
+            return decode_pixels(data, apply_exif=self.apply_exif)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
-            size = len(data) or self.source.where[index, 0]
+            size = len(data) or self.reader.sizes[index]
             raise UnreadableError(
                 f"cannot be read as an image ({type(error).__name__}: {reason}), "
                 f"{size} bytes, the first are {data[:16]!r}"
             ) from error
+
+
+def sort_classes(names: Iterable[str]) -> list[str]:
+    """Class folders in the order of their labels: by name, or by value if all are plain decimal numbers."""
+    names = sorted(names)
+    numbers = all(name.isascii() and name.isdecimal() for name in names)
+    return sorted(names, key=int) if numbers else names
 
 
 def read_class_list(path: str | Path) -> list[str]:
@@ -236,18 +240,109 @@ def read_class_list(path: str | Path) -> list[str]:
     Raises DataError if the file cannot be read, is empty or names a class twice.
     """
     try:
-        classes = Path(path).read_text(encoding="utf-8").split("\n")
+        classes = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a class list ({error})") from error
     classes = [name.strip() for name in classes if name.strip()]
     if not classes:
         raise DataError(f"{path}: names no class, expected one folder name per line")
-    if twice := {name for name in classes if classes.count(name) > 1}:
-        raise DataError(f"{path}: names {_some(twice)} more than once; remove the repeated lines")
+    if repeated := sorted(name for name, count in Counter(classes).items() if count > 1):
+        raise DataError(
+            f"{path}: names {join_some(repeated, 5)} more than once; remove the repeated lines"
+        )
     return classes
 
 
-def _some(names: set[str]) -> str:
-    """The first few of `names`, for a message."""
-    shown = ", ".join(sorted(names)[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+def read_checksums(path: str | Path, split: str, names: list[bytes]) -> np.ndarray:
+    """SHA-256 of each image of `split` in `names`, uint8 [N, 32], from an index of tools/doctor.py --sha.
+
+    Raises DataError if the index cannot be read or lacks an image.
+    """
+    remedy = "make it with tools/doctor.py --sha, or leave DATA.VERIFY empty"
+    position = {os.fsdecode(name): index for index, name in enumerate(names)}
+    checksums = np.zeros((len(names), 32), dtype=np.uint8)
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for record in map(json.loads, lines):
+                if record["split"] == split and "sha256" in record:
+                    index = position.pop(record["name"], None)
+                    if index is not None:
+                        checksums[index] = np.frombuffer(bytes.fromhex(record["sha256"]), np.uint8)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read as an index ({error.strerror}); {remedy}"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not an index of images ({error}); {remedy}") from error
+    if position:
+        raise DataError(
+            f"{path}: has no SHA-256 of {len(position)} of the {len(names)} {split} images, such as "
+            f"{next(iter(position))}; {remedy}"
+        )
+    return checksums
+
+
+def _check_classes(reader: Reader, classes: list[str], allow_missing: bool) -> None:
+    path, folders, known = reader.path, reader.folders, set(classes)
+    if len(known) < 2:
+        below = _level_below(reader) or "; sort the images into one folder per class"
+        raise DataError(f"{path}: has one class, {classes[0]}, expected at least two{below}")
+    if unknown := folders - known:
+        raise DataError(
+            f"{path}: {_some(unknown)} not in the class list of {len(known)} ({_some(known)}); "
+            f"use the data that the list is from, or remove the folders{_level_below(reader)}"
+        )
+    if empty := folders - set(reader.class_ranges()):
+        raise DataError(
+            f"{path}: no image in {_some(empty)}; expected at least one per class folder, "
+            f"fill or remove it{_ignored(reader)}"
+        )
+    if (missing := known - folders) and not allow_missing:
+        raise DataError(
+            f"{path}: no folder for {_some(missing)} of the {len(known)} classes; complete the data, "
+            "or declare it a subset with DATA.VAL_SUBSET=True"
+        )
+
+
+def _level_below(reader: Reader) -> str:
+    """The end of a message: the folders inside of a split's only folder; empty without any."""
+    if len(reader.folders) > 1:
+        return ""
+    inside = {name.split(b"/")[1] for name in reader.names.tolist() if name.count(b"/") > 1}
+    if not inside:
+        return ""
+    return (
+        f"; is {_some(reader.folders)} a folder too much? It holds {len(inside)} folders "
+        f"({_some(map(os.fsdecode, inside))}): move them up a level"
+    )
+
+
+def _ignored(reader: Reader) -> str:
+    """The end of a message: how many files are no images, by suffix."""
+    if not reader.ignored:
+        return ""
+    reasons = sorted(reader.ignored.items(), key=lambda item: (-item[1], item[0]))
+    kinds = join_some((f"{reason} {count:,}" for reason, count in reasons), 5)
+    return f", {reader.ignored.total():,} other files ignored ({kinds})"
+
+
+def _split_by_hash(reader: Reader, share: float, part: str) -> Reader:
+    """The images of `part`: a file is held out if the hash of its path is among the lowest `share`.
+
+    So the files of both parts stay there when others are added or removed.
+    """
+    limit = round(share * 2**64)
+    hashes = (hashlib.blake2b(name, digest_size=8).digest() for name in reader.names.tolist())
+    held_out = np.fromiter((int.from_bytes(h, "little") < limit for h in hashes), bool)
+    for name, (start, end) in reader.class_ranges().items():
+        if held_out[start:end].all() or not held_out[start:end].any():
+            raise DataError(
+                f"{reader.path}: DATA.HOLDOUT {share:g} holds {held_out[start:end].sum()} of the {end - start} "
+                f"images of class {name} out, expected at least one in each part; "
+                "add images, change the share, or make a val split"
+            )
+    return reader.subset(held_out if part == "holdout" else ~held_out)
+
+
+def _some(names: Iterable[str]) -> str:
+    return join_some(sorted(names), 5)

@@ -1,4 +1,4 @@
-"""How do the bytes of an image file become an RGB picture?"""
+"""Image decoding: the bytes of a file to an RGB picture or its pixels."""
 
 import base64
 import contextlib
@@ -6,17 +6,20 @@ import hashlib
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
 
+from data.listing import EXTENSIONS
 from utils.errors import DataError
 
-# The formats behind the file names that are read as images; Pillow's other readers stay shut (its
+# The formats behind the file names that are read as images; Pillow's other readers are not used (its
 # EPS reader starts Ghostscript). GIF is found in the wild under a JPEG's name.
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+AVIF = ("AVIF",) if b".avif" in EXTENSIONS else ()
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", *AVIF)
 
 # What reading and decoding damaged files raises; anything else is a bug and ends the run.
 UNREADABLE = (
@@ -30,8 +33,8 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 
-# How a picture is turned upright, by EXIF's orientation; 1 is upright.
-TURNS = {
+# What makes a picture upright, by EXIF's orientation; 1 is upright.
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -45,28 +48,30 @@ TURNS = {
 def open_image(data: bytes) -> Image.Image:
     """An image file with its header read and its pixels not yet; raises one of `UNREADABLE`."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        with _avif_errors():
+            return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         # Pillow's message holds the address of the buffer, and logs have to be reproducible.
         raise ValueError(f"not one of {', '.join(FORMATS)}") from None
 
 
-def decode(data: bytes, *, upright: bool = False) -> Image.Image:
+def decode(data: bytes, *, apply_exif: bool = False) -> Image.Image:
     """The first frame of an image file as an RGB picture, alpha dropped.
 
     16-bit grey is scaled by 1/257, where Pillow's own conversion would clip nearly all of it to
-    white. The rotation that EXIF asks for is ignored, as by the published numbers, unless `upright`.
+    white. The rotation that EXIF asks for is ignored, as by the published numbers, unless `apply_exif`.
     Raises one of `UNREADABLE`.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DataError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is switched on, which paints what is missing of a "
-            "truncated image grey without a word; remove the line that does it"
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is switched on, which silently paints the missing part of a "
+            "truncated image grey; remove the line that does it"
         )
     image = open_image(data)
-    image.load()
-    if upright and (turn := TURNS.get(orientation(image))) is not None:
-        image = image.transpose(turn)
+    with _avif_errors():
+        image.load()
+    if apply_exif and (method := EXIF_TRANSPOSES.get(orientation(image))) is not None:
+        image = image.transpose(method)
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     elif image.mode == "F":
@@ -76,26 +81,35 @@ def decode(data: bytes, *, upright: bool = False) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """What EXIF says about how the picture lies, 1 to 8; damaged EXIF says 1, as nothing does."""
+    """The orientation in a picture's EXIF data, 1 to 8; 1 if it is damaged or absent."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except UNREADABLE:
         return 1
 
 
-def decode_pixels(data: bytes, *, upright: bool = False) -> torch.Tensor:
+def decode_pixels(data: bytes, *, apply_exif: bool = False) -> torch.Tensor:
     """The same picture as uint8 [height, width, 3], JPEGs without the copies of Pillow's way.
 
     simplejpeg and Pillow both have libjpeg-turbo and give the same pixels. Other formats, four
-    colours, pictures to be turned and what simplejpeg finds damaged are left to `decode`. Raises
+    colours, pictures to be rotated and what simplejpeg finds damaged are left to `decode`. Raises
     one of `UNREADABLE`.
     """
     image = open_image(data)
-    turned = upright and orientation(image) in TURNS
-    if image.format == "JPEG" and image.mode in ("RGB", "L") and not turned:
+    rotated = apply_exif and orientation(image) in EXIF_TRANSPOSES
+    if image.format == "JPEG" and image.mode in ("RGB", "L") and not rotated:
         with contextlib.suppress(ValueError):
             return torch.from_numpy(simplejpeg.decode_jpeg(data))
-    return torch.from_numpy(np.array(decode(data, upright=upright)))
+    return torch.from_numpy(np.array(decode(data, apply_exif=apply_exif)))
+
+
+@contextlib.contextmanager
+def _avif_errors() -> Iterator[None]:
+    """Raise ValueError for a damaged AVIF file, where Pillow raises RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -117,7 +131,7 @@ SAMPLE = base64.b64decode(
 
 
 def decoder_fingerprint() -> dict[str, str]:
-    """What this machine's decoder is, and what it makes of a certain JPEG: other pixels, other data."""
+    """The versions of this machine's decoders and a hash of the pixels that they make of a certain JPEG."""
     pixels = decode_pixels(SAMPLE).numpy().tobytes() + np.asarray(decode(SAMPLE)).tobytes()
     return {
         "pillow": Image.__version__,

@@ -1,23 +1,44 @@
-"""Which files did a folder hold when it was last listed? A cache of that, believed while no folder has changed.
+"""Folder listing: which files of a split are images, in which class folders; and its index, a cache of that.
 
-A folder's change time moves when a file or folder in it is added, removed or renamed, and unlike
-its modification time no copy keeps it. A file overwritten in place changes nothing but itself: its
-size in the cache is then the old one, its new content is read all the same.
+The index is used as long as no folder has changed. A folder's change time moves when a file or folder in it is added,
+removed or renamed, and unlike its modification time no copy keeps it. A file overwritten in place changes nothing but
+itself: the index still has its old size, and its new content is read all the same.
 """
 
 import contextlib
 import hashlib
-import io
 import os
+import stat
 import time
 import zipfile
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import features
 
-# Two changes within the clock tick of a file system leave the same time: one in so many
-# nanoseconds before the listing may not be the last.
+from utils.errors import DataError, StorageError
+from utils.files import replace_atomically
+
+# The file names of the formats that data/decode.py decodes.
+EXTENSIONS = (
+    *(b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".apng", b".bmp", b".gif", b".webp"),
+    *(b".ppm", b".pgm", b".pbm", b".pnm", b".tif", b".tiff"),
+    *((b".avif",) if features.check("avif") else ()),
+)
+
+# What operating systems, file managers and disk stations leave beside data, in addition to names with a dot in front.
+SYSTEM_NAMES = frozenset({
+    b"__MACOSX", b"@eaDir", b"#recycle", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found",
+    b"Thumbs.db", b"desktop.ini",
+})  # fmt: skip
+# Why a file is ignored, where it is not for its suffix.
+HIDDEN, LOOSE = "hidden or system", "in no class folder"
+
+# Two changes within the clock tick of a file system leave the same time: one in so many nanoseconds before the
+# listing may not be the last.
 SETTLED = 2_000_000_000
 
 
@@ -27,34 +48,98 @@ class Listing(NamedTuple):
     names: bytes [N], sorted.
     sizes: int64 [N].
     classes: bytes, the class folders.
-    ignored: int64, how many files were passed over.
+    reasons, ignored: bytes and int64, how many files were ignored for each reason.
     folders: bytes, every folder that was listed, relative to the split.
     times: int64, when each was last changed, in ns.
+    rules: bytes, the names that decide which files are images.
     """
 
     names: np.ndarray
     sizes: np.ndarray
     classes: np.ndarray
+    reasons: np.ndarray
     ignored: np.ndarray
     folders: np.ndarray
     times: np.ndarray
+    rules: np.ndarray
 
 
-def change_time(split: Path, folder: str) -> int:
+def is_image(name: bytes) -> bool:
+    """Whether a file of this name is read as an image."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def is_hidden(name: bytes) -> bool:
+    """Whether a file or folder of this name, without its path, is never data."""
+    return name.startswith(b".") or name in SYSTEM_NAMES
+
+
+def suffix_of(name: bytes) -> str:
+    """What a name ends in, as the reason for which its file is ignored."""
+    return os.path.splitext(os.fsdecode(name))[1].lower() or "no suffix"
+
+
+def scan_folder(split: Path) -> Listing:
+    """List `split`: links are followed, never into a folder seen before. Raises DataError."""
+    classes: list[bytes] = []
+    ignored: Counter[str] = Counter()
+    names, sizes, times = [], [], {}
+    seen, pending = {_identity(os.fsencode(split))}, [b""]
+    while pending:
+        prefix = pending.pop()
+        folder = os.path.join(os.fsencode(split), prefix)
+        times[prefix] = change_time(split, prefix)  # before its content is listed
+        subfolders, found_names, found_sizes = [], [], []
+        for entry in _entries(folder):
+            name = entry.name
+            if is_hidden(name):
+                ignored[HIDDEN] += 1
+            elif _is_folder(entry):
+                subfolders.append(name)
+            elif not is_image(name):
+                ignored[suffix_of(name)] += 1
+            elif not prefix:
+                ignored[LOOSE] += 1
+            else:
+                found_names.append(prefix + name)
+                found_sizes.append(_size(entry))
+        for name in sorted(subfolders):
+            if not prefix:
+                classes.append(name)
+            if (identity := _identity(os.path.join(folder, name))) not in seen:
+                seen.add(identity)
+                pending.append(prefix + name + b"/")
+        if found_names:  # an array takes a quarter of the memory of a list of names
+            found = np.array(found_names, np.bytes_)
+            order = found.argsort()
+            names.append(found[order])
+            sizes.append(np.array(found_sizes, np.int64)[order])
+    return Listing(
+        *_sorted(names, sizes),
+        np.array(classes, np.bytes_),
+        np.array([reason.encode("utf-8", "surrogateescape") for reason in ignored], np.bytes_),
+        np.array(list(ignored.values()), np.int64),
+        np.array(list(times), np.bytes_),
+        np.array(list(times.values()), np.int64),
+        _rules(),
+    )
+
+
+def change_time(split: Path, folder: bytes) -> int:
     """When anything was last added to, removed from or renamed in `folder`, in ns."""
-    return os.stat(os.path.join(split, folder)).st_ctime_ns
+    return os.stat(os.path.join(os.fsencode(split), folder)).st_ctime_ns
 
 
 def load_listing(split: Path) -> Listing | None:
-    """The last listing of `split`, if there is a whole one and no folder has changed since."""
-    for path in _places(split):
+    """The last listing of `split`, if there is a valid one and no folder has changed since."""
+    for path in _index_paths(split):
         try:
             with np.load(path) as arrays:
                 listing = Listing(**arrays)
-            times = [change_time(split, os.fsdecode(folder)) for folder in listing.folders.tolist()]
+            times = [change_time(split, folder) for folder in listing.folders.tolist()]
         except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile):
-            continue  # not there, or damaged: zipfile takes a flipped bit for an encryption's flag
-        if times == listing.times.tolist():
+            continue  # absent, or damaged: zipfile takes a flipped bit for an encryption's flag
+        if times == listing.times.tolist() and np.array_equal(listing.rules, _rules()):
             return listing
     return None
 
@@ -63,27 +148,68 @@ def save_listing(split: Path, listing: Listing) -> None:
     """Keep `listing` beside `split`, else under the user's cache folder, else nowhere."""
     if listing.times.max() > time.time_ns() - SETTLED:
         return
-    buffer = io.BytesIO()
-    np.savez(buffer, **listing._asdict())
-    for path in _places(split):
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
+    for path in _index_paths(split):
+        with contextlib.suppress(OSError, StorageError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(buffer.getvalue())
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            continue
-        return
+            with replace_atomically(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, **listing._asdict())
+            return
 
 
-def _places(split: Path) -> list[Path]:
+def _sorted(names: list[np.ndarray], sizes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The files of all folders, sorted by name."""
+    if not names:
+        return np.empty(0, np.bytes_), np.empty(0, np.int64)
+    order = sorted(range(len(names)), key=lambda number: names[number][0])
+    all_names = np.concatenate([names[number] for number in order])
+    all_sizes = np.concatenate([sizes[number] for number in order])
+    if (all_names[:-1] > all_names[1:]).any():  # files beside folders that hold further files
+        by_name = all_names.argsort()
+        return all_names[by_name], all_sizes[by_name]
+    return all_names, all_sizes
+
+
+def _rules() -> np.ndarray:
+    return np.array([*EXTENSIONS, *sorted(SYSTEM_NAMES)], np.bytes_)
+
+
+def _identity(path: bytes) -> tuple[int, int]:
+    """Device and inode: equal for all the paths that lead to one folder."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _entries(folder: bytes) -> Iterable[os.DirEntry]:
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise DataError(
+            f"{os.fsdecode(folder)}: cannot be listed ({error.strerror}); check access"
+        ) from error
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
+
+
+def _size(entry: os.DirEntry) -> int:
+    """Of an image file in bytes; 0 of a pipe, a device or a dangling link, which counts as a damaged image."""
+    try:
+        status = entry.stat()
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def _index_paths(split: Path) -> list[Path]:
     """Beside the split, for everyone who reads it; in the user's cache, where that is read-only."""
-    places = [split.parent / f".{split.name}.index.npz"]
+    paths = [split.parent / f".{split.name}.index.npz"]
     home = os.environ.get("HOME")
     cache = os.environ.get("XDG_CACHE_HOME") or (home and os.path.join(home, ".cache"))
     if cache:
         digest = hashlib.sha256(os.fsencode(split.resolve())).hexdigest()[:16]
-        places.append(Path(cache, "dat", f"{digest}.index.npz"))
-    return places
+        paths.append(Path(cache, "dat", f"{digest}.index.npz"))
+    return paths

@@ -1,4 +1,4 @@
-"""How do samples become batches? By torch's DataLoader, whose workers change only the speed."""
+"""Data loaders: samples to batches by torch's DataLoader, whose workers change only the speed."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -8,7 +8,14 @@ from torch.utils.data import DataLoader, default_collate
 
 from data.dataset import BadFile, EvalSample, ImageDataset, TrainSample
 from data.samplers import ShardSampler, TrainBatchSampler
-from data.workers import TrackedDataset, explain, install_sigchld_handler, start_worker
+from data.workers import (
+    TrackedDataset,
+    explain,
+    install_sigchld_handler,
+    is_timeout,
+    start_worker,
+    without_traceback,
+)
 from utils.errors import DataError
 
 
@@ -33,9 +40,9 @@ class EvalBatch(NamedTuple):
 
 
 class Loader(DataLoader):
-    """A DataLoader out of which a worker's DataError comes as the one line that it was.
+    """A DataLoader that raises a worker's DataError as one line.
 
-    A worker that dies or hangs is a DataError too, with the image that it was reading.
+    A worker that dies or hangs is a DataError too, which names the image that it was reading.
     """
 
     def __iter__(self) -> Iterator:
@@ -44,12 +51,12 @@ class Loader(DataLoader):
             install_sigchld_handler()
             yield from batches
         except DataError as error:
-            # torch puts the worker's traceback in front of the message. Its own traceback is a cycle
-            # that keeps the workers until the garbage collector meets it, then waits 5 s for them.
+            # The traceback is a cycle that keeps the workers until the garbage collector meets it, then
+            # waits 5 s for them.
             error.with_traceback(None)
-            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+            raise without_traceback(error) from None
         except RuntimeError as error:
-            if "DataLoader timed out" in str(error):
+            if is_timeout(error):
                 raise self.dataset.worker_hang(self.timeout) from None
             raise explain(error) from None
 
@@ -59,12 +66,12 @@ def train_loader(
     sampler: TrainBatchSampler,
     *,
     num_workers: int,
+    timeout: float,
     pin_memory: bool = False,
-    timeout: float = 300.0,
 ) -> Loader:
     """One `TrainBatch` per micro-batch of `sampler`, in its order.
 
-    timeout: seconds without a batch after which a worker is taken for hung (DataError); 0: none.
+    timeout: seconds without a batch after which a worker is reported as hung (DataError); 0: no limit.
     """
     return _loader(dataset, sampler, _collate_train, num_workers, pin_memory, timeout)
 
@@ -74,8 +81,8 @@ def eval_loader(
     sampler: ShardSampler,
     *,
     num_workers: int,
+    timeout: float,
     pin_memory: bool = False,
-    timeout: float = 300.0,
 ) -> Loader:
     """One `EvalBatch` per batch of `sampler`; may be iterated again, its workers stay."""
     return _loader(dataset, sampler, _collate_eval, num_workers, pin_memory, timeout)
@@ -98,7 +105,7 @@ def _loader(
         pin_memory=pin_memory,
         timeout=timeout if num_workers else 0,
         worker_init_fn=start_worker,
-        # By default every iterator draws a seed from the global generator: an evaluation more would
+        # By default every iterator draws a seed from the global generator: one more evaluation would
         # change the training after it.
         generator=torch.Generator(),
     )

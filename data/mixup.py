@@ -1,10 +1,9 @@
-"""What happens to a micro-batch on the device: normalisation, random erasing, Mixup and CutMix."""
+"""Mixup, CutMix, random erasing and normalisation: what happens to a micro-batch on the device."""
 
 from collections.abc import Sequence
 
 import torch
 from timm.data import Mixup
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 
 
@@ -13,8 +12,8 @@ class Normalize:
 
     def __init__(
         self,
-        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        mean: Sequence[float],
+        std: Sequence[float],
         *,
         device: torch.device,
     ):
@@ -38,6 +37,8 @@ class Normalize:
 class BatchTransform:
     """Normalise, erase, mix. The arguments are those of timm's recipes; mixing needs even batches.
 
+    reprob, mixup, cutmix: 0 switches random erasing, Mixup or CutMix off.
+
     Random numbers come from the global generators (Python's, NumPy's, torch's on the device): seed
     them right before each call. Label smoothing is left to the loss: it is linear in the targets,
     so it may as well come after mixing.
@@ -48,17 +49,16 @@ class BatchTransform:
         num_classes: int,
         *,
         device: torch.device,
-        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        std: Sequence[float] = IMAGENET_DEFAULT_STD,
-        reprob: float = 0.0,
-        remode: str = "pixel",
-        recount: int = 1,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        cutmix_minmax: tuple[float, float] | None = None,
-        mixup_prob: float = 1.0,
-        mixup_switch_prob: float = 0.5,
-        mixup_mode: str = "batch",
+        mean: Sequence[float],
+        std: Sequence[float],
+        reprob: float,
+        remode: str,
+        recount: int,
+        mixup: float,
+        cutmix: float,
+        mixup_prob: float,
+        mixup_switch_prob: float,
+        mixup_mode: str,
     ):
         self.device = device
         self.normalize = Normalize(mean, std, device=device)
@@ -66,11 +66,10 @@ class BatchTransform:
         if reprob > 0:
             self.erase = RandomErasing(reprob, mode=remode, max_count=recount, device=str(device))
         self.mix = None
-        if mixup > 0 or cutmix > 0 or cutmix_minmax is not None:
+        if mixup > 0 or cutmix > 0:
             self.mix = Mixup(
                 mixup_alpha=mixup,
                 cutmix_alpha=cutmix,
-                cutmix_minmax=cutmix_minmax,
                 prob=mixup_prob,
                 switch_prob=mixup_switch_prob,
                 mode=mixup_mode,

@@ -1,4 +1,4 @@
-"""How does a packed split lie on disk? As shards of files end to end, and an index that is written last.
+"""Pack format: a split as shards of image files end to end, and an index that is written last.
 
 `tools/pack.py` writes such a folder, `data/readers.py` reads it by position.
 """
@@ -25,7 +25,7 @@ class PackIndex(NamedTuple):
     names: bytes [N], `<class>/<file>`, sorted.
     where: int64 [N, 4]: size, shard, offset in the shard, CRC-32.
     info: what it was made from and how: `source`, the fingerprint of the dataset that was packed,
-    `shorter_side` and `quality` if it was encoded anew, the shards' sizes, the index's SHA-256.
+    `shorter_side` and `quality` if it was encoded again, the shards' sizes, the index's SHA-256.
     """
 
     names: np.ndarray

@@ -1,10 +1,11 @@
-"""Where do the images of a split lie, and how are their bytes read?
+"""Readers: the images of a split in a folder, pack, zip or tar, and their bytes by position.
 
-A split is a folder, a pack, a zip or a tar with the same tree `<class>/<file>` inside. An archive's
-directory is read once; its members are read in place, by position, in any number of processes.
-Nothing is ever unpacked, and an archive that programs would unpack differently is refused.
+All hold the same tree `<class>/<file>`. An archive's directory is read once; its members are read in place, by
+position, in any number of processes. Nothing is ever unpacked, and an archive that programs would unpack differently
+is refused.
 """
 
+import copy
 import functools
 import io
 import os
@@ -13,23 +14,33 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.listing import Listing, change_time, load_listing, save_listing
+from data.listing import (
+    HIDDEN,
+    LOOSE,
+    is_hidden,
+    is_image,
+    load_listing,
+    save_listing,
+    scan_folder,
+    suffix_of,
+)
 from data.pack import read_index, shard_name
 from utils.errors import DataError
+from utils.text import join_some
 
-Where = tuple[int, ...]  # a file's size and what else its source needs to find it
+Where = tuple[int, ...]  # a file's size and what else its reader needs to find it
 
 MAX_BYTES = 64 * 2**20  # of a file that claims to be one image
 MAX_RATIO = 200  # of a zip member's size, unpacked and packed; photographs hardly shrink at all
 PACK_ZIP = "pack the folder again with zip -0 -r"
 PACK_TAR = "pack the folder again with tar --dereference --hard-dereference -c"
 
+SPLITS = ("train", "val", "validation")
 LAYOUT = "expected <root>/train and <root>/val (or validation), each a folder, .pack, .zip or .tar"
 
 
@@ -39,33 +50,50 @@ class Reader:
     names: bytes [N], `<class>/<file>`, the same for the same tree in a folder or an archive.
     where: int64 [N, k], column 0 the size in bytes.
     folders: the class folders, empty ones included.
-    ignored: how many files were passed over because they are hidden, not images or in no class.
+    ignored: how many files were ignored, by their suffix or another reason.
+
+    Raises DataError if there is no class folder.
     """
 
-    def __init__(self, path: Path, images: dict[str, Where], folders: set[str], ignored: int):
-        loose = [name for name in images if "/" not in name]
+    def __init__(
+        self,
+        path: Path,
+        names: np.ndarray,
+        where: np.ndarray,
+        folders: set[str],
+        ignored: Counter[str],
+    ):
         if not folders:
-            found = f"{len(loose)} images and no class folder" if loose else "no image"
+            loose = ignored[LOOSE]
+            found = f"{loose} images and no class folder" if loose else "no image"
             raise DataError(
                 f"{path}: holds {found}, expected <class>/<image>; "
                 "sort the images into one folder per class"
             )
-        names = sorted(os.fsencode(name) for name in images if "/" in name)
-        where = np.array([images[os.fsdecode(name)] for name in names], dtype=np.int64)
-        self._keep(path, np.array(names, dtype=np.bytes_), where, folders, ignored + len(loose))
-
-    def _keep(
-        self, path: Path, names: np.ndarray, where: np.ndarray, folders: set[str], ignored: int
-    ) -> None:
         self.path = str(path)
         self.names = names
         self.where = where
         self.folders = folders
         self.ignored = ignored
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Bytes of each image, int64 [N]."""
+        return self.where[:, 0]
+
     def read(self, index: int) -> bytes:
         """The bytes of image `index`; OSError, EOFError, ValueError or zlib.error if damaged."""
         raise NotImplementedError
+
+    def subset(self, indices: range | np.ndarray) -> "Reader":
+        """A reader of the images at `indices` alone, positions in order or a mask."""
+        part = copy.copy(self)
+        part.names, part.where = self.names[indices], self.where[indices]
+        return part
+
+    def class_ranges(self) -> dict[str, tuple[int, int]]:
+        """The positions of each class's first image and of the one after its last, for classes that have any."""
+        return _class_ranges(self.names)
 
 
 class FolderReader(Reader):
@@ -75,41 +103,18 @@ class FolderReader(Reader):
     """
 
     def __init__(self, path: Path):
-        if (known := load_listing(path)) is not None:
-            classes = {os.fsdecode(name) for name in known.classes.tolist()}
-            self._keep(path, known.names, known.sizes[:, None], classes, int(known.ignored))
-            return
-        images: dict[str, Where] = {}
-        folders, ignored = set(), 0
-        seen, pending, times = {_identity(path)}, [("", path)], {}
-        while pending:
-            prefix, folder = pending.pop()
-            times[os.fsencode(prefix)] = change_time(path, prefix)  # before its content is listed
-            for entry in sorted(_list(folder), key=lambda entry: entry.name):
-                name, status = prefix + entry.name, _status(entry)
-                if entry.name.startswith("."):
-                    ignored += 1
-                elif stat.S_ISDIR(status.st_mode):
-                    if not prefix:
-                        folders.add(name)
-                    if (identity := _identity(entry.path)) not in seen:
-                        seen.add(identity)
-                        pending.append((f"{name}/", entry.path))
-                elif name.lower().endswith(IMG_EXTENSIONS):
-                    # A dangling link counts as a damaged image: dropping it would hide a loss.
-                    images[name] = (status.st_size if stat.S_ISREG(status.st_mode) else 0,)
-                else:
-                    ignored += 1
-        super().__init__(path, images, folders, ignored)
-        listing = Listing(
-            self.names,
-            self.where[:, 0],
-            classes=np.array([os.fsencode(name) for name in folders], np.bytes_),
-            ignored=np.array(self.ignored),
-            folders=np.array(list(times), np.bytes_),
-            times=np.array(list(times.values()), np.int64),
+        known = load_listing(path)
+        listing = known or scan_folder(path)
+        reasons = map(os.fsdecode, listing.reasons.tolist())
+        super().__init__(
+            path,
+            listing.names,
+            listing.sizes[:, None],
+            set(map(os.fsdecode, listing.classes.tolist())),
+            Counter(dict(zip(reasons, listing.ignored.tolist(), strict=True))),
         )
-        save_listing(path, listing)
+        if known is None:
+            save_listing(path, listing)
 
     def read(self, index: int) -> bytes:
         """The bytes of image `index`; OSError or ValueError if it is no file that can be read."""
@@ -135,8 +140,7 @@ class PackReader(Reader):
 
     def __init__(self, path: Path):
         names, where, self.info = read_index(path)
-        classes = {os.fsdecode(name.split(b"/", 1)[0]) for name in names.tolist()}
-        self._keep(path, names, where, classes, 0)
+        super().__init__(path, names, where, set(_class_ranges(names)), Counter())
 
     def read(self, index: int) -> bytes:
         """The bytes of image `index`; OSError, EOFError or ValueError if they are damaged."""
@@ -166,6 +170,9 @@ class ZipReader(Reader):
         ) as error:
             raise DataError(f"{path}: not a readable zip file ({error}); {PACK_ZIP}") from error
         files, folders, end = [], [], os.path.getsize(path)
+        if not any("/" in member.filename for member in members):
+            for member in members:  # packed by a program of Windows that took its own separator
+                member.filename = member.filename.replace("\\", "/")
         for member in members:
             name, packed, method = member.filename, member.compress_size, member.compress_type
             if member.is_dir():
@@ -234,7 +241,7 @@ class TarReader(Reader):
 
 
 def open_split(root: str | Path, split: str) -> Reader:
-    """The source of `split` below `root`: a pack, else a folder, a zip or a tar.
+    """The reader of `split` below `root`: a pack, else a folder, a zip or a tar.
 
     `val` may also be called `validation`. Raises DataError when there is none, when it cannot be
     listed or when it has no class folders.
@@ -252,29 +259,18 @@ def open_split(root: str | Path, split: str) -> Reader:
             path = root / (name + suffix)
             if exists(path):
                 return kind(path)
-    found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    found = join_some(sorted(path.name for path in root.iterdir()), 8) or "nothing"
     raise DataError(f"{root}: has no {split} split, found {found}; {LAYOUT}")
 
 
-def _identity(path: str | Path) -> tuple[int, int]:
-    """Device and inode: equal for all the paths that lead to one folder."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _status(entry: os.DirEntry) -> os.stat_result:
-    """Of what the entry leads to, or of itself if it is a link that leads nowhere or in a circle."""
-    try:
-        return entry.stat()
-    except OSError:
-        return entry.stat(follow_symlinks=False)
-
-
-def _list(folder: str | Path) -> Iterable[os.DirEntry]:
-    try:
-        return os.scandir(folder)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check access") from error
+def _class_ranges(names: np.ndarray) -> dict[str, tuple[int, int]]:
+    ranges, start = {}, 0
+    while start < len(names):
+        folder = names[start].split(b"/", 1)[0]
+        end = int(np.searchsorted(names, folder + b"0"))  # "0" comes after "/"
+        ranges[os.fsdecode(folder)] = start, end
+        start = end
+    return ranges
 
 
 def _refused(path: Path, name: str, problem: str, remedy: str) -> DataError:
@@ -295,41 +291,47 @@ def _check_place(path: Path, name: str, offset: int, size: int, end: int) -> Non
 
 def _tree(
     path: Path, files: list[tuple[str, Where]], directories: list[str]
-) -> tuple[dict[str, Where], set[str], int]:
-    """Images, class folders and number of ignored files of an archive.
+) -> tuple[np.ndarray, np.ndarray, set[str], Counter[str]]:
+    """The arguments of `Reader`, from the members of an archive.
 
-    A single folder around all the classes (`train/<class>/<file>`) is dropped. Raises DataError for
-    a name that leads out of the archive and for one that stands twice.
+    A single folder around all the classes is dropped if it is named as the archive or as a split: `train/<class>/…`.
+    Raises DataError for a name that leads out of the archive and for one that appears twice.
     """
     for name in (*directories, *(name for name, _ in files)):
         if name.startswith("/") or ".." in name.split("/"):
             raise _refused(path, name, "leads out of the archive", "pack the folder from inside")
-    visible: dict[str, Where] = {}
+    seen: set[bytes] = set()
+    images: dict[bytes, Where] = {}
+    ignored: Counter[str] = Counter()
     for name, where in files:
-        if _clean(name) in visible:
-            raise _refused(path, name, "stands twice", "pack the folder into a new file")
-        if not _is_hidden(name):
-            visible[_clean(name)] = where
-    images = {n: where for n, where in visible.items() if n.lower().endswith(IMG_EXTENSIONS)}
-    folders = [f"{_clean(name)}/" for name in directories if not _is_hidden(name)]
-    ignored = len(files) - len(images)
-    tops = {name.split("/")[0] for name in images}
-    if len(tops) == 1 and all(name.count("/") > 1 for name in images):
-        top = f"{tops.pop()}/"
-        images = {name.removeprefix(top): where for name, where in images.items()}
-        folders = [name.removeprefix(top) for name in folders if name.startswith(top)]
-    classes = {name.split("/")[0] for name in (*folders, *images) if "/" in name}
-    return images, classes - {""}, ignored
+        parts = _parts(name)
+        member = b"/".join(parts)
+        if member in seen:
+            raise _refused(path, name, "appears twice", "pack the folder into a new file")
+        seen.add(member)
+        if any(map(is_hidden, parts)):
+            ignored[HIDDEN] += 1
+        elif not is_image(member):
+            ignored[suffix_of(member)] += 1
+        else:
+            images[member] = where
+    folders = [parts for parts in map(_parts, directories) if not any(map(is_hidden, parts))]
+    tops = {name.split(b"/", 1)[0] for name in images} | {parts[0] for parts in folders if parts}
+    nested = len(tops) == 1 and any(name.count(b"/") > 1 for name in images)
+    if nested and os.fsdecode(*tops) in (path.stem, *SPLITS):
+        images = {name.partition(b"/")[2]: where for name, where in images.items()}
+        folders = [parts[1:] for parts in folders]
+    names = sorted(name for name in images if b"/" in name)
+    if loose := len(images) - len(names):
+        ignored[LOOSE] = loose
+    classes = {name.split(b"/", 1)[0] for name in names} | {parts[0] for parts in folders if parts}
+    where = np.array([images[name] for name in names], np.int64)
+    return np.array(names, np.bytes_), where, set(map(os.fsdecode, classes)), ignored
 
 
-def _clean(name: str) -> str:
-    """A member's name without what tar and zip may put before, between and after its parts."""
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a part of the path starts with a dot."""
-    return any(part.startswith(".") for part in _clean(name).split("/"))
+def _parts(name: str) -> list[bytes]:
+    """A member's path without what tar and zip may put before, between and after its parts."""
+    return [os.fsencode(part) for part in name.split("/") if part not in ("", ".")]
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,7 +1,7 @@
-"""Which samples does a process read, and in what order?
+"""Batch samplers: which images a process reads, in what order.
 
 The order is a function of the seed and the position: nothing to save, and resuming costs nothing.
-A micro-batch is one micro-batch of `batch_size` images; a step has `micro-batches` of them, shared out evenly.
+A micro-batch has `batch_size` images; a step has `micro_batches` of them, distributed evenly over the processes.
 """
 
 from collections.abc import Iterator
@@ -28,10 +28,10 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
-    """The micro-batches of one process over the whole run, each a list of (epoch, index).
+    """The micro-batches of one process from the first step to the last, each a list of (epoch, index).
 
-    `micro-batches` of a step, a multiple of `world_size`, go to the processes in contiguous runs; they
-    come step by step from `start_step` to `total_steps`, so no epoch interrupts the stream.
+    The `micro_batches` of a step, a multiple of `world_size`, go to the processes in contiguous runs; they
+    come step by step from `start_step` to `total_steps`, without a break between epochs.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size: int,
         micro_batches: int,
         total_steps: int,
+        seed: int,
         start_step: int = 0,
-        seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -82,8 +82,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
 class ShardSampler(Sampler[list[int]]):
     """The batches of one process in an evaluation: each image once, every world_size-th batch from the rank-th.
 
-    An image is in the same batch for any number of processes, because kernels may give it other last bits in other
-    company. Nothing is padded, so processes may have different numbers of batches, and the last batch may be smaller.
+    An image is in the same batch for any number of processes, because a kernel's last bits may depend on the other
+    images. Nothing is padded: processes may have different numbers of batches, and the last batch may be smaller.
     """
 
     def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1):

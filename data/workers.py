@@ -1,4 +1,7 @@
-"""What is each loader worker doing? TrackedDataset, so that one that dies or hangs is named with the image it was reading."""
+"""Loader workers: their start and end, and errors that name the image a dead or hanging worker was reading.
+
+All that depends on the inside of torch's DataLoader is in this file, below a banner.
+"""
 
 import os
 import re
@@ -16,18 +19,15 @@ from utils.errors import DataError
 
 IDLE = -1
 
-_noted: "weakref.WeakSet[TrackedDataset]" = weakref.WeakSet()
-_torch_handler = None
-
 
 class TrackedDataset(Dataset):
-    """The samples of `dataset`, of which each worker notes which one it reads, in memory that all processes share."""
+    """The samples of `dataset`; each worker notes which one it reads in memory that all processes share."""
 
     def __init__(self, dataset: ImageDataset, num_workers: int):
         self.dataset = dataset
         self.notes = torch.full((num_workers, 3), IDLE, dtype=torch.float64)  # pid, index, since
         self.notes.share_memory_()
-        _noted.add(self)
+        _tracked.add(self)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -43,7 +43,7 @@ class TrackedDataset(Dataset):
         return sample
 
     def worker_hang(self, timeout: float) -> DataError:
-        """That no batch came for `timeout` seconds, with the worker that reads longest and its image."""
+        """The error for no batch in `timeout` seconds: the worker that reads longest, and its image."""
         reading = [note for note in self.notes.tolist() if note[1] != IDLE]
         if not reading:
             return DataError(
@@ -56,7 +56,7 @@ class TrackedDataset(Dataset):
         )
 
     def worker_death(self, pids: list[int]) -> DataError | None:
-        """That one of this dataset's workers, which is among `pids`, died, with its image."""
+        """The error for the first of `pids` that is a worker of this dataset, with its image; None if none is."""
         for pid, index, _ in self.notes.tolist():
             if pid in pids:
                 doing = "idle" if index == IDLE else f"reading {self._image(index)}"
@@ -70,6 +70,9 @@ class TrackedDataset(Dataset):
         return f"{self.dataset.path(int(index))} (sample {index:.0f})"
 
 
+_tracked: "weakref.WeakSet[TrackedDataset]" = weakref.WeakSet()
+
+
 def start_worker(number: int) -> None:
     """Make worker `number`, of a loader of `TrackedDataset`, end with its process and with nothing else."""
     get_worker_info().dataset.notes[number, 0] = os.getpid()
@@ -77,26 +80,42 @@ def start_worker(number: int) -> None:
     os.setpgrp()  # a signal to all, as Ctrl-C, is for the process that decides
 
 
-def install_sigchld_handler() -> None:
-    """Let a DataError tell of a dead worker; to be called when torch's own handler is set, that is with workers.
+# --- Depends on torch 2.11 … 2.14: its SIGCHLD handler and the texts of its errors ----------------
 
-    torch's raises a RuntimeError with no more than the worker's number, wherever the main thread is.
+_torch_handler = None
+
+
+def install_sigchld_handler() -> None:
+    """Raise a DataError with the image when a worker dies; call it after torch has set its own handler.
+
+    torch sets it when workers start. It raises a RuntimeError with no more than the worker's number, wherever the main
+    thread is.
     """
     global _torch_handler
     handler = signal.getsignal(signal.SIGCHLD)
-    if callable(handler) and handler is not _on_death:
+    if callable(handler) and handler is not _on_sigchld:
         _torch_handler = handler
-        signal.signal(signal.SIGCHLD, _on_death)
+        signal.signal(signal.SIGCHLD, _on_sigchld)
 
 
 def explain(error: RuntimeError) -> Exception:
-    """`error` as a DataError if it is torch's about dead workers that are known here, else as it is."""
-    told = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-    pids = [int(pid) for pid in told[1].split(",")] if told else []
-    return next(filter(None, (noted.worker_death(pids) for noted in _noted)), error)
+    """`error` as a DataError if it is torch's about dead workers of a `TrackedDataset`, else `error` itself."""
+    match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+    pids = [int(pid) for pid in match[1].split(",")] if match else []
+    return next(filter(None, (dataset.worker_death(pids) for dataset in _tracked)), error)
 
 
-def _on_death(number: int, frame: FrameType | None) -> None:
+def is_timeout(error: RuntimeError) -> bool:
+    """Whether `error` is torch's about a batch that did not come in time."""
+    return "DataLoader timed out" in str(error)
+
+
+def without_traceback(error: DataError) -> DataError:
+    """A worker's error with its message alone: torch puts the worker's traceback in front of it."""
+    return DataError(str(error).rsplit("DataError: ", 1)[-1].strip())
+
+
+def _on_sigchld(number: int, frame: FrameType | None) -> None:
     try:
         _torch_handler(number, frame)
     except RuntimeError as error:

@@ -1,28 +1,26 @@
-"""What is saved, how is it written so that a kill cannot hurt it, and how does a run find its way back?
+"""Checkpoints: written atomically in the background, found again, verified, restored.
 
-A checkpoint is a folder `step-<n>` of safetensors and JSON files with a manifest of their sizes and SHA-256. It is
-written under another name, synced and renamed: a folder of that name is whole, or its manifest says what is wrong.
+A checkpoint is a directory `step-<n>` of safetensors and JSON files with a manifest of their sizes and SHA-256. It is
+written under another name, synced and renamed: a directory of that name is complete, or its manifest shows the damage.
 """
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
-import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.state import TrainState
+from utils import first_edition
 from utils.errors import CheckpointError, StopRequested, StorageError
 from utils.logging import logger
 from utils.text import join_some
@@ -35,63 +33,14 @@ CHECKPOINT_NAME = re.compile(r"step-(\d+)(-replaced-\d+)?")
 MAX_FAILURES = 3  # saves in a row that may fail before the run ends
 
 
-@dataclass
-class TrainState:
-    """Exactly what the loop changes, what is saved, and what is restored."""
-
-    model: nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0  # steps done: the position in the run
-    epoch: int = 0  # epochs closed: trained and, where due, validated
-    skipped: int = 0  # steps in a row whose gradient was not finite
-    best: dict = field(default_factory=lambda: {"acc1": 0.0, "step": 0})
-
-    def counters(self) -> dict:
-        """The state that is not tensors."""
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "skipped": self.skipped,
-            "best": self.best,
-            "scaler": self.scaler.state_dict(),
-        }
-
-
-# --- Die on purpose -------------------------------------------------------------------------------
-
-POINTS = (  # of a save, in this order; some are reached several times
-    "snapshot",  # the state is copied, nothing is written
-    "folder",  # the temporary folder is there
-    "file",  # a file is written
-    "file-synced",
-    "folder-synced",
-    "set-aside",  # the older checkpoint of the same step has another name
-    "renamed",  # the new one has its name
-    "committed",  # and is on the disk
-    "hidden",  # one that is no longer kept has lost its name
-    "deleted",
-    "pruned",
-)
-_times = itertools.count(1)
-
-
-def reached(point: str) -> None:
-    """Die as of kill -9 where the environment says DAT_KILL_AT=<point>[:<nth time>]: the proof that no kill hurts."""
-    place, _, nth = os.environ.get("DAT_KILL_AT", "").partition(":")
-    if place == point and next(_times) == int(nth or 1):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 # --- Write ----------------------------------------------------------------------------------------
 
 
 class Saver:
-    """Writes checkpoints into `folder`, of which the newest `keep` and the best stay, while training goes on.
+    """Writes checkpoints into `folder` while training continues; keeps the latest `keep` and the best.
 
-    A save that fails is said at once and made up for by the next one; `failures` are those in a row. A context
-    manager, which ends when the last checkpoint is on the disk. Raises StorageError when MAX_FAILURES is reached, or
+    A save that fails is logged, and the next one makes up for it; `failures` counts those in a row. A context manager,
+    which ends when the last checkpoint is on the disk. Raises StorageError when MAX_FAILURES is reached, or
     when a run that ends or was asked to stop could not be saved.
     """
 
@@ -113,12 +62,11 @@ class Saver:
             raise self._error
 
     def save(self, state: TrainState, metadata: dict) -> None:
-        """Copy `state` and `metadata` now; they are written while training goes on."""
+        """Copy `state` and `metadata` now; they are written while training continues."""
         self.wait()
         start = time.perf_counter()
         files = snapshot(state, metadata)
         copied = time.perf_counter() - start
-        reached("snapshot")
         self._writing = self._thread.submit(
             self._write, f"step-{state.step}", files, f"step-{state.best['step']}", copied
         )
@@ -148,7 +96,7 @@ class Saver:
 
 
 def snapshot(state: TrainState, metadata: dict) -> dict[str, bytes]:
-    """The files of a checkpoint of `state`, by name; `metadata` stand beside the counters in state.json."""
+    """The files of a checkpoint of `state`, by name; `metadata` join the counters in state.json."""
     files = {
         "model.safetensors": _serialize(state.model.state_dict()),
         "optimizer.safetensors": _serialize(_optimizer_tensors(state)),
@@ -160,7 +108,7 @@ def snapshot(state: TrainState, metadata: dict) -> dict[str, bytes]:
 
 
 def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
-    """Write `files` and their manifest as the checkpoint `folder`/`name`, whole or not at all.
+    """Write `files` and their manifest as the checkpoint `folder`/`name`, completely or not at all.
 
     Raises StorageError, leaving the older checkpoints as they are.
     """
@@ -173,36 +121,29 @@ def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        reached("folder")
         for file_name, content in files.items():
             with (temporary / file_name).open("wb") as file:
                 file.write(content)
                 file.flush()
-                reached("file")
                 os.fsync(file.fileno())
-                reached("file-synced")
         _sync_folder(temporary)
-        reached("folder-synced")
-        if target.exists():  # damaged and passed over, or from before its epoch was closed
+        if target.exists():  # damaged and skipped, or from before its epoch was validated
             os.rename(target, folder / f"{name}-replaced-{time.time_ns()}")
-            reached("set-aside")
         os.rename(temporary, target)
-        reached("renamed")
         _sync_folder(folder)
-        reached("committed")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
             f"{target}: the checkpoint could not be written ({error.strerror}); the older ones are untouched. "
-            "Make room there: the same command, started again, goes on from the newest."
+            "Make room there, then start the same command again: it resumes from the latest."
         ) from error
     return target
 
 
 def prune(written: Path, keep: int, best: str) -> None:
-    """Delete the checkpoints beside `written` that are older than the newest `keep` whole ones and not named `best`.
+    """Delete the checkpoints beside `written` that are older than the latest `keep` valid ones and not named `best`.
 
-    Later steps than `written`'s are not counted and stay: the run that goes on here has left them.
+    Later steps than `written`'s are not counted and stay: this run resumed from before them.
     """
     kept = 0
     try:
@@ -214,14 +155,11 @@ def prune(written: Path, keep: int, best: str) -> None:
             if (kept >= keep and path.name != best) or (kept and replaced):
                 hidden = path.with_name(f".tmp-{path.name}")
                 os.rename(path, hidden)  # no reader finds a part of it
-                reached("hidden")
                 shutil.rmtree(hidden)
-                reached("deleted")
             elif verify(path) is None:
                 kept += 1
     except OSError as error:
         logger.warning(f"{written.parent}: what is not kept cannot be deleted ({error.strerror})")
-    reached("pruned")
 
 
 def remove_partial(folder: Path) -> None:
@@ -260,7 +198,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, newest first, whole or not."""
+    """Checkpoints in `folder`, latest first, valid or not."""
     try:
         found = [
             path
@@ -279,7 +217,7 @@ def _step_of(path: Path) -> int:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, None if it is whole: every file's size and SHA-256 are compared."""
+    """What is wrong with the checkpoint at `path`, None if it is valid: every file's size and SHA-256 are compared."""
     name = MANIFEST
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -300,7 +238,7 @@ def verify(path: Path) -> str | None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, naming the damaged ones passed over; None if there is none at all.
+    """The latest valid checkpoint in `folder`; damaged ones are reported and skipped. None if there is none at all.
 
     Raises CheckpointError where every checkpoint is damaged: starting afresh would be a silent loss.
     """
@@ -309,10 +247,10 @@ def latest(folder: Path) -> Path | None:
         damage = verify(path)
         if damage is None:
             return path
-        logger.warning(f"{path} is damaged and passed over: {damage}")
+        logger.warning(f"{path} is damaged and skipped: {damage}")
     if candidates:
         raise CheckpointError(
-            f"{folder}: none of its {len(candidates)} checkpoints is whole. "
+            f"{folder}: none of its {len(candidates)} checkpoints is valid. "
             "Restore one from a copy, or choose another --tag to start afresh."
         )
     return None
@@ -331,12 +269,12 @@ def resolve(path: Path, *, best: bool = False) -> Path:
             if (damage := verify(at_best)) is None:
                 found = at_best
             elif step:
-                logger.warning(f"{at_best}, the best, is passed over for {found.name}: {damage}")
+                logger.warning(f"{at_best}, the best, is damaged ({damage}): using {found.name}")
     else:
         found = path if path.name.startswith("step-") and path.is_dir() else None
         if found and (damage := verify(found)):
             raise CheckpointError(
-                f"{found}: {damage}. Name the run's folder instead to use its newest whole checkpoint."
+                f"{found}: {damage}. Name the run instead to use its latest valid checkpoint."
             )
     if found is None:
         raise CheckpointError(
@@ -363,12 +301,14 @@ class JsonDict(dict):
 
 
 def read_metadata(path: Path) -> JsonDict:
-    """The state.json of the checkpoint at `path`. Raises CheckpointError, also at keys that are looked up in vain."""
+    """The state.json of the checkpoint at `path`. Raises CheckpointError, also for a key that is missing."""
     file = path / "state.json"
     try:
         metadata = json.loads(file.read_bytes(), object_hook=functools.partial(JsonDict, file))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if isinstance(metadata, dict) and "step" not in metadata:
+        metadata = first_edition.translate_metadata(metadata, functools.partial(JsonDict, file))
     kinds = {"step": int, "epoch": int, "skipped": int, "best": dict, "scaler": dict}
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{file} holds {type(metadata).__name__}, expected an object")
@@ -407,8 +347,8 @@ def restore(path: Path, state: TrainState) -> None:
 
 def load_strictly(model: nn.Module, file: Path) -> None:
     """Load `file` into `model`; other names, shapes or types are a CheckpointError that lists them."""
-    tensors = read_tensors(file)
     own = model.state_dict()
+    tensors = first_edition.translate_tensors(read_tensors(file), own)
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
     problems += [
@@ -426,10 +366,11 @@ def load_strictly(model: nn.Module, file: Path) -> None:
 
 def _restore_optimizer(file: Path, state: TrainState) -> None:
     moments: dict[str, dict[str, torch.Tensor]] = {}
+    parameters = dict(state.model.named_parameters())
     for full_name, tensor in read_tensors(file).items():
         name, _, key = full_name.rpartition(".")
         moments.setdefault(name, {})[key] = tensor
-    parameters = dict(state.model.named_parameters())
+    moments = first_edition.translate_tensors(moments, parameters)
     keys = {key for values in moments.values() for key in values}
     problems = [f"{name} is no parameter" for name in moments if name not in parameters]
     problems += [f"{name} has no {key}" for name in moments for key in keys - moments[name].keys()]

@@ -1,7 +1,7 @@
-"""Is this the world that a checkpoint was made in, and where it is not, was that accepted?
+"""Resume compatibility: what differs between a checkpoint's metadata and this run's, and whether that was accepted.
 
-The metadata that a checkpoint keeps (state.json) are compared with those of the run that goes on from it, name by name;
-the keys of the configuration go by their own names. A run of several processes compares on each of them.
+The metadata of the checkpoint (state.json) are compared with those of the run that resumes, name by name; keys of the
+configuration go by their own names. In a run of several processes each of them compares.
 """
 
 import platform
@@ -11,66 +11,123 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint
+from utils import first_edition
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.logging import logger
 
 # A position counts steps of one model on one class list: with others it would mean something else.
-POSITION = {
+REQUIRED = {
     "model": "set MODEL.NAME to it",
     "classes": "point --data-path to the data it was trained on",
     "steps_per_epoch": "restore the training images and TRAIN.GLOBAL_BATCH_SIZE",
 }
 
-# What changes no weight and no value: where things lie, how often they are told, and settings of which another fact
-# says what came of them. Any name that does not stand here has to be accepted, a new key too.
-HARMLESS = {
-    *("revision", "versions.python", "promise", "processes"),
-    *("OUTPUT", "TAG", "PRINT_FREQ", "THREADS", "DEVICE"),
+# What changes no weight and no accuracy: paths, frequencies of printing, and settings whose effect another name shows.
+# Everything else has to be accepted, new keys too.
+IGNORED = {
+    *("format", "revision", "versions.project", "versions.python", "reproducibility", "world_size"),
+    *("OUTPUT", "TAG", "PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS", "THREADS", "DEVICE"),
     *("DATA.PATH", "DATA.CLASS_LIST", "DATA.VAL_SUBSET"),
     *("DATA.NUM_WORKERS", "DATA.VERIFY", "DATA.MAX_BAD_SAMPLES"),
-    *("MODEL.NUM_CLASSES", "TRAIN.MAX_SECONDS", "EVAL_FREQ"),
-    *("TRAIN.HANG_SECONDS", "TRAIN.MAX_SKIPPED"),
-    *("CHECKPOINT.RESUME", "CHECKPOINT.AUTO_RESUME", "CHECKPOINT.PRETRAINED", "CHECKPOINT.ACCEPT"),
-    *("SAVE_FREQ", "SAVE_STEPS", "CHECKPOINT.KEEP"),
+    *("MODEL.NUM_CLASSES", "TRAIN.MAX_SECONDS", "TRAIN.HANG_SECONDS", "TRAIN.MAX_SKIPPED"),
+    *("CHECKPOINT.RESUME", "CHECKPOINT.AUTO_RESUME", "CHECKPOINT.PRETRAINED"),
+    *("CHECKPOINT.ACCEPT", "CHECKPOINT.KEEP"),
+    *("TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT", "TEST.SAVE_LOGITS"),
 }
 
 
-def check(path: Path, metadata: dict, accept: str) -> None:
+# What changes the pixels or the logits of an evaluation, beside the weights.
+EVALUATED = (
+    *("DATA.MEAN", "DATA.STD", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.EXIF"),
+    *("DATA.VAL_SUBSET", "MODEL.ARGS", "AMP_DTYPE", "TEST.CROP_MODE", "TEST.CROP_PCT"),
+    *("TEST.EXACT", "val_data", "decoder.pixels"),
+)
+
+
+# --- Resume ---------------------------------------------------------------------------------------
+
+
+def check_resume(path: Path, metadata: dict, accept: str) -> None:
     """Compare the checkpoint at `path` with this run's `metadata`; log what differs, refuse what was not accepted.
 
-    accept: the names of what changed on purpose, separated by commas.
+    accept: names of what was changed on purpose, separated by commas.
 
-    Raises CheckpointError, DataError where the images are others, and ConfigError for a name in `accept` that is none.
+    Raises CheckpointError, DataError if the images differ, and ConfigError for a name in `accept` that does not exist.
     """
     saved = checkpoint.read_metadata(path)
-    for name, remedy in POSITION.items():
+    for name, remedy in REQUIRED.items():
         if saved[name] != metadata[name]:
+            before, now = _shorten(saved[name]), _shorten(metadata[name])
             raise CheckpointError(
-                f"{path} cannot be resumed: its {name} is {_short(saved[name])} and here it is {_short(metadata[name])}. "
+                f"{path} cannot be resumed: its {name} is {before}, this run's is {now}. "
                 f"Either {remedy}, or start a new run from its weights: --pretrained {path} --tag NAME."
             )
     before, now = _by_name(saved), _by_name(metadata)
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
     accepted = set(filter(None, accept.split(",")))
-    refused = [name for name in changed if name not in HARMLESS | accepted]
-    if unknown := accepted - now.keys():
+    refused = [name for name in changed if name not in IGNORED | accepted]
+    if unknown := sorted(accepted - now.keys()):
+        renamed = [
+            f"{n} is {first_edition.KEYS[n]} now" for n in unknown if n in first_edition.KEYS
+        ]
         raise ConfigError(
-            f"--accept {','.join(sorted(unknown))}: a checkpoint has no such name; expected some of those that "
-            f"differ here, {', '.join(refused) or 'which are none'}"
+            f"--accept {','.join(unknown)}: a checkpoint has no such name{''.join(f'; {r}' for r in renamed)}; "
+            f"expected names that differ here: {', '.join(refused) or 'none does'}"
         )
     for name in (name for name in changed if name not in refused):
-        logger.warning(f"Changed since the checkpoint: {_change(name, before, now)}")
+        logger.warning(f"Changed since the checkpoint: {_describe_change(name, before, now)}")
     if refused:
         kind = DataError if {"data", "val_data"}.intersection(refused) else CheckpointError
-        changes = "\n  ".join(_change(name, before, now) for name in refused)
+        changes = "\n  ".join(_describe_change(name, before, now) for name in refused)
         raise kind(
-            f"{path} is from another world. Resumed here, the run would not end in the bits of one that was never "
-            f"stopped:\n  {changes}\nUndo this, or if it is meant, add --accept {','.join(refused)}"
+            f"{path} was written with different settings; resuming would change the result:\n  {changes}\n"
+            f"Undo the change, or if it is intended add --accept {','.join(refused)}"
         )
+
+
+def list_evaluation_changes(saved: dict, now: dict) -> list[str]:
+    """What an evaluation does otherwise than the run that wrote the metadata `saved`, by name: "… was …, is …".
+
+    now: "config", "decoder" and, where val is evaluated, "val_data", as metadata have them.
+    """
+    before, after = _by_name(saved), _by_name(now)
+    both = [name for name in EVALUATED if name in before and name in after]
+    return [_describe_change(name, before, after) for name in both if before[name] != after[name]]
+
+
+def _by_name(metadata: dict) -> dict[str, object]:
+    rest = {name: value for name, value in metadata.items() if name != "config"}
+    return _flatten(rest) | _flatten(metadata["config"])
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    """Nested values by dotted names; MODEL.ARGS is one value, because an argument may come and go."""
+    flat = {}
+    for name, value in values.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, dict) and full != "MODEL.ARGS":
+            flat |= _flatten(value, f"{full}.")
+        else:
+            flat[full] = value
+    return flat
+
+
+def _describe_change(name: str, before: dict, now: dict) -> str:
+    return f"{name} was {_shorten(before[name])}, is {_shorten(now[name])}"
+
+
+def _shorten(value: object) -> str:
+    if isinstance(value, list) and len(value) > 8:
+        return f"a list of {len(value)}"
+    text = str(value) or "''"
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+# --- What is compared -----------------------------------------------------------------------------
 
 
 def device_name(device: torch.device) -> str:
-    """The hardware that computes, in words that are equal where its bits are."""
+    """The processor or GPU, in words that are equal where its bits are."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
@@ -81,64 +138,37 @@ def device_name(device: torch.device) -> str:
 
 
 def revision() -> str:
-    """The commit of this code, marked where files differ from it; "unknown" outside of a repository."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
+    """The commit of this code, marked "-dirty" if files were changed; "unknown" outside a repository."""
+    here = str(Path(__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def _by_name(metadata: dict) -> dict[str, object]:
-    return _flat({name: value for name, value in metadata.items() if name != "config"}) | _flat(
-        metadata["config"]
-    )
+# --- Reproducibility ------------------------------------------------------------------------------
 
-
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    """Nested values by dotted names; MODEL.ARGS is one value, because an argument may come and go."""
-    flat = {}
-    for name, value in values.items():
-        full = f"{prefix}{name}"
-        if isinstance(value, dict) and full != "MODEL.ARGS":
-            flat |= _flat(value, f"{full}.")
-        else:
-            flat[full] = value
-    return flat
-
-
-def _change(name: str, before: dict, now: dict) -> str:
-    return f"{name} was {_short(before[name])}, is {_short(now[name])}"
-
-
-def _short(value: object) -> str:
-    if isinstance(value, list) and len(value) > 8:
-        return f"a list of {len(value)}"
-    text = str(value) or "''"
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-# --- Reproducibility ---
-TEXTS = {
-    "L2 without bits": "repeated, resumed or on another number of processes, this run sees the same samples, augmented "
-    "and mixed the same way; its bits differ, because CUDA's kernels add in any order",
-    "L2": "repeated, killed and resumed at any step or with other loader workers, this run ends in the same bits; "
-    "another number of processes sees the same samples, augmented and mixed the same way",
-    "L3": "repeated, killed and resumed at any step, with other loader workers or on 1, 2, 4 … processes, this "
-    "run ends in the same bits",
+EXPLANATIONS = {
+    "bitwise": "repeated, killed and resumed at any step, or with another number of workers, this run ends in the same "
+    "bits; another number of processes sees the same samples, augmented and mixed the same way",
+    "bitwise on any number of processes": "repeated, killed and resumed at any step, with another number of workers or "
+    "on 1, 2, 4 … processes, this run ends in the same bits",
+    "same samples": "repeated, resumed or on another number of processes, this run sees the same samples, augmented "
+    "and mixed the same way; the bits differ, because CUDA's kernels add in no fixed order",
 }
 
 
-def level(device: torch.device, *, exact_world_size: bool) -> str:
-    """The level of a run on `device`, a key of `TEXTS`."""
+def reproducibility(device: torch.device, *, exact_world_size: bool) -> str:
+    """What a run on `device` repeats, a key of `EXPLANATIONS`.
+
+    Nothing is guaranteed for another processor, number of threads or version of torch.
+    """
     if device.type == "cuda":
-        return "L2 without bits"
-    return "L3" if exact_world_size else "L2"
+        return "same samples"
+    return "bitwise on any number of processes" if exact_world_size else "bitwise"
+
+
+def explain_reproducibility(metadata: dict) -> str:
+    """A run's reproducibility, in a sentence for its log."""
+    return f"{metadata['reproducibility']}: {EXPLANATIONS[metadata['reproducibility']]}"

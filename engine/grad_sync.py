@@ -1,6 +1,6 @@
-"""How do the gradients of a step's micro-batches become one, over all processes?
+"""Gradient synchronisation: the mean over a step's micro-batches and over all processes.
 
-Either reduction leaves the mean gradient in the parameters, and on every process the same running statistics of
+Either class leaves the mean gradient in the parameters, and on every process the same running statistics of
 BatchNorm, so that all of them evaluate, average and save one model. Its time belongs to the backward pass.
 """
 
@@ -33,7 +33,7 @@ class DDPSync:
         self._statistics = running_statistics(net)
 
     @contextmanager
-    def micro_batch(self, micro_batch: int, timer: StepTimer) -> Iterator[None]:
+    def accumulate(self, micro_batch: int, timer: StepTimer) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch; after the last one the gradient is the mean of all."""
         last = micro_batch == self._micro_batches[-1]
         with nullcontext() if last or self._process.world_size == 1 else self.net.no_sync():
@@ -50,7 +50,8 @@ class DDPSync:
 class DeterministicSync:
     """Micro-batches are summed pairwise by their numbers, ((0 + 1) + (2 + 3)) + …, whichever process has them.
 
-    Micro-batches and processes are powers of two in number: a process's micro-batches are a branch of that tree, and the mean is exact.
+    The numbers of micro-batches and processes are powers of two, so a process's micro-batches are a branch of that
+    tree and the mean is exact.
     Of the running statistics, which no forward pass in training reads, micro-batch 0's remain.
     """
 
@@ -62,7 +63,7 @@ class DeterministicSync:
         self._statistics = running_statistics(model)
 
     @contextmanager
-    def micro_batch(self, micro_batch: int, timer: StepTimer) -> Iterator[None]:
+    def accumulate(self, micro_batch: int, timer: StepTimer) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch; after the last one the gradient is the mean of all."""
         self.net.zero_grad(set_to_none=True)
         yield

@@ -1,19 +1,23 @@
-"""What happens between two steps? The state is saved when due; where all agree, the run ends or goes back."""
+"""Hooks after a step: periodic checkpoints, stop requests, steps without a finite gradient, rollback."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from data import EvalBatch, Loader
+from data import EvalBatch, ImageDataset, Loader, TrainBatchSampler
 from engine import checkpoint
-from engine.checkpoint import Saver, TrainState
-from engine.divergence import Divergence, latest_finite
+from engine.checkpoint import Saver
 from engine.run_dir import RunDir
+from engine.state import TrainState
 from utils import distributed
-from utils.distributed import Process
+from utils.distributed import Process, all_reduce_max
 from utils.errors import DivergedError, StopRequested
 from utils.logging import MetricWriter, logger
 from utils.signals import StopRequest
 from utils.watchdog import Watchdog
+
+# --- After a step ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -21,25 +25,28 @@ class AfterStep:
     """Called after every step, on every process."""
 
     state: TrainState
-    metadata: dict  # what a checkpoint tells beside the state
-    folder: RunDir
+    metadata: dict  # of the checkpoints
+    run_dir: RunDir
     saver: Saver
-    save_every: int  # steps; 0: only after epochs
+    save_steps: int  # steps from one checkpoint to the next; 0: only after epochs
     steps_per_epoch: int
     stop: StopRequest
-    divergence: Divergence
+    divergence: "Divergence"
     watchdog: Watchdog
     writer: MetricWriter
     process: Process
     rolled_back: bool = False
 
     def __call__(self) -> None:
-        """Tell of a skipped step, end the run if it was asked to, save if it is time."""
+        """Record a skipped step, end the run if a stop was requested, save if it is time."""
         if self.state.skipped:
-            self.divergence.note(self.state, self.writer)
-        self.end_if_asked()
-        inside = self.state.step % self.steps_per_epoch > 0  # an epoch's end is saved validated
-        if self.save_every and inside and self.state.step % self.save_every == 0:
+            self.divergence.record(self.state, self.writer)
+            self.divergence.raise_if_lost(self.state)
+        self.end_if_requested()
+        inside = (
+            self.state.step % self.steps_per_epoch > 0
+        )  # an epoch's end is saved after validation
+        if self.save_steps and inside and self.state.step % self.save_steps == 0:
             self.save()
 
     def save(self) -> None:
@@ -50,11 +57,11 @@ class AfterStep:
             if self.saver.failures:
                 failures = {"checkpoint/failures": self.saver.failures}
                 self.writer.timing(self.state.step, failures)
-        self.report()
+        self.write_status()
 
-    def report(self) -> None:
-        """Tell in status.json how far the run is."""
-        self.folder.write_status(
+    def write_status(self) -> None:
+        """Write the progress to status.json."""
+        self.run_dir.write_status(
             "running",
             epoch=self.state.epoch,
             step=self.state.step,
@@ -62,56 +69,119 @@ class AfterStep:
             failed_saves=self.saver.failures,
         )
 
-    def end_if_asked(self) -> None:
-        """Raise StopRequested, the state being saved, where any process was asked to stop."""
+    def end_if_requested(self) -> None:
+        """Save and raise StopRequested if any process was asked to stop."""
         reason = self.stop.agree()
         if reason is None:
             return
         self.save()
         self.finish()
-        raise StopRequested(f"{reason}; saved. Start the same command again to go on.")
+        raise StopRequested(f"{reason}; saved. Start the same command again to resume.")
 
     def finish(self) -> None:
-        """Wait until what was saved is on the disk: a launcher may kill the others when one process has ended."""
+        """Wait until the last checkpoint is on the disk: a launcher may kill the others when one process has ended."""
         self.watchdog.stop()
         self.writer.close()
         self.saver.wait()
         distributed.barrier()
 
     def rollback(self, error: DivergedError) -> None:
-        """Restore the last checkpoint without skipped steps; raise `error` where there is none, or the second time.
+        """Restore the last checkpoint without skipped steps; raise `error` if there is none, or the second time.
 
-        The steps after it are the same again. They succeed where the machine was at fault, or fp16's loss scale.
+        The steps after it are the same as before. They succeed if the machine was at fault, or fp16's loss scale.
         """
         self.saver.wait()
-        distributed.barrier()  # the first process has written what all read
-        sound = None if self.rolled_back else latest_finite(self.saver.folder)
-        if sound is None:
+        distributed.barrier()  # the main process has written what all processes read
+        path = None if self.rolled_back else latest_finite(self.saver.folder)
+        if path is None:
             raise error
-        logger.warning(f"{error} Once, the run goes back to {sound}.")
-        checkpoint.restore(sound, self.state)
+        logger.warning(f"{error} The run rolls back to {path}, once.")
+        checkpoint.restore(path, self.state)
         self.writer.rewind(self.state.step, self.state.epoch)
         self.rolled_back = True
 
 
 class InterruptibleLoader:
-    """The batches of an evaluation, cut short where this process is asked to stop.
+    """The batches of an evaluation, cut short on a stop request.
 
-    After the last one, which every process reaches, although they may have different numbers of them, all agree on
-    whether the run ends: the evaluation is then done again when it goes on.
+    Processes may have different numbers of batches, but each reaches the end, where all agree on whether the run ends
+    (`end_if_requested`); the evaluation is then repeated after the resume.
     """
 
-    def __init__(self, loader: Loader, after_step: AfterStep):
+    def __init__(
+        self,
+        loader: Loader,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        end_if_requested: Callable[[], None],
+    ):
         self.dataset = loader.dataset
         self._loader = loader
-        self._boundary = after_step
+        self._stop = stop
+        self._watchdog = watchdog
+        self._end_if_requested = end_if_requested
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        for batch in self._boundary.watchdog.watch(self._loader):
+        for batch in self._watchdog.watch(self._loader):
             yield batch
-            if self._boundary.stop.asked:
+            if self._stop.requested:
                 break
-        self._boundary.end_if_asked()
+        self._end_if_requested()
+
+
+# --- Divergence -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What becomes of steps without a finite gradient: they are recorded, and too many in a row end the run."""
+
+    limit: int  # steps in a row
+    folder: Path  # of the run
+    metadata: dict  # of its checkpoints
+    dataset: ImageDataset
+    sampler: TrainBatchSampler
+    process: Process
+
+    def record(self, state: TrainState, writer: MetricWriter) -> None:
+        """Write the images of the step that was just skipped to skipped.jsonl."""
+        writer.skipped(state.step, images_of(state.step - 1, self.dataset, self.sampler))
+
+    def raise_if_lost(self, state: TrainState) -> None:
+        """Raise DivergedError after `limit` skipped steps in a row, or if one left NaN in a buffer such as BatchNorm's.
+
+        The state before the step is written to `diverged-<n>`, a directory like a checkpoint, to be replayed. A
+        collective: every process has to call it.
+        """
+        ruined = all_reduce_max(int(any(b.isnan().any() for b in state.model.buffers())))
+        if state.skipped < self.limit and not ruined:
+            return
+        step = state.step - 1
+        name = f"diverged-{step}"
+        if self.process.is_main:
+            before = dataclasses.replace(state, step=step, skipped=state.skipped - 1)
+            checkpoint.write(self.folder, name, checkpoint.snapshot(before, self.metadata))
+        raise DivergedError(
+            f"step {state.step}: the gradient was not finite, {state.skipped} times in a row. "
+            f"Find out where it begins with python tools/replay.py {self.folder / name}. Then lower TRAIN.BASE_LR, "
+            "use --amp-dtype bfloat16 or repair the images in skipped.jsonl, and start the same command again."
+        )
+
+
+def images_of(step: int, dataset: ImageDataset, sampler: TrainBatchSampler) -> list[list[str]]:
+    """The paths of the images of a step, by micro-batch."""
+    numbers = range(sampler.global_batch_size // sampler.batch_size)
+    batches = [sampler.micro_batch(step, number) for number in numbers]
+    return [[dataset.path(index) for _, index in batch] for batch in batches]
+
+
+def latest_finite(folder: Path) -> Path | None:
+    """The latest valid checkpoint in `folder` whose last step was not skipped."""
+    for path in checkpoint.list_checkpoints(folder):
+        damage = checkpoint.verify(path)
+        if damage is None and checkpoint.read_metadata(path)["skipped"] == 0:
+            return path
+    return None

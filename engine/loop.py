@@ -3,7 +3,7 @@
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,14 +13,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from analysis.collector import Collector
 from data import NO_LABEL
-from engine.checkpoint import TrainState
 from engine.grad_sync import GradSync
 from engine.optim import Schedule
+from engine.state import TrainState
 from utils.distributed import Process, all_reduce_sum
 from utils.logging import MetricWriter, logger
 from utils.rng import key, reseed
-from utils.step_timer import StepTimer, shares, verdict
+from utils.step_timer import StepTimer, bottleneck, shares
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,15 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def train_one_epoch(
-    *,
     state: TrainState,
-    reduction: GradSync,
+    grad_sync: GradSync,
     batches: Iterator,
     recipe: Recipe,
     process: Process,
     writer: MetricWriter,
     after_step: Callable[[], None],
 ) -> None:
-    """Train from `state.step` to the end of epoch `state.epoch`; `reduction` is of `state.model`.
+    """Train from `state.step` to the end of epoch `state.epoch`; `grad_sync` belongs to `state.model`.
 
     `after_step` is called after every step: there the state may be saved and the run end.
     """
@@ -78,19 +78,19 @@ def train_one_epoch(
         rate = recipe.schedule(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        losses = forward_backward(state, reduction, batches, recipe, process, timer)
+        losses = forward_backward(state, grad_sync, batches, recipe, process, timer)
         with timer("optimizer"):
             norm = _step(state, recipe.clip_grad)
         state.step += 1
         progress.update()
         if state.step % recipe.print_freq == 0:
             # The values are this step's own, so that a resumed run records the same as one that was not stopped.
-            loss = reduction.mean_loss(losses).item()
+            loss = grad_sync.mean_loss(losses).item()
             values = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
             if state.scaler.is_enabled():
                 values["train/loss_scale"] = state.scaler.get_scale()
             writer.metrics(state.step, values)
-            lap, steps = timer.lap(), state.step - since_step
+            lap, steps = timer.flush(), state.step - since_step
             epoch_seconds.update(lap)
             seconds = sum(lap.values())
             speed = steps * recipe.global_batch / seconds
@@ -103,14 +103,14 @@ def train_one_epoch(
         with timer("save"):
             after_step()
     progress.close()
-    epoch_seconds.update(timer.lap())
+    epoch_seconds.update(timer.flush())
     logger.info(f"EPOCH {state.epoch} training takes {_clock(time.perf_counter() - begin)}")
-    logger.info(verdict(epoch_seconds))
+    logger.info(bottleneck(epoch_seconds))
 
 
 def forward_backward(
     state: TrainState,
-    reduction: GradSync,
+    grad_sync: GradSync,
     batches: Iterator,
     recipe: Recipe,
     process: Process,
@@ -125,11 +125,11 @@ def forward_backward(
         reseed(key(recipe.seed, "slot", state.step, micro_batch), process.device)
         with timer("transform"):
             images, targets = recipe.transform(batch.images, batch.labels)
-        with reduction.micro_batch(micro_batch, timer):
+        with grad_sync.accumulate(micro_batch, timer):
             with timer("forward"), autocast(process.device, recipe.amp_dtype):
-                logits = reduction.net(images)
+                logits = grad_sync.net(images)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
-            loss = loss / reduction.divisor
+            loss = loss / grad_sync.divisor
             with timer("backward"):
                 state.scaler.scale(loss).backward()
         losses.append(loss.detach())
@@ -204,8 +204,12 @@ def validate(
     process: Process,
     amp_dtype: torch.dtype,
     print_freq: int,
+    collectors: Sequence[Collector] = (),
 ) -> Accuracy:
     """Classify this process's share of the images, then add the counts of all processes, once.
+
+    print_freq: batches from one log line to the next; 0: none.
+    collectors: what keeps the predictions of every image.
 
     No image is counted twice and none is left out, however many processes there are. The losses are added up in the
     order of the images, so that their sum does not depend on that number either.
@@ -229,12 +233,15 @@ def validate(
         with autocast(process.device, amp_dtype):
             logits = model(normalize(images)).float()
         loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
-        losses[positions.to(process.device)] = loss.double()
+        positions = positions.to(process.device)
+        losses[positions] = loss.double()
+        for collector in collectors:
+            collector.add(logits, labels != NO_LABEL, positions)
         guesses = logits.topk(min(5, logits.shape[1])).indices
         right = guesses == labels[:, None]
         sizes = torch.tensor((len(images), len(bad)), device=process.device)
         counts += torch.cat((sizes, torch.stack((right[:, 0].sum(), right.any(1).sum()))))
-        if index % print_freq == 0:
+        if print_freq and index % print_freq == 0:
             n, unreadable, top1, top5 = counts.tolist()
             time_meter.update((time.perf_counter() - since) / print_freq, print_freq)
             since = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How is the model updated? AdamW with the recipe's decay groups, and the learning rate as a function of the step."""
+"""Optimizer and schedule: AdamW with the recipe's decay groups, the learning rate as a pure function of the step."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import nn
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups, decayed and not: vectors, biases and what `model.no_weight_decay()` names are not decayed.
 
-    A name of `no_weight_decay` is a parameter's whole name or the last part of it, as timm's models use both.
+    A name of `no_weight_decay` is a parameter's full name or its last part, as timm's models use both.
     """
     exempt = set(getattr(model, "no_weight_decay", set)())
     decayed, plain = [], []

@@ -1,4 +1,4 @@
-"""Which of a file's tensors does a model start from? Weights from elsewhere, with a report of what fits."""
+"""Pretrained weights: files of many trainers read without running code, fitted to a model, with a report."""
 
 import collections
 import pickle
@@ -36,7 +36,7 @@ DAMAGE = (
 class Report:
     """What became of a file's tensors, under the model's names, and of the model's: lists of names.
 
-    `new` are the missing and misshapen ones of a classifier that may begin anew.
+    `new` are the missing and misshapen ones of a classifier that is trained from scratch.
     """
 
     def __init__(self, file: dict[str, Tensor], model: dict[str, Tensor], resized: list[str]):
@@ -118,10 +118,10 @@ def refuse_nonfinite(path: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def load_pretrained(model: nn.Module, path: Path, *, whole: bool) -> Report:
+def load_pretrained(model: nn.Module, path: Path, *, strict: bool) -> Report:
     """Load the weights at `path` into the timm model `model`, renamed and resized as its architecture knows to.
 
-    With `whole` (evaluation) every tensor must be there and the file must be for this variant. Otherwise (a new
+    With `strict` (evaluation) every tensor must be there and the file must be for this variant. Otherwise (a new
     training) a classifier that does not fit keeps its initial values; all else must fit. Raises CheckpointError with
     the report and, for a DAT, the name of the model that the file is for.
     """
@@ -129,17 +129,17 @@ def load_pretrained(model: nn.Module, path: Path, *, whole: bool) -> Report:
     fitted, resized = _fit(tensors, model, path)
     own = model.state_dict()
     report = Report(fitted, own, resized)
-    anew = () if whole else _classifier(model)
-    report.new = [n for n in report.missing + report.misshapen if n.startswith(anew)]
+    fresh = () if strict else _classifier(model)
+    report.new = [n for n in report.missing + report.misshapen if n.startswith(fresh)]
     unwanted = report.unexpected  # a model without a classifier wants none
     if model.num_classes == 0:
-        unwanted = [n for n in unwanted if not n.startswith(anew)]
+        unwanted = [n for n in unwanted if not n.startswith(fresh)]
     refused = [n for n in report.missing + report.misshapen if n not in report.new] + unwanted
 
     found = identify(tensors) if refused or resized else None
     # Windows are resized for a training only: evaluated, the result would be neither variant's.
     misnamed = found and _asked(model) not in found.variants
-    if refused or (whole and misnamed):
+    if refused or (strict and misnamed):
         remedy = _remedy(found, model)
         raise CheckpointError(f"{path} does not fit {_asked(model)}. {remedy} In numbers: {report}")
     loaded = {name: fitted[name] for name in report.matched + report.resized}
@@ -172,7 +172,7 @@ def _fit(
 
 
 def _classifier(model: nn.Module) -> tuple[str, ...]:
-    """How the names begin of what a new training may start anew; a detector's backbone ends before the norm."""
+    """Prefixes of what a new training may start from scratch; a detector's backbone ends before the norm."""
     heads = model.pretrained_cfg["classifier"] or ()
     heads = (heads,) if isinstance(heads, str) else heads
     return tuple(f"{name}." for name in (*heads, "norm"))

@@ -1,4 +1,4 @@
-"""Where does a run live? `<output>/<model>/<tag>`: tried for writing, claimed by one run, and telling its state."""
+"""Run directory `<output>/<model>/<tag>`: locked by one run, checked for space, with status.json."""
 
 import fcntl
 import io
@@ -20,7 +20,7 @@ from utils.watchdog import HANG_EXIT_CODE
 
 
 class RunDir:
-    """The folder of one run; every process knows it, the first one writes in it."""
+    """The directory of one run; every process knows it, the main process writes in it."""
 
     def __init__(self, path: Path, process: Process):
         self.path = path
@@ -29,9 +29,9 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator["RunDir"]:
-        """Hold the folder for this run, and leave in status.json how the run went.
+        """Lock the directory for this run, and write to status.json how the run ended.
 
-        Raises StorageError where the folder cannot be written or another run holds it, before anything else is done.
+        Raises StorageError, before anything else happens, if it cannot be written or another run holds it.
         """
         lock = self._lock() if self._process.is_main else None
         self.write_status("running")
@@ -56,24 +56,23 @@ class RunDir:
             if lock is not None:
                 lock.close()
 
-    def write_status(self, state: str, **metadata: object) -> None:
-        """Write status.json: `state`, the time and `metadata`; of several processes that fail, the first one's.
+    def write_status(self, state: str, **values: object) -> None:
+        """Write status.json: `state`, the time and `values`; of several processes that fail, the first one's.
 
-        The others fail because it is gone. Where that cannot be written it is only warned of: the checkpoints are what
-        a run may not go on without.
+        The others fail because it is gone. A failure to write is only a warning: no run ends for want of its status.
         """
         if state == "running" and not self._process.is_main:
             return
         if state != "running" and self._has_ended():
             return
-        metadata = {
+        status = {
             "state": state,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "rank": self._process.rank,
-            **metadata,
+            **values,
         }
         try:
-            write_atomically(self.path / "status.json", json.dumps(metadata, indent=1) + "\n")
+            write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
         except StorageError as error:
             logger.warning(str(error))
 
@@ -102,7 +101,7 @@ class RunDir:
             )
 
     def _lock(self) -> io.FileIO:
-        """The lock that makes this folder the run's own, with its name inside; what a kill left is swept."""
+        """The lock file with this process's name inside; partial files that a kill left are removed."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("ab+", buffering=0)
@@ -129,13 +128,15 @@ class RunDir:
                 f"{self.path} is in use by {_holder(lock)}. Stop that run, or give this one a --tag of its own."
             ) from None
         except OSError as error:  # some network drives have no locks
-            logger.warning(f"{self.path}: {error.strerror}; see that no other run uses this folder")
+            logger.warning(
+                f"{self.path}: {error.strerror}; make sure that no other run uses this directory"
+            )
         if os.fstat(lock.fileno()).st_nlink == 0:
             raise StorageError(f"{self.path} was deleted while this run began. Start it again.")
 
 
 def _holder(lock: io.FileIO) -> str:
-    """Who holds `lock`; the winner of a race is given time to write its name."""
+    """Who holds `lock`; after a race, the winner has time to write its name."""
     for _ in range(10):
         time.sleep(0.2)
         lock.seek(0)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import relative_position_index, window_mask
+from utils import first_edition
 
 
 class Entry(NamedTuple):
@@ -54,11 +55,6 @@ DERIVED = re.compile(r"stages\.\d+\.attns\.\d+\.(relative_position_index|attn_ma
 WINDOW_TABLES = ("relative_position_bias_table", "rpb")
 IMAGE_TABLES = ("rpe_table",)
 TABLES = WINDOW_TABLES + IMAGE_TABLES
-# Names of the first edition of this project, as patterns, and what they are called now.
-FIRST_EDITION = {
-    r"(stages\.\d+\.blocks\.\d+)\.perception\.": r"\1.lpu.",
-    r"(attn)\.displacement_bias_table\b": r"\1.rpe_table",
-}
 
 
 # --- Names ----------------------------------------------------------------------------------------
@@ -132,21 +128,6 @@ def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     return released | rest
 
 
-def rename_first_edition(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` with names of this project's first edition replaced by today's; all others are kept.
-
-    Prefixes and suffixes (`module.`, `.exp_avg`) stay, so that the states of optimizers are renamed too.
-    """
-    return {rename(name): value for name, value in state_dict.items()}
-
-
-def rename(name: str) -> str:
-    """One name of `rename_first_edition`."""
-    for old, new in FIRST_EDITION.items():
-        name = re.sub(old, new, name)
-    return name
-
-
 def derived_buffers(model: nn.Module) -> dict[str, Tensor]:
     """What released files hold besides the weights, under released names: every window's index and mask."""
     tensors = {}
@@ -190,7 +171,7 @@ def unwrap(file: dict, *, ema: bool = False) -> dict[str, Tensor]:
         for name, value in state.items()
         if name.startswith("backbone.")
     }
-    return rename_first_edition(backbone or state)
+    return backbone or state
 
 
 def is_official(state_dict: dict[str, Tensor]) -> bool:
@@ -202,7 +183,7 @@ def to_ours(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     """`state_dict`, released, ours or of our first edition, under our names."""
     if is_official(state_dict):
         return from_official(state_dict, model)
-    return rename_first_edition(state_dict)
+    return first_edition.translate_tensors(state_dict, model.state_dict())
 
 
 def checkpoint_filter_fn(file: dict, model: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
-"""DAT and DAT++: the networks (CVPR 2022, arXiv 2201.00520; arXiv 2309.01430), their configuration and variants.
+"""DAT and DAT++ in one file, as timm keeps an architecture: configuration, networks, variants.
 
+DAT: CVPR 2022, arXiv 2201.00520. DAT++: arXiv 2309.01430.
 Four stages of blocks; before each stage a convolution halves the map. Inside, tensors are channels-last:
 
     images (B, 3, H, W) → stem (B, H/4, W/4, C) → stage i (B, H/4/2ⁱ, W/4/2ⁱ, Cᵢ) → norm → mean → logits (B, classes)

@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""How fast is it, beside what, and how far from what the machine could do?
+"""Benchmarks of a model, of the data loader, of the training loop, and of scaling to more processes.
 
-    python tools/benchmark.py model dat_tiny swin_tiny_patch4_window7_224 --dtype bfloat16
-    python tools/benchmark.py data --data-path /imagenet --workers 8
-    python tools/benchmark.py loop --cfg configs/dat_tiny.yaml --data-path /imagenet
-    python tools/benchmark.py scaling dat_tiny --processes 2 --threads 1
+What is compared is timed in turns, so that a machine that slows down slows all of it. Leave the machine idle
+otherwise. docs/performance.md describes the method.
 
-Leave the machine alone meanwhile. docs/performance.md says how it is measured.
+examples:
+  python tools/benchmark.py model dat_tiny swin_tiny_patch4_window7_224 --dtype bfloat16
+  python tools/benchmark.py data --data-path /imagenet --workers 8
+  python tools/benchmark.py loop --cfg configs/dat_tiny.yaml --data-path /imagenet
+  python tools/benchmark.py scaling dat_tiny --processes 2 --threads 1
 """
 
 import argparse
@@ -15,40 +17,43 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from utils.memory import use_large_pages
 
 use_large_pages()  # as main.py does
 from tools.benchmarks import data, loop, model, scaling  # noqa: E402
 from utils.errors import StorageError, as_exit_code  # noqa: E402
 
-SUBJECTS = {
-    "model": model,
-    "data": data,
-    "loop": loop,
-    "scaling": scaling,
-}
+BENCHMARKS = {"model": model, "data": data, "loop": loop, "scaling": scaling}
 
 
 @as_exit_code
 def main(arguments: list[str]) -> None:
-    """Run one benchmark."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    subparsers = parser.add_subparsers(dest="subject", required=True)
-    for name, module in SUBJECTS.items():
-        subparser = subparsers.add_parser(name, help=module.__doc__, description=module.__doc__)
+    subparsers = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name, module in BENCHMARKS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=module.__doc__.splitlines()[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         module.add_arguments(subparser)
-        subparser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+        subparser.add_argument(
+            "--json", type=Path, metavar="FILE", help="write the numbers to FILE"
+        )
     args = parser.parse_args(arguments)
-    result = SUBJECTS[args.subject].run(args)
-    print(SUBJECTS[args.subject].table(result))
+    result = BENCHMARKS[args.benchmark].run(args)
+    print(BENCHMARKS[args.benchmark].table(result))
     if args.json:
         write(args.json, result)
 
 
 def write(path: Path, result: dict) -> None:
-    """The numbers as JSON."""
+    """Write the numbers as JSON. Raises StorageError."""
     try:
         path.write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:

@@ -1,17 +1,20 @@
 #!/usr/bin/env python
-"""What is in a checkpoint, is it whole, and how is it taken elsewhere?
+"""Checkpoint tool: inspect, verify, convert, strip and average checkpoints and files of weights.
 
-python tools/checkpoint.py inspect output/dat_tiny/default
+FILE is a .safetensors file or the .pth of any trainer, STEP a folder step-<n>, RUN the folder of a run, which means its
+best checkpoint. Weights are written as .safetensors under this project's names, or as .pth under the authors'.
 
-FILE is a .safetensors file or any trainer's .pth, STEP a folder step-<n>, RUN the folder that holds `checkpoints`
-and stands for its best one. Weights come out as .safetensors under our names, or as .pth under the authors'.
+examples:
+  python tools/checkpoint.py inspect output/dat_tiny/default
+  python tools/checkpoint.py verify output/dat_tiny/default
+  python tools/checkpoint.py convert output/dat_tiny/default dat_tiny.pth --to released
+  python tools/checkpoint.py strip output/dat_tiny/default dat_tiny.safetensors --ema
+  python tools/checkpoint.py average output/dat_tiny/default/checkpoints/step-* mean.safetensors
 """
 
 import argparse
 import hashlib
 import io
-import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,23 +25,25 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from analysis.records import read_records
 from engine import checkpoint
 from engine.pretrained import read_weights, refuse_nonfinite
 from models.convert import DERIVED, derived_buffers, to_official, to_ours
 from models.identify import identify
-from utils.errors import CheckpointError, ConfigError, StorageError, as_exit_code
+from utils.errors import CheckpointError, ConfigError, as_exit_code
+from utils.files import write_atomically
 from utils.text import join_some
 
 
 def read(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The weights at `path`, with `ema` their average over the training; all are finite."""
+    """The weights at `path`, with `ema` their moving average. Raises CheckpointError, also where one is not finite."""
     tensors = read_weights(path, ema=ema)
     refuse_nonfinite(path, tensors)
     return tensors
 
 
 def write(tensors: dict[str, Tensor], out: Path) -> None:
-    """Write `tensors` to `out`, .safetensors or .pth as released, and print its size and SHA-256."""
+    """Write `tensors` to `out`, a .safetensors or .pth file, and print its size and SHA-256."""
     tensors = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -48,68 +53,61 @@ def write(tensors: dict[str, Tensor], out: Path) -> None:
     else:
         torch.save({"model": tensors}, buffer := io.BytesIO())
         content = buffer.getvalue()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, out)
-    except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
-        raise StorageError(f"{out} cannot be written: {error.strerror}") from error
+    write_atomically(out, content)
     digest = hashlib.sha256(content).hexdigest()
     print(f"{out}: {len(tensors)} tensors, {len(content):,} bytes, SHA-256 {digest}")
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Tell which model a file, checkpoint or run holds, and how far it was trained."""
+    """Show which model a file, checkpoint or run holds, and how long it was trained."""
     source = checkpoint.resolve(args.path, best=True) if args.path.is_dir() else args.path
     tensors = read(source)
     found = identify(tensors)
     weights = {name: t for name, t in tensors.items() if not DERIVED.fullmatch(name)}
-    names = "released names" if found and found.released else "our names"
-    metadata = {
+    names = "the authors' names" if found and found.released else "this project's names"
+    rows = {
         "file": source,
-        "weights": f"{found}, {names}" if found else "none of the DAT variants",
+        "weights": f"{found}, {names}" if found else "not a DAT variant",
         "parameters": f"{sum(t.numel() for t in weights.values()):,} in {len(weights)} tensors",
     }
     if source.is_dir():
-        metadata |= run_facts(source)
-    for name, value in metadata.items():
+        rows |= describe_training(source)
+    for name, value in rows.items():
         print(f"{name:<12}{value}")
 
 
-def run_facts(step: Path) -> dict[str, object]:
-    """What a checkpoint of ours knows of the run that wrote it."""
-    state = checkpoint.read_metadata(step)
-    metadata = {
-        "model": f"{state['model']}, {len(state['classes'])} classes",
-        "step": f"{state['step']}, after {state['epoch']} whole epochs",
-        "best": f"{state['best']['acc1']:.3f} % top-1 so far, at step {state['best']['step']}",
+def describe_training(step: Path) -> dict[str, object]:
+    """What the checkpoint `step` and the records of its run say about the training."""
+    metadata = checkpoint.read_metadata(step)
+    best = metadata["best"]
+    rows = {
+        "model": f"{metadata['model']}, {len(metadata['classes'])} classes",
+        "step": f"{metadata['step']}, after {metadata['epoch']} complete epochs",
+        "best": f"{best['acc1']:.3f} % top-1 so far, at step {best['step']}",
     }
-    if arguments := state["config"]["MODEL"]["ARGS"]:
-        metadata["MODEL.ARGS"] = arguments
-    records = step.parents[1] / "metrics.jsonl"
-    for line in records.read_text().splitlines() if records.exists() else ():
-        record = json.loads(line)
+    if arguments := metadata["config"]["MODEL"]["ARGS"]:
+        rows["MODEL.ARGS"] = arguments
+    file = step.resolve().parents[1] / "metrics.jsonl"
+    for record in read_records(file) if file.exists() else ():
         for name in ("val", "val_ema"):
-            if record["step"] == state["step"] and f"{name}/acc1" in record:
-                metadata[name] = (
-                    f"{record[f'{name}/acc1']:.3f} % top-1, {record[f'{name}/acc5']:.3f} % top-5"
-                )
-    return metadata | {
-        "written by": f"torch {state['versions']['torch']}, code {state['revision']}"
+            keys = [f"{name}/acc1", f"{name}/acc5"]
+            if record["step"] == metadata["step"] and record.keys() >= set(keys):
+                acc1, acc5 = (record[key] for key in keys)
+                rows[name] = f"{acc1:.3f} % top-1, {acc5:.3f} % top-5"
+    return rows | {
+        "written by": f"torch {metadata['versions']['torch']}, code {metadata['revision']}"
     }
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Compare the files of a run's checkpoints, or of one, with their SHA-256; exit code 4 if one is damaged."""
+    """Compare every file of one checkpoint, or of all of a run, with its SHA-256; exit code 4 if one is damaged."""
     folder = args.path / "checkpoints"
     steps = checkpoint.list_checkpoints(folder) if folder.is_dir() else [args.path]
     damaged = 0
     for step in steps:
         damage = checkpoint.verify(step)
         damaged += damage is not None
-        print(f"{step}: {damage or 'whole'}")
+        print(f"{step}: {damage or 'valid'}")
     if not steps:
         raise CheckpointError(f"{args.path} has no checkpoints")
     if damaged:
@@ -117,12 +115,12 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write a DAT's weights under the released names or under ours; not a bit of them changes."""
+    """Write the weights of a DAT under the authors' names or this project's; no bit of them changes."""
     tensors = read(args.path)
     found = identify(tensors)
     if found is None:
         raise CheckpointError(
-            f"{args.path} is none of the DAT variants: there are no other names for it"
+            f"{args.path} holds no DAT variant; only their weights can be converted"
         )
     model = found.build()
     tensors = to_ours(tensors, model)
@@ -132,12 +130,12 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def strip(args: argparse.Namespace) -> None:
-    """Write the weights alone: no optimizer, no configuration."""
+    """Write the weights without optimizer and configuration."""
     write(read(args.path, ema=args.ema), args.out)
 
 
 def average(args: argparse.Namespace) -> None:
-    """Write the mean, taken in float64, of several checkpoints of one model; integers are the last one's."""
+    """Write the mean, taken in float64, of several checkpoints of one model; integers are those of the last."""
     shapes, total = None, {}
     for path in args.paths:
         tensors = read(path)
@@ -145,7 +143,7 @@ def average(args: argparse.Namespace) -> None:
         if found != (shapes := shapes or found):
             different = sorted(name for name, _ in found.items() ^ shapes.items())
             raise CheckpointError(
-                f"{path} is another model than {args.paths[0]}: {join_some(different)}"
+                f"{path} and {args.paths[0]} hold different models; these tensors differ: {join_some(different)}"
             )
         total = {name: total.get(name, 0) + tensor.double() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -155,14 +153,14 @@ def average(args: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line; `run` is the sub-command's function."""
+    """Parse the command line; `run` of the result is the function of the sub-command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Callable, example: str) -> argparse.ArgumentParser:
-        description = f"python tools/checkpoint.py {example}\n\n{function.__doc__}"
+        description = f"{function.__doc__}\n\nexample:\n  python tools/checkpoint.py {example}"
         sub = commands.add_parser(
             function.__name__,
             help=function.__doc__,
@@ -189,13 +187,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--to",
         choices=("released", "ours"),
         required=True,
-        help="whose names: .pth or .safetensors",
+        help="names and format to write: the authors' as .pth, this project's as .safetensors",
     )
 
     sub = command(strip, "strip output/dat_tiny/default dat_tiny.safetensors --ema")
     sub.add_argument("path", type=Path, metavar="RUN|STEP|FILE")
     add_out(sub)
-    sub.add_argument("--ema", action="store_true", help="the average of the weights (EMA) instead")
+    sub.add_argument("--ema", action="store_true", help="write the moving average (EMA) instead")
 
     sub = command(average, "average output/dat_tiny/default/checkpoints/step-* mean.safetensors")
     sub.add_argument("paths", type=Path, nargs="+", metavar="STEP", help="or RUN or FILE")
@@ -204,17 +202,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """Raise ConfigError if OUT is there already or has another format's name."""
+    """Raise ConfigError if OUT exists or has the suffix of another format."""
     suffix = ".pth" if args.to == "released" else ".safetensors"
     if args.out.suffix != suffix:
-        raise ConfigError(f"{args.out}: what is written here needs a name that ends in {suffix}")
+        raise ConfigError(
+            f"{args.out}: expected a name that ends in {suffix}, the format that is written"
+        )
     if args.out.exists() and not args.force:
         raise ConfigError(f"{args.out} exists: name another file, or add --force to replace it")
 
 
 @as_exit_code
 def main(arguments: list[str]) -> None:
-    """Run one sub-command."""
+    """Run the command line."""
     args = parse(arguments)
     if args.out is not None:
         check_out(args)

@@ -1,10 +1,14 @@
 #!/usr/bin/env python
-"""Which of several configurations is best, and what does each cost? A table of their models and their runs' accuracies.
+"""Comparison of configurations: parameters, multiply-adds, speed, memory and the accuracies of their finished runs.
 
-    python tools/compare.py configs/mixers/*.yaml --runs output/seed0 output/seed1 output/seed2
+Prints a Markdown table with a row per configuration; with several seeds, means with 95 % intervals and their
+differences. --runs takes what the runs were given as --output. Speeds are
+medians; the models are timed in turns in this process, on random images and without stochastic depth, so leave the
+machine idle.
 
-Each of --runs is what runs were given as --output; those that are finished count. Speeds are medians of models that
-take turns in this process, on random images: leave the machine alone. Memory is that of a step that drops nothing.
+examples:
+  python tools/compare.py configs/mixers/*.yaml
+  python tools/compare.py configs/mixers/*.yaml --runs output/seed0 output/seed1 output/seed2
 """
 
 import argparse
@@ -20,11 +24,14 @@ import torch
 from yacs.config import CfgNode
 
 import config
-import models
+from analysis.records import read_records
+from analysis.tables import format_run_differences, format_runs
 from engine import checkpoint
+from engine.build import build_model
 from tools.benchmarks.macs import count_macs
-from tools.benchmarks.model import Subject, at_least, in_turns
-from utils.errors import as_exit_code
+from tools.benchmarks.model import Subject, at_least, time_in_turns
+from utils.errors import CheckpointError, as_exit_code
+from utils.logging import logger
 
 COLUMNS = (
     "configuration",
@@ -32,51 +39,76 @@ COLUMNS = (
     "GMACs",
     "images/s, training",
     "evaluation",
-    "MiB kept per image",
-    "top-1 in %, by run",
-    "of the EMA",
+    "MiB per training image",
+    "top-1 in %, mean ± 95 % interval (per run)",
+    "EMA",
 )
 
 
-def state(run: Path) -> str:
-    """What the status of `run` says, "" where there is none."""
+def read_state(run: Path) -> str:
+    """The state in the status.json of `run`; "" where there is none, or a damaged one, which is reported."""
     file = run / "status.json"
-    return json.loads(file.read_text())["state"] if file.exists() else ""
+    if not file.exists():
+        return ""
+    try:
+        return json.loads(file.read_bytes())["state"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        logger.warning(f"{file} cannot be read, the run is left out: {error}")
+        return ""
 
 
-def finished(cfg: CfgNode, outputs: list[Path]) -> list[Path]:
-    """The runs of `cfg` below `outputs` that came to their end."""
+def find_finished(cfg: CfgNode, outputs: list[Path]) -> list[Path]:
+    """The finished runs of `cfg` below `outputs`."""
     runs = [output / cfg.MODEL.NAME / cfg.TAG for output in outputs]
-    return [run for run in runs if state(run) == "done"]
+    return [run for run in runs if read_state(run) == "done"]
 
 
-def accuracies(run: Path) -> dict[str, float]:
-    """What the last validation of `run` found: val/acc1 and, with an EMA, val_ema/acc1."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if "val/acc1" in record][-1]
+def last_accuracies(run: Path) -> dict[str, float]:
+    """The record of the last validation of `run`: val/acc1 and, with an EMA, val_ema/acc1; empty if there is none."""
+    validations = [r for r in read_records(run / "metrics.jsonl") if "val/acc1" in r]
+    return validations[-1] if validations else {}
 
 
-def build(cfg: CfgNode, runs: list[Path]) -> torch.nn.Module:
-    """The model of `cfg`, for the classes of its runs if there are any; it drops nothing."""
-    classes = cfg.MODEL.NUM_CLASSES or 1000
-    if runs:
-        newest = checkpoint.list_checkpoints(runs[0] / "checkpoints")[0]
-        classes = len(checkpoint.read_metadata(newest)["classes"])
-    size, name = cfg.DATA.IMG_SIZE, cfg.MODEL.NAME
-    return models.build(
-        name, num_classes=classes, img_size=size, drop_path_rate=0.0, **cfg.MODEL.ARGS
-    )
+def count_classes(cfg: CfgNode, runs: list[Path]) -> int:
+    """The number of classes of the finished runs of `cfg`; without any, that of `cfg`."""
+    if not runs:
+        return cfg.MODEL.NUM_CLASSES or 1000
+    checkpoints = checkpoint.list_checkpoints(runs[0] / "checkpoints")
+    if not checkpoints:
+        raise CheckpointError(
+            f"{runs[0]} is finished but has no checkpoints; leave it out of --runs"
+        )
+    return len(checkpoint.read_metadata(checkpoints[0])["classes"])
+
+
+def compare_runs(args: argparse.Namespace) -> list[str]:
+    """The lines about what differs between the runs of the configurations, of the weights and of their EMA."""
+    found = {
+        path: [last_accuracies(run) for run in find_finished(config.load(path), args.runs)]
+        for path in args.cfg
+    }
+    lines = []
+    for title, key in (("top-1", "val/acc1"), ("top-1 of the EMA", "val_ema/acc1")):
+        values = {name: [one[key] for one in runs if key in one] for name, runs in found.items()}
+        if table := format_run_differences(values):
+            lines += [
+                "",
+                f"Differences in {title} between seeds' means (Welch's test):",
+                "",
+                *table,
+            ]
+    return lines
 
 
 def compare(args: argparse.Namespace) -> list[list[str]]:
-    """The rows of the table. Raises ConfigError for a configuration that cannot be read, or without the device."""
+    """The rows of the table. Raises ConfigError for an invalid configuration, or if the device is not available."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    cfgs = {path: config.parse(["--cfg", path, "--throughput"]).cfg for path in args.cfg}
-    runs = {name: finished(cfg, args.runs) for name, cfg in cfgs.items()}
+    cfgs = {path: config.load(path, ["MODEL.DROP_PATH_RATE", "0"]) for path in args.cfg}
+    runs = {name: find_finished(cfg, args.runs) for name, cfg in cfgs.items()}
     subjects = {
         name: Subject(
-            build(cfg, runs[name]),
+            build_model(cfg, count_classes(cfg, runs[name]), torch.device("cpu")),
             batch=args.batch,
             size=cfg.DATA.IMG_SIZE,
             dtype=cfg.AMP_DTYPE,
@@ -87,11 +119,11 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
     speeds = {}
     for step in (Subject.train, Subject.evaluate):
         steps = {name: functools.partial(step, subject) for name, subject in subjects.items()}
-        for name, seconds in in_turns(steps, args.rounds, device).items():
+        for name, seconds in time_in_turns(steps, args.rounds, device).items():
             speeds.setdefault(name, []).append(f"{args.batch / statistics.median(seconds):.0f}")
     rows = []
     for name, subject in subjects.items():
-        found = [accuracies(run) for run in runs[name]]
+        accuracies = [last_accuracies(run) for run in runs[name]]
         macs = count_macs(subject.net, *subject.images.shape[2:])
         rows.append(
             [
@@ -99,9 +131,9 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
                 f"{sum(p.numel() for p in subject.net.parameters()) / 1e6:.2f} M",
                 f"{macs / 1e9:.4f}",
                 *speeds[name],
-                f"{subject.kept_mib():.2f}",
+                f"{subject.activation_mib():.2f}",
                 *(
-                    " · ".join(f"{one[key]:.2f}" for one in found if key in one) or "—"
+                    format_runs([found[key] for found in accuracies if key in found])
                     for key in ("val/acc1", "val_ema/acc1")
                 ),
             ]
@@ -111,20 +143,24 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
 
 @as_exit_code
 def main(arguments: list[str]) -> None:
-    """Print the table as Markdown."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cfg", nargs="+", help="configurations, as main.py's --cfg")
-    parser.add_argument("--runs", nargs="*", type=Path, default=[], metavar="OUTPUT")
+    parser.add_argument(
+        "--runs", nargs="*", type=Path, default=[], metavar="OUTPUT", help="output folders of runs"
+    )
     parser.add_argument("--batch", type=at_least(1), default=64, help="images at a time")
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
-    parser.add_argument("--rounds", type=at_least(2), default=7, help="turns that count")
+    parser.add_argument("--rounds", type=at_least(2), default=7, help="timed turns of each model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(arguments)
     rows = compare(args)
     for row in (COLUMNS, ["---"] * len(COLUMNS), *rows):
         print(f"| {' | '.join(row)} |")
+    for line in compare_runs(args):
+        print(line)
 
 
 if __name__ == "__main__":

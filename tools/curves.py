@@ -1,11 +1,14 @@
 #!/usr/bin/env python
-"""How did a run go? Its loss, accuracy, learning rate and offsets as one picture, from metrics.jsonl.
+"""Curves of a run in one picture: loss, accuracy, learning rate and offset length, from its metrics.jsonl.
 
-python tools/curves.py output/dat_micro/cifar10 --out curves.png
+Works while the run is training. Damaged records are reported and left out.
+
+examples:
+  python tools/curves.py output/dat_micro/cifar10
+  python tools/curves.py output/dat_tiny/default --out curves.svg
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,43 +19,61 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-SMOOTHING = 0.02  # of the records; a single step's loss is noisy, and mixing makes it more so
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from analysis.records import read_records
+from utils.errors import ConfigError, StorageError, as_exit_code
+
+SMOOTHING = (
+    0.02  # window of the running mean, as a share of all records: the loss of one step is noisy
+)
 
 
 def read_series(run: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For every tag of the run's metrics.jsonl the steps and the values."""
+    """The steps and values of every tag in the metrics.jsonl of `run`. Raises ConfigError where there are none."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise ConfigError(
+            f"{run} has no metrics.jsonl; expected the folder of a run, <output>/<model>/<tag>"
+        )
     points: dict[str, list[tuple[int, float]]] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        step = record.pop("step")
+    for record in read_records(file):
         for tag, value in record.items():
-            points.setdefault(tag, []).append((step, value))
+            if tag != "step" and isinstance(value, int | float):
+                points.setdefault(tag, []).append((record["step"], value))
+    if not points:
+        raise ConfigError(
+            f"{file} has no valid records yet; wait until the run has logged some steps"
+        )
     return {tag: tuple(np.array(values).T) for tag, values in points.items()}
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean over a window of `SMOOTHING` of all values, narrower at the ends."""
+    """The running mean over a window of `SMOOTHING` of all values, narrower at the ends."""
     width = max(1, int(len(values) * SMOOTHING))
     ones = np.ones(width)
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
 def draw(run: Path, out: Path) -> None:
-    """Write the picture of `run` to `out`."""
+    """Draw the curves of `run` into the file `out`."""
     series = read_series(run)
-    steps, epochs = series["val/loss"][0], series["epoch"][1]
-    per_epoch = steps[-1] / epochs[-1]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
     figure.suptitle(f"{run.parent.name} / {run.name}")
+    unit, per_unit = "step", 1.0
+    if "epoch" in series:  # recorded with every validation
+        steps, epochs = series["epoch"]
+        unit, per_unit = "epoch", steps[-1] / epochs[-1]
 
     def plot(ax: Axes, tag: str, label: str, **style: object) -> None:
         if tag in series:
-            ax.plot(series[tag][0] / per_epoch, series[tag][1], label=label, **style)
+            ax.plot(series[tag][0] / per_unit, series[tag][1], label=label, **style)
 
     ax = axes[0, 0]
-    plot(ax, "train/loss", "of single steps", color="C0", alpha=0.2, linewidth=0.6)
-    series["smooth"] = (series["train/loss"][0], smooth(series["train/loss"][1]))
-    plot(ax, "smooth", "training", color="C0")
+    plot(ax, "train/loss", "single steps", color="C0", alpha=0.2, linewidth=0.6)
+    if "train/loss" in series:
+        series["train/loss, smooth"] = (series["train/loss"][0], smooth(series["train/loss"][1]))
+    plot(ax, "train/loss, smooth", "training", color="C0")
     plot(ax, "val/loss", "validation", color="C1")
     plot(ax, "val_ema/loss", "validation, EMA", color="C2")
     ax.set_title("Loss")
@@ -60,9 +81,11 @@ def draw(run: Path, out: Path) -> None:
     ax = axes[0, 1]
     plot(ax, "val/acc1", "top-1", color="C1")
     plot(ax, "val_ema/acc1", "top-1, EMA", color="C2")
-    best = max(series[tag][1].max() for tag in ("val/acc1", "val_ema/acc1") if tag in series)
-    ax.axhline(best, color="0.6", linewidth=0.8, linestyle=":")
-    ax.annotate(f"{best:.2f}", (0, best), va="bottom", color="0.4")
+    accuracies = [series[tag][1].max() for tag in ("val/acc1", "val_ema/acc1") if tag in series]
+    if accuracies:
+        best = max(accuracies)
+        ax.axhline(best, color="0.6", linewidth=0.8, linestyle=":")
+        ax.annotate(f"{best:.2f}", (0, best), va="bottom", color="0.4")
     ax.set_title("Validation accuracy (%)")
 
     ax = axes[1, 0]
@@ -81,18 +104,29 @@ def draw(run: Path, out: Path) -> None:
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False)
     for ax in axes[1]:
-        ax.set_xlabel("epoch")
-    figure.savefig(out, dpi=110)
-    print(f"{out}: {len(epochs)} epochs, best top-1 {best:.2f} %")
+        ax.set_xlabel(unit)
+    try:
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:  # a ValueError lists the known formats
+        raise StorageError(f"--out {out} cannot be written: {error}") from error
+    finally:
+        plt.close(figure)
+    last_step = int(max(steps[-1] for steps, _ in series.values()))
+    result = f"best top-1 {max(accuracies):.2f} %" if accuracies else "no validation yet"
+    print(f"{out}: {last_step:,} steps, {result}")
 
 
-if __name__ == "__main__":
+@as_exit_code
+def main(arguments: list[str]) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="folder of the run, with metrics.jsonl in it")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, with metrics.jsonl")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
-    args = parser.parse_args()
-    if not (args.run / "metrics.jsonl").is_file():
-        sys.exit(f"{args.run} has no metrics.jsonl: name a run's folder, <output>/<model>/<tag>")
+    args = parser.parse_args(arguments)
     draw(args.run, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,17 +1,18 @@
 #!/usr/bin/env python
-"""How does a training set become a few large files? Written once into shards that are read by position.
+"""Packing of a dataset: the images of a split in a few large files, which training reads by position.
 
-python tools/pack.py /imagenet /imagenet-packed --shorter-side 288 --quality 90
+Writes OUT/train.pack; pass OUT as --data-path. By default the files are packed unchanged, and the dataset keeps its
+fingerprint. With --shorter-side, larger images are resized and encoded as JPEG: that makes a different dataset with
+another fingerprint. If interrupted, the same command continues. --verify compares the checksum of every packed file,
+and the list of files with those in ROOT.
 
-writes /imagenet-packed/train.pack; train and evaluate with --data-path /imagenet-packed. Without
---shorter-side the files are packed as they are and the dataset's fingerprint stays the same; with
-it, pictures whose shorter side is longer are resized and encoded as JPEG, which makes another
-dataset with another fingerprint. The same command goes on where it was stopped. --verify compares
-every file's checksum, and the files that were packed with those in ROOT now.
+examples:
+  python tools/pack.py /imagenet /imagenet-packed
+  python tools/pack.py /imagenet /imagenet-packed --shorter-side 288 --quality 90
+  python tools/pack.py /imagenet /imagenet-packed --verify
 """
 
 import argparse
-import copy
 import io
 import itertools
 import json
@@ -32,13 +33,13 @@ from data.decode import UNREADABLE, decode
 from data.pack import shard_name, write_index
 from data.readers import PackReader, Reader, open_split
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
-from utils.files import write_atomically
+from utils.files import replace_atomically, write_atomically
 
-SHARD_BYTES = 64 * 2**20  # of the files that go into a shard
+SHARD_BYTES = 64 * 2**20
 
 
-def shards_of(sizes: np.ndarray) -> list[range]:
-    """The positions of each shard's files: in order, up to `SHARD_BYTES`, at least one."""
+def split_into_shards(sizes: np.ndarray) -> list[range]:
+    """The positions of the files of each shard: in order, up to `SHARD_BYTES`, at least one."""
     ends = np.cumsum(sizes)
     starts = [0]
     while (last := starts[-1]) < len(sizes):
@@ -48,26 +49,35 @@ def shards_of(sizes: np.ndarray) -> list[range]:
 
 
 def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
-    """A file as a JPEG whose shorter side is `shorter_side`; as it is if that is no shorter."""
-    picture = decode(data)
-    shorter = min(picture.size)
+    """An image file as a JPEG with `shorter_side` pixels along its shorter side; unchanged if it is not larger."""
+    image = decode(data)
+    shorter = min(image.size)
     if shorter <= shorter_side:
         return data
-    size = tuple(round(length * shorter_side / shorter) for length in picture.size)
+    size = tuple(round(length * shorter_side / shorter) for length in image.size)
     buffer = io.BytesIO()
-    picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
-def part_of(source: Reader, indices: range) -> Reader:
-    """The files at `indices` alone, to be sent to another process."""
-    part = copy.copy(source)
-    part.names, part.where = source.names[indices], source.where[indices]
-    return part
+def open_dataset(root: Path, split: str) -> ImageDataset:
+    """The files of a split and their classes; nothing is decoded. Raises DataError."""
+    return ImageDataset(
+        root,
+        split,
+        transform=None,
+        train=False,
+        allow_missing=False,
+        seed=0,
+        apply_exif=False,
+        checksums=None,
+        skip_bad=False,
+        holdout=0.0,
+    )
 
 
 def write_shard(source: Reader, folder: Path, number: int, shorter_side: int, quality: int) -> int:
-    """Write all of `source` as shard `number` and then its part of the index; the number of files.
+    """Write all files of `source` as shard `number`, then its part of the index; return the number of files.
 
     Raises DataError for a file that cannot be read.
     """
@@ -84,29 +94,27 @@ def write_shard(source: Reader, folder: Path, number: int, shorter_side: int, qu
             except UNREADABLE as error:
                 name = os.path.join(source.path, os.fsdecode(source.names[index]))
                 raise DataError(
-                    f"{name}: cannot be packed ({error}); restore or remove it, then start again"
+                    f"{name}: cannot be packed ({error}); restore or remove it, then run the same command"
                 ) from error
             rows.append((len(data), number, offset, zlib.crc32(data)))
             offset += shard.write(data)
         shard.flush()
         os.fsync(shard.fileno())
-    temporary = part.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with replace_atomically(part) as temporary, open(temporary, "wb") as file:
         np.save(file, np.array(rows, np.int64))
-    os.replace(temporary, part)
     return len(source.names)
 
 
 def pack(root: Path, out: Path, split: str, shorter_side: int, quality: int, workers: int) -> None:
-    """Write `out`/<split>.pack from the `split` of `root`, under another name until it is whole.
+    """Write `out`/<split>.pack from the `split` of `root`, under a temporary name until it is complete.
 
-    Raises ConfigError if it is there already, StorageError if it cannot be written.
+    Raises ConfigError if it exists, StorageError if it cannot be written.
     """
     target = out / f"{split}.pack"
     if target.exists():
-        raise ConfigError(f"{target} exists: remove it, or name another folder")
-    dataset = ImageDataset(root, split, transform=None)
-    shards = shards_of(dataset.source.where[:, 0])
+        raise ConfigError(f"{target} exists; remove it, or name another folder")
+    dataset = open_dataset(root, split)
+    shards = split_into_shards(dataset.reader.sizes)
     info = {"source": dataset.fingerprint, "shorter_side": shorter_side}
     info |= {"quality": quality} if shorter_side else {}
     folder = out / f".{split}.pack"
@@ -117,65 +125,73 @@ def pack(root: Path, out: Path, split: str, shorter_side: int, quality: int, wor
             ProcessPoolExecutor(workers) as pool,
             tqdm(total=len(dataset), unit=" images", desc=str(target), disable=None) as bar,
         ):
-            parts = (part_of(dataset.source, indices) for indices in shards)
+            parts = (dataset.reader.subset(indices) for indices in shards)
             same = ([value] * tasks for value in (shorter_side, quality))
             for count in pool.map(write_shard, parts, [folder] * tasks, range(tasks), *same):
                 bar.update(count)
         rows = [folder / f"part-{number:05d}.npy" for number in range(tasks)]
-        where = np.concatenate([np.load(path) for path in rows])
-        write_index(folder, dataset.source.names, where, info)
-        for path in (*rows, folder / "plan.json"):
+        where = np.concatenate([_load_rows(path) for path in rows])
+        write_index(folder, dataset.reader.names, where, info)
+        for path in (*rows, folder / "plan.json", *folder.glob(".tmp-*")):
             path.unlink()
         os.replace(folder, target)
     except OSError as error:
         raise StorageError(
             f"{error.filename or out} cannot be written: {error.strerror}"
         ) from error
-    before, after = dataset.source.where[:, 0].sum(), where[:, 0].sum()
-    how = f"shorter side {shorter_side}, JPEG quality {quality}" if shorter_side else "as they are"
+    before, after = dataset.reader.sizes.sum(), where[:, 0].sum()
+    how = f"shorter side {shorter_side}, JPEG quality {quality}" if shorter_side else "unchanged"
     print(
         f"{target}: {len(dataset)} images, {how}, in {tasks} shards, {after:,} bytes, "
-        f"{after / before:.1%} of {dataset.source.path}"
+        f"{after / before:.1%} of {dataset.reader.path}"
     )
 
 
 def _begin(folder: Path, info: dict) -> None:
-    """Make `folder`, or find it begun with the same plan; with another one raise ConfigError."""
+    """Make `folder`; raise ConfigError if it holds a part of a pack of other files or with other settings."""
     plan = folder / "plan.json"
-    if plan.exists() and json.loads(plan.read_text()) != info:
+    if plan.exists() and plan.read_bytes() != json.dumps(info).encode():
         raise ConfigError(
-            f"{folder} was begun from other files or with other settings: remove it to start anew"
+            f"{folder} holds part of a pack of other files or with other settings; remove it to start again"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(plan, json.dumps(info))
 
 
+def _load_rows(path: Path) -> np.ndarray:
+    """The rows of the index that `write_shard` has written to `path`. Raises DataError where it is damaged."""
+    try:
+        return np.load(path)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged; remove it and run the same command") from error
+
+
 def verify(root: Path, out: Path, split: str) -> None:
-    """Read everything in `out`/<split>.pack and list what it was made from; DataError if either differs."""
+    """Check every file in `out`/<split>.pack, and that `root` still holds the same files; DataError if not."""
     source = open_split(out, split)
     if not isinstance(source, PackReader):
-        raise ConfigError(f"{source.path} is no pack: name the folder that holds {split}.pack")
+        raise ConfigError(f"{source.path} is not a pack; name the folder that holds {split}.pack")
     for index in tqdm(range(len(source.names)), unit=" images", desc=source.path, disable=None):
         try:
             source.read(index)
         except UNREADABLE as error:
             name = os.fsdecode(source.names[index])
             raise DataError(f"{source.path}: {name}: {error}; copy or write it again") from error
-    original = ImageDataset(root, split, transform=None)
+    original = open_dataset(root, split)
     if original.fingerprint != source.info["source"]:
         raise DataError(
-            f"{source.path} was packed from other files than {original.source.path} holds now "
+            f"{source.path} was packed from other files than those now in {original.reader.path} "
             f"(fingerprint {source.info['source'][:12]}…, there {original.fingerprint[:12]}…); "
             "write it again, or restore them"
         )
     print(
-        f"{source.path}: {len(source.names)} images are whole and those of {original.source.path}"
+        f"{source.path}: {len(source.names)} images are valid and the same as in {original.reader.path}"
     )
 
 
 @as_exit_code
 def main(arguments: list[str]) -> None:
-    """Pack or verify."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -188,7 +204,7 @@ def main(arguments: list[str]) -> None:
         default=0,
         choices=range(32, 4097),
         metavar="PIXELS",
-        help="resize longer ones to it",
+        help="resize larger images to it",
     )
     parser.add_argument(
         "--quality",
@@ -196,7 +212,7 @@ def main(arguments: list[str]) -> None:
         default=90,
         choices=range(1, 101),
         metavar="1…100",
-        help="of the JPEGs that are resized",
+        help="JPEG quality of resized images",
     )
     parser.add_argument(
         "--workers",
@@ -204,9 +220,11 @@ def main(arguments: list[str]) -> None:
         default=os.cpu_count(),
         choices=range(1, 257),
         metavar="N",
-        help="processes",
+        help="processes (default: the cores)",
     )
-    parser.add_argument("--verify", action="store_true", help="check the packs in OUT against ROOT")
+    parser.add_argument(
+        "--verify", action="store_true", help="check the packs in OUT instead of writing them"
+    )
     args = parser.parse_args(arguments)
     for split in args.split:
         if args.verify:

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains on several nodes under Slurm until the run is complete, however often it is preempted or its time is up:
+# Slurm job that trains on several nodes and requeues itself until the run is complete:
 #
 #   sbatch --nodes 4 tools/slurm.sh --cfg configs/dat_tiny.yaml --data-path /imagenet
 #
-# to be called where main.py is; what follows the script's name are arguments of main.py. Two minutes before its time is
-# up, and when it is preempted, the job's processes are asked to stop. They save, end with exit code 75, and the job is
-# put back into the queue, where it goes on from there. Any other end is an end: done, or something to be repaired.
+# Submit it from the folder of main.py; what follows the name of the script are arguments of main.py. Two minutes before
+# the time limit, and on preemption, Slurm signals the job. The processes save and end with exit code 75, the job is
+# requeued, and the run resumes. Any other exit code ends the job: the run is done, or something needs repair.
 #
-# Adapt below: partition and account, GPUs and cores of a node, and how your Python is activated.
+# Adapt: partition and account, GPUs and cores per node, and how your Python environment is activated.
 #SBATCH --job-name=dat
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -25,11 +25,11 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
-# This shell outlives what the processes are told, to see how they end.
+# Ignore the signals here: this shell waits for the exit code of the processes.
 trap : TERM USR1
 
-# One process per GPU. srun returns the highest exit code of all; torchrun would hide it behind its own 1. When one
-# process has ended, the others have a minute to do the same.
+# One process per GPU. srun returns the highest exit code of all processes, where torchrun would return 1. After the
+# first process has ended, the others have a minute.
 # shellcheck disable=SC2016  # the variables are those of each process
 srun --kill-on-bad-exit=0 --wait=60 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS

@@ -83,6 +83,17 @@ NAMES = Check(
     "names with commas between, such as TRAIN.EPOCHS,threads",
     lambda value: re.fullmatch(r"([\w.]+(,[\w.]+)*)?", value),
 )
+SET_NAMES = Check(
+    "names of test sets with commas between, such as val,v2,a",
+    lambda value: re.fullmatch(r"([\w-]+(,[\w-]+)*)?", value),
+)
+SIZES = Check(
+    "sizes of at least 32 pixels with commas between, such as 192,224,256",
+    lambda value: (
+        re.fullmatch(r"(\d+(,\d+)*)?", value)
+        and all(int(size) >= 32 for size in value.split(",") if size)
+    ),
+)
 CLASSES = Check("of 0 or at least 2", lambda value: value == 0 or value >= 2)
 COLOURS = Check(
     "with each from 0 to 1",

@@ -1,4 +1,4 @@
-"""Which process of how many is this one, and on what device? The same program runs with and without torchrun."""
+"""Distributed processes: rank, world size, device and collectives; the same program runs with and without torchrun."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ FOREVER = timedelta(days=365)
 
 @dataclass(frozen=True)
 class Process:
-    """One process of the run: its place in the group and the device that it computes on."""
+    """One process of the run: its rank in the group and the device that it computes on."""
 
     rank: int
     world_size: int
@@ -32,11 +32,11 @@ class Process:
 def init_distributed(
     device: str = "auto", threads: int = 0, timeout: float = 0.0
 ) -> Iterator[Process]:
-    """Be part of the group that torchrun describes in the environment, if any.
+    """Join the process group that torchrun describes in the environment, if any.
 
-    `device` is "cuda", "cpu" or "auto" (CUDA where there is one). `threads` are the CPU threads of this process, 0 for
-    its share of the cores: torchrun would leave a single one to each process. A collective that takes longer than
-    `timeout` seconds fails; 0 lets it wait for ever.
+    device: "cuda", "cpu" or "auto" (CUDA where it is available).
+    threads: CPU threads of this process; 0: its share of the cores, where torchrun would allow each process one.
+    timeout: seconds after which a collective fails; 0: it waits for ever.
     """
     env = {name: int(os.environ.get(name, default)) for name, default in
            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
@@ -64,14 +64,14 @@ def init_distributed(
 
 @contextmanager
 def explain_lost_process() -> Iterator[None]:
-    """Raise ProcessLost, one sentence, where a collective fails because another process is gone or hangs."""
+    """Raise ProcessLost where a collective fails because another process has ended or hangs."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise ProcessLost(
-            "Another process of this run has ended or hangs: the launcher, or that process itself, says which and why. "
+            "Another process of this run has ended or hangs: its output, or the launcher's, gives the reason. "
             f"Then start the same command again. Noticed by: {error}"
         ) from error
 
@@ -86,8 +86,8 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 def pairwise_sum(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` summed over all processes, a power of two, as a balanced tree over their ranks: (0 + 1) + (2 + 3).
 
-    In every round, processes whose ranks differ in one bit exchange their sums. Both add the same two numbers, one the
-    other way round, which changes nothing: a + b = b + a.
+    In every round, processes whose ranks differ in one bit exchange their sums and add the same two numbers, whose
+    order does not matter: a + b = b + a.
     """
     distance = 1
     while dist.is_initialized() and distance < dist.get_world_size():
@@ -102,7 +102,7 @@ def pairwise_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(tensors: list[torch.Tensor]) -> None:
-    """Give `tensors` on every process, in place, the values that they have on the first."""
+    """Copy the values of `tensors` on the first process to all others, in place."""
     if not tensors or not dist.is_initialized():
         return
     # One message for all of them: float64 holds float32 numbers and counts exactly.

@@ -1,4 +1,4 @@
-"""How does a file from the web get here? Over https, and as the very file whose SHA-256 its address names."""
+"""Downloads over https into torch.hub's cache, checked against the SHA-256 in the address."""
 
 import fcntl
 import hashlib
@@ -13,16 +13,16 @@ from utils.logging import logger
 PINNED_URL = re.compile(r"(https://[^\s#]+)#sha256=([0-9a-fA-F]{64})")
 
 
-def download(place: str) -> Path:
-    """The file at `place`: a path as it is, or what lies at https://…#sha256=<64 hex digits>, in torch.hub's cache.
+def download(source: str) -> Path:
+    """The local file of `source`: a path as it is, or https://…#sha256=<64 hex digits> in torch.hub's cache.
 
     The first process of a machine downloads it, others wait; each compares the hash before anything is opened.
     Raises CheckpointError.
     """
-    pinned = PINNED_URL.fullmatch(place)
+    pinned = PINNED_URL.fullmatch(source)
     if pinned is None:
-        return Path(place)
-    from torch import hub  # config.py reads PINNED_URL and does without torch
+        return Path(source)
+    from torch import hub  # config.py imports PINNED_URL and needs no torch
 
     url, digest = pinned[1], pinned[2].lower()
     path = Path(hub.get_dir(), "checkpoints", digest + Path(urlsplit(url).path).suffix)
@@ -35,8 +35,8 @@ def download(place: str) -> Path:
                 hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
         raise CheckpointError(
-            f"{url} was not downloaded to {path}: {error}. "
-            "Check the address and its SHA-256, or fetch the file yourself and give its path."
+            f"{url} cannot be downloaded to {path}: {error}. "
+            "Check the address and its SHA-256, or download the file yourself and give its path."
         ) from error
     return path
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Base of every error that a user can mend; never raised itself."""
+    """Base of every error that a user can fix; never raised itself."""
 
     exit_code = 1
 
@@ -28,7 +28,7 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """Weights or a checkpoint that are absent, damaged or made for something else."""
+    """Weights or a checkpoint that are missing, damaged or for another model."""
 
     exit_code = 4
 
@@ -46,17 +46,17 @@ class StorageError(UserError):
 
 
 class ProcessLost(UserError):
-    """Another process of the run has ended or hangs, so that this one cannot go on."""
+    """Another process of the run has ended or hangs, so that this one cannot continue."""
 
 
 class StopRequested(UserError):
-    """The run was asked to stop; it is saved and goes on when started again."""
+    """The run was asked to stop; it is saved and resumes when it is started again."""
 
     exit_code = 75
 
 
 def as_exit_code(main: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
-    """A tool's `main` that returns its exit code: 0, or that of a UserError, which it prints in one line."""
+    """A decorator for a tool's `main`: return 0, or print a UserError in one line and return its exit code."""
 
     @functools.wraps(main)
     def wrapped(arguments: list[str]) -> int:

@@ -4,7 +4,7 @@ Where a person types an old key it is refused with the new one. What old checkpo
 translated when it is read, so that those runs resume and evaluate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 KEYS = {
     "TRAIN.EVAL_FREQ": "EVAL_FREQ",
@@ -26,6 +26,14 @@ METADATA = {
     "promise": "reproducibility",
     "processes": "world_size",
 }
+RECORDS = {
+    "update": "step",
+    "slots": "micro_batches",
+}  # of metrics.jsonl, timing.jsonl, skipped.jsonl
+# Tensors of our models' checkpoints, a part of their name.
+TENSORS = {".perception.": ".lpu.", "displacement_bias_table": "rpe_table"}
+# What keys that came later would have been.
+LATER_KEYS = {"TRAIN": {"LR_BASE_SIZE": 512}, "DATA": {"HOLDOUT": 0.0}}
 REPRODUCIBILITY = {
     "L2": "bitwise",
     "L3": "bitwise on any number of processes",
@@ -61,8 +69,27 @@ def translate_metadata(metadata: dict, make: Callable[[dict], dict] = dict) -> d
     if isinstance(level, str):
         translated["reproducibility"] = REPRODUCIBILITY.get(level, level)
     if isinstance(translated.get("config"), dict):
-        translated["config"] = make(translate_keys(translated["config"]))
+        config = translate_keys(translated["config"])
+        for group, values in LATER_KEYS.items():
+            config[group] = values | config[group]
+        translated["config"] = make(config)
     return make(translated)
+
+
+def translate_record(record: dict) -> dict:
+    """A line of a run's record files with today's fields; today's passes unchanged."""
+    return {RECORDS.get(name, name): value for name, value in record.items()}
+
+
+def translate_tensors(tensors: dict[str, object], known: Container[str]) -> dict[str, object]:
+    """`tensors` under today's names; what is in `known`, the names that a model has, stays as it is."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        new = name
+        for old, now in TENSORS.items() if name not in known else ():
+            new = new.replace(old, now)
+        renamed[new] = tensor
+    return renamed
 
 
 def is_own_model(name: str) -> bool:

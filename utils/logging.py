@@ -1,4 +1,4 @@
-"""Where a run's words and numbers go: console, log.txt, metrics.jsonl, timing.jsonl, skipped.jsonl, TensorBoard."""
+"""Log and metrics of a run: console, log.txt, metrics.jsonl, timing.jsonl, skipped.jsonl, TensorBoard."""
 
 import io
 import json
@@ -6,17 +6,19 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from utils.errors import StorageError
 from utils.files import write_atomically
+from utils.first_edition import translate_record
 
 logger = logging.getLogger("dat")
 
 
 class _Console(logging.Handler):
-    """Writes above the progress bar instead of through it; goes without where a full disk holds the output."""
+    """Writes above the progress bar instead of through it; drops the line where the output's disk is full."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -30,7 +32,7 @@ def start_logging(name: str, rank: int, folder: Path | None = None) -> None:
     """Log to the console and, given `folder`, to its log.txt; processes other than the first only report warnings."""
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
-    logging.raiseExceptions = False  # or every line that a full disk refuses would be a traceback
+    logging.raiseExceptions = False  # otherwise every line on a full disk is a traceback
     who = name if rank == 0 else f"{name} rank {rank}"
     line = logging.Formatter(
         f"[%(asctime)s {who}] (%(filename)s %(lineno)d): %(levelname)s %(message)s",
@@ -38,7 +40,7 @@ def start_logging(name: str, rank: int, folder: Path | None = None) -> None:
     )
     handlers: list[logging.Handler] = [_Console()]
     if folder is not None:
-        handlers.append(logging.FileHandler(folder / "log.txt"))
+        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(line)
     logger.handlers = handlers
@@ -47,12 +49,12 @@ def start_logging(name: str, rank: int, folder: Path | None = None) -> None:
 class MetricWriter:
     """Numbers of a run by step: deterministic ones to metrics.jsonl, times to timing.jsonl, all to TensorBoard.
 
-    And to skipped.jsonl the images of steps that were not applied.
+    The images of steps that were not applied go to skipped.jsonl.
 
     Records beyond `step` and `epoch` are cut off first, so that a resumed run's files have each step once and, for
-    the deterministic ones, the bytes of a run that was never stopped; that there is one `every` so many steps tells
-    whether some are missing. Records that a full disk refuses wait in memory. On any process but the first (`folder`
-    None) nothing is written. Raises StorageError.
+    the deterministic ones, the bytes of a run that was never stopped. There is a record `every` so many steps, so
+    missing ones are noticed. On a full disk, records wait in memory. On any process but the first (`folder` None)
+    nothing is written. Raises StorageError.
     """
 
     def __init__(self, folder: Path | None, step: int, epoch: int, every: int):
@@ -64,9 +66,9 @@ class MetricWriter:
         self.rewind(step, epoch)
 
     def rewind(self, step: int, epoch: int) -> None:
-        """Go on after `step`, with `epoch` epochs closed: the records beyond are cut off.
+        """Continue after `step`, with `epoch` epochs completed: the records beyond are cut off.
 
-        The evaluation of an epoch that was trained and not closed is among them: it is done again.
+        Among them is the evaluation of an epoch that was trained and not completed: it is repeated.
         """
         self.close()
         if self._folder is None:
@@ -108,7 +110,7 @@ class MetricWriter:
             )
 
     def _draw(self, action: Callable) -> None:
-        """Do `action` to TensorBoard's writer, which is given up when it fails: the records hold the same numbers."""
+        """Do `action` with TensorBoard's writer, which is dropped when it fails: the records hold the same numbers."""
         try:
             if self._board is not None:
                 action(self._board)
@@ -117,18 +119,18 @@ class MetricWriter:
             self._board = None
 
     def _append(self, name: str) -> None:
-        """Write what waits, as far as there is room."""
+        """Write the records that wait, as far as there is room."""
         try:
             while waiting := self._waiting[name]:
                 self._waiting[name] = waiting[self._files[name].write(waiting) :]
         except OSError as error:
-            if waiting.count(b"\n") == 1:  # said once
+            if waiting.count(b"\n") == 1:  # the first record that waits
                 logger.warning(
                     f"{name}.jsonl cannot be written, its records wait: {error.strerror}"
                 )
 
     def flush(self) -> None:
-        """Bring every record so far into its file: what is about to be saved shall not be ahead of them."""
+        """Write every record so far to its file, before a checkpoint that is ahead of them is saved."""
         for name in self._files:
             self._append(name)
         self._draw(lambda board: board.flush())
@@ -144,25 +146,39 @@ class MetricWriter:
 
 
 def _cut_records(path: Path, step: int, epoch: int) -> int:
-    """Drop the records beyond `step` and `epoch` and a line that a kill left unfinished; the last one's step."""
+    """Drop the records beyond `step` and `epoch` and a line that a kill left unfinished; the last one's step.
+
+    Records of old runs get today's names, so that the file is uniform.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    places = [_place_of(line) for line in lines]
+    records = [_read_record(line) for line in lines]
     kept = [
-        (place[0], line)
-        for place, line in zip(places, lines, strict=True)
-        if place is not None and place[0] <= step and place[1] <= epoch
+        record for record in records if record and record.step <= step and record.epoch <= epoch
     ]
-    if None in places[:-1]:
-        logger.warning(f"{path}: {places[:-1].count(None)} damaged records are dropped")
-    if len(kept) < len(lines):
-        write_atomically(path, b"".join(line for _, line in kept))
-    return kept[-1][0] if kept else 0
+    if None in records[:-1]:
+        logger.warning(f"{path}: {records[:-1].count(None)} damaged records are dropped")
+    content = [record.line for record in kept]
+    if content != lines:
+        write_atomically(path, b"".join(content))
+    return kept[-1].step if kept else 0
 
 
-def _place_of(line: bytes) -> tuple[int, int] | None:
-    """Step and epoch of a record, 0 for one without an epoch; None where it is damaged or unfinished."""
+class _Record(NamedTuple):
+    """A line of a record file under today's names, its step, and its epoch or 0."""
+
+    line: bytes
+    step: int
+    epoch: int
+
+
+def _read_record(line: bytes) -> _Record | None:
+    """The record in `line`; None where it is damaged or unfinished."""
+    if not line.endswith(b"\n"):
+        return None
     try:
         record = json.loads(line.decode())
-        return (int(record["step"]), int(record.get("epoch", 0))) if line.endswith(b"\n") else None
+        if (translated := translate_record(record)) != record:
+            record, line = translated, (json.dumps(translated) + "\n").encode()
+        return _Record(line, int(record["step"]), int(record.get("epoch", 0)))
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None

@@ -1,7 +1,7 @@
 """Randomness as a function: every random number of a run comes from `key(seed, *words)`, no generator's state is saved.
 
-The words say what the numbers are for: ("sample", epoch, index) for a sample's augmentation, ("slot", step, micro-batch)
-for a micro-batch's mixing, erasing and drop path, ("order", epoch) for the order of an epoch.
+The words name the use: ("sample", epoch, index) is a sample's augmentation, ("slot", step, micro-batch) a
+micro-batch's mixing, erasing and drop path, ("order", epoch) the order of an epoch.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""Should the run stop before its end? On a signal or when its time is up, where all processes agree on it.
+"""Stop requests: by a signal or a time limit, at a step on which all processes agree.
 
-Imports no torch: main.py listens before the seconds that the import takes.
+Imports no torch: main.py handles signals before that import, which takes seconds.
 """
 
 import signal
@@ -11,16 +11,13 @@ from types import FrameType
 
 from utils.errors import StopRequested
 
-SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-)  # SIGUSR1: schedulers' warning before the end
-TIME_IS_UP = 1_000  # beside the numbers of signals
+# SIGUSR1 is what schedulers send before a job's time limit.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TIME_IS_UP = 1_000  # larger than the number of any signal
 
 
 class StopRequest:
-    """What asks this run to stop; with `max_seconds` above 0, that much time since the request was made."""
+    """Whether this run was asked to stop; with `max_seconds` above 0 also by that much time since its start."""
 
     def __init__(self, max_seconds: float):
         self._deadline = time.monotonic() + max_seconds if max_seconds else float("inf")
@@ -29,29 +26,29 @@ class StopRequest:
 
     @contextmanager
     def handle_signals(self) -> Iterator["StopRequest"]:
-        """Take signals instead of dying of them, however many come; the former handlers are put back at the end.
+        """Handle SIGNALS instead of dying of them; the former handlers are restored at the end.
 
-        Until `defer_to_steps` there is nothing to save: the first signal raises StopRequested where it comes.
+        Until `defer_to_steps` there is nothing to save: the first signal raises StopRequested at once.
         """
         former = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield self
         finally:
             for number, handler in former.items():
-                # Asked once, the process is leaving: another signal must not change its exit code.
+                # After a request the process is about to exit: another signal must not change its exit code.
                 signal.signal(number, signal.SIG_IGN if self._received else handler)
 
     def defer_to_steps(self) -> None:
-        """From now on a signal is only noted, for `agree` to tell."""
+        """From now on a signal is only noted, for `agree` to report."""
         self._starting = False
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether this process, perhaps alone, was asked to stop."""
         return bool(self._own())
 
     def agree(self) -> str | None:
-        """Why all processes are to stop now, None if they are not. Every process has to ask at the same point."""
+        """The reason for all processes to stop now, or None. A collective: every process calls it at the same step."""
         from utils.distributed import all_reduce_max
 
         agreed = all_reduce_max(self._own())

@@ -1,4 +1,4 @@
-"""Where does the time of a step go, and what would shorten it?"""
+"""Step timer: how long each phase of a step takes, and what bounds the speed."""
 
 import time
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 import torch
 
 PHASES = ("data_wait", "transform", "forward", "backward", "optimizer", "save", "other")
-STALLED = 0.1  # share of the time from which on a phase that computes nothing is the one to shorten
+STALLED = 0.1  # share of the time above which a phase that computes nothing is the bottleneck
 
 
 class StepTimer:
     """A clock for the phases of steps. `with timer("forward"):` gives the block's time to a phase.
 
-    A CUDA device computes behind the process that tells it what to do, so there marks are left in its stream, which
-    wait for nothing, and "data_wait" is how long the device itself stood still. What lies between the blocks is
-    "other". Gradients are reduced during "backward".
+    On a CUDA device, which computes asynchronously, events are recorded in its stream, which wait for nothing, and
+    "data_wait" is how long the device itself was idle. The time between the blocks is "other". Gradients are reduced
+    during "backward".
     """
 
     def __init__(self, device: torch.device):
@@ -30,8 +30,8 @@ class StepTimer:
         yield
         self._spans.append((phase, start, self._now()))
 
-    def lap(self) -> dict[str, float]:
-        """Seconds of every phase since the last lap; waits for the device."""
+    def flush(self) -> dict[str, float]:
+        """Seconds of every phase since the last flush; waits for the device."""
         end = self._now()
         seconds = dict.fromkeys(PHASES, 0.0)
         for phase, start, stop in self._spans:
@@ -43,9 +43,9 @@ class StepTimer:
     def _now(self) -> float | torch.cuda.Event:
         if not self._cuda:
             return time.perf_counter()
-        mark = torch.cuda.Event(enable_timing=True)
-        mark.record()
-        return mark
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _between(self, start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
         if not self._cuda:
@@ -55,13 +55,13 @@ class StepTimer:
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
-    """The share of every phase in all of them."""
+    """The share of each phase in the total."""
     total = sum(seconds.values())
     return {phase: value / total for phase, value in seconds.items()}
 
 
-def verdict(seconds: dict[str, float]) -> str:
-    """One line: what bounds the speed of the steps that took `seconds`, and which setting to change."""
+def bottleneck(seconds: dict[str, float]) -> str:
+    """What bounds the speed of the steps that took `seconds`, and which setting to change, in one line."""
     share = shares(seconds)
     if share["save"] > max(STALLED, share["data_wait"]):
         return (

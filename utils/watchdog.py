@@ -1,4 +1,4 @@
-"""Does the run still move? A process without progress for too long writes every thread's stack and ends."""
+"""Watchdog: a process without progress for too long writes every thread's stack and ends."""
 
 import faulthandler
 import os
@@ -32,11 +32,11 @@ class Watchdog:
         self.stop()
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """End the watch."""
         self._stopped.set()
 
     def beat(self) -> None:
-        """Note that something was done."""
+        """Note progress."""
         self._beats += 1
 
     def watch(self, batches: Iterable) -> Iterator:
@@ -62,7 +62,7 @@ class Watchdog:
         with self.file.open("w") as file:
             faulthandler.dump_traceback(file)
         message = (
-            f"nothing was done for {self.seconds:g} s (TRAIN.HANG_SECONDS); "
+            f"no progress for {self.seconds:g} s (TRAIN.HANG_SECONDS); "
             f"the stack of every thread is in {self.file}"
         )
         self._on_hang(message)

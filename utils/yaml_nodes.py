@@ -101,6 +101,6 @@ def dump(values: dict) -> str:
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def to_dict(cfg: CfgNode) -> dict:
+def to_dict(node: CfgNode) -> dict:
     """A configuration as plain dicts, for JSON."""
-    return {name: to_dict(v) if isinstance(v, dict) else v for name, v in cfg.items()}
+    return {name: to_dict(v) if isinstance(v, dict) else v for name, v in node.items()}

@@ -1,9 +1,5 @@
-"""Parity with the released code: logits, loss, sampling positions and gradient norms of the golden files.
+"""Parity with the released code: logits, loss, sampling positions and gradient norms."""
 
-pytest tests/golden
-"""
-
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,28 +9,29 @@ import torch
 from safetensors.torch import load_file
 
 import models  # noqa: F401  registers the variants
+from golden.fill import fill_state_dict, make_images
 from models.convert import checkpoint_filter_fn, to_official
 
 GOLDEN = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def fill():
-    spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("name", ["dat_tiny", "dat_base_384", "dat_pp_tiny", "dat_pp_base_384"])
-def test_golden_numbers(name, fill):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dat_tiny",
+        "dat_pp_tiny",
+        pytest.param("dat_base_384", marks=pytest.mark.slow),
+        pytest.param("dat_pp_base_384", marks=pytest.mark.slow),
+    ],
+)
+def test_golden_numbers(name):
     expected = load_file(GOLDEN / f"{name}.safetensors")
     metadata = json.loads((GOLDEN / f"{name}.json").read_text())
     model = timm.create_model(name).eval()
-    filled = fill.fill_state_dict(to_official(model.state_dict(), model))
+    filled = fill_state_dict(to_official(model.state_dict(), model))
     model.load_state_dict(checkpoint_filter_fn({"model": filled}, model))
     batch, size = len(expected["logits"]), model.pretrained_cfg["input_size"][1]
-    images = fill.make_images(batch, size, size)
+    images = make_images(batch, size, size)
 
     with torch.no_grad():
         sampling = model.sampling_positions(images)

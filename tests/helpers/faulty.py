@@ -1,4 +1,6 @@
-"""main.py with a model that fails on request: python tests/faulty.py ARGUMENTS --opts MODEL.NAME=faulty MODEL.ARGS.….
+"""main.py with a model that fails on request.
+
+python tests/helpers/faulty.py ARGUMENTS --opts MODEL.NAME=faulty MODEL.ARGS.….
 
 White images become NaN inside it. `fault: hang` or `fault: die` stops `rank` for good in its training pass number
 `at`, counted from 1; with many processes one pass comes before the first step.

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Which damaged, odd and malicious files must training survive? Image files and archives, made on demand.
+"""Damaged, odd and malicious files that training must survive: image files and archives, made on demand.
 
-python tests/reliability/bad_files.py FOLDER writes FOLDER/images, every kind of image file, and FOLDER/archives, every archive.
+python tests/reliability/bad_files.py FOLDER writes FOLDER/images, every kind of image file, and FOLDER/archives, every
+archive.
 """
 
 import argparse
@@ -19,20 +20,20 @@ import zipfile
 import zlib
 from pathlib import Path
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from helpers.pipeline import image_dataset
 from PIL import Image
 
-from data import ImageDataset
 from data.decode import UNREADABLE, decode
 from utils.errors import DataError
 
 GOOD, BAD = "read", "unreadable"  # what a reader makes of a file
 ANY = "either"  # as the libraries happen to be built
 IGNORED = "no image"
-REFUSED = "refused"  # of an archive, as a whole
+REFUSED = "refused"  # of an archive
 
 # --- Image files ----------------------------------------------------------------------------------
 
@@ -235,12 +236,12 @@ def make_bad_archives(folder: Path) -> dict[str, str]:
     return refusals
 
 
-def sound_zip(
+def valid_zip(
     *more: tuple[str | zipfile.ZipInfo, bytes], method: int = zipfile.ZIP_STORED
 ) -> bytes:
     """A zip of four images in two classes, and of `more` members."""
     with (
-        warnings.catch_warnings(action="ignore"),  # of names that stand twice
+        warnings.catch_warnings(action="ignore"),  # of names that appear twice
         zipfile.ZipFile(buffer := io.BytesIO(), "w", method) as archive,
     ):
         for name, data in (*_images(), *more):
@@ -248,7 +249,7 @@ def sound_zip(
     return buffer.getvalue()
 
 
-def sound_tar(*more: tarfile.TarInfo) -> bytes:
+def valid_tar(*more: tarfile.TarInfo) -> bytes:
     """A tar of four images in two classes, and of `more` members, which have no data."""
     with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w") as archive:
         for name, data in _images():
@@ -266,51 +267,51 @@ def _images() -> list[tuple[str, bytes]]:
 
 
 def _bad_zips() -> dict[str, tuple[bytes, str]]:
-    sound, jpeg = sound_zip(), encode(_picture(), "JPEG")
+    valid, jpeg = valid_zip(), encode(_picture(), "JPEG")
     link = zipfile.ZipInfo("class_0/link.jpg")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     zeros = zipfile.ZipInfo("class_0/zeros.jpg")
     zeros.compress_type = zipfile.ZIP_DEFLATED
     with zipfile.ZipFile(prefixed := io.BytesIO(), "w") as archive:
-        archive.writestr("class_0/train.zip", sound)
+        archive.writestr("class_0/train.zip", valid)
     return {
-        "parent": (sound_zip(("../class_0/evil.jpg", jpeg)), "leads out of the archive"),
-        "parent_inside": (sound_zip(("class_0/../../evil.jpg", jpeg)), "leads out of the archive"),
-        "absolute": (sound_zip(("/etc/evil.jpg", jpeg)), "leads out of the archive"),
-        "link": (sound_zip((link, b"/etc/passwd")), "is a link"),
-        "duplicate": (sound_zip(("class_0/0.jpg", jpeg[:-9])), "stands twice"),
-        "duplicate_spelling": (sound_zip(("./class_0//0.jpg", jpeg)), "stands twice"),
-        "bomb": (sound_zip((zeros, bytes(2**22))), "times its size"),
-        "bzip2": (sound_zip(method=zipfile.ZIP_BZIP2), "compressed by method 12"),
-        "encrypted": (_patch_zip(sound, 8, "<H", 1), "is encrypted"),
-        "huge": (_patch_zip(sound, 20, "<II", 2**30, 2**30), "more than 64 MiB"),
-        "lying_size": (_patch_zip(sound, 24, "<I", len(jpeg) + 1), "CRC-32"),
-        "elsewhere": (_patch_zip(sound, 42, "<I", 2**31), "would lie in bytes"),
-        "flipped_byte": (_flip(sound, 300), "CRC-32"),
-        "cut": (sound[:-100], "not a readable zip"),
-        "cut_in_front": (sound[5000:], "would lie in bytes"),
+        "parent": (valid_zip(("../class_0/evil.jpg", jpeg)), "leads out of the archive"),
+        "parent_inside": (valid_zip(("class_0/../../evil.jpg", jpeg)), "leads out of the archive"),
+        "absolute": (valid_zip(("/etc/evil.jpg", jpeg)), "leads out of the archive"),
+        "link": (valid_zip((link, b"/etc/passwd")), "is a link"),
+        "duplicate": (valid_zip(("class_0/0.jpg", jpeg[:-9])), "appears twice"),
+        "duplicate_spelling": (valid_zip(("./class_0//0.jpg", jpeg)), "appears twice"),
+        "bomb": (valid_zip((zeros, bytes(2**22))), "times its size"),
+        "bzip2": (valid_zip(method=zipfile.ZIP_BZIP2), "compressed by method 12"),
+        "encrypted": (_patch_zip(valid, 8, "<H", 1), "is encrypted"),
+        "huge": (_patch_zip(valid, 20, "<II", 2**30, 2**30), "more than 64 MiB"),
+        "lying_size": (_patch_zip(valid, 24, "<I", len(jpeg) + 1), "CRC-32"),
+        "elsewhere": (_patch_zip(valid, 42, "<I", 2**31), "would lie in bytes"),
+        "flipped_byte": (_flip(valid, 300), "CRC-32"),
+        "cut": (valid[:-100], "not a readable zip"),
+        "cut_in_front": (valid[5000:], "would lie in bytes"),
         "prefixed": (prefixed.getvalue(), "holds no image"),
     }
 
 
 def _bad_tars() -> dict[str, tuple[bytes, str]]:
-    sound = sound_tar()
+    valid = valid_tar()
     member_end = tarfile.BLOCKSIZE * (1 + -(-len(_images()[0][1]) // tarfile.BLOCKSIZE))
     long_names = _tar_member("x", tarfile.GNUTYPE_LONGNAME).tobuf() * 3000
     return {
-        "parent": (sound_tar(_tar_member("../class_0/evil.jpg")), "leads out of the archive"),
-        "absolute": (sound_tar(_tar_member("/etc/evil.jpg")), "leads out of the archive"),
-        "link": (sound_tar(_tar_member("class_0/a.jpg", tarfile.SYMTYPE)), "is a link"),
-        "hard_link": (sound_tar(_tar_member("class_0/a.jpg", tarfile.LNKTYPE)), "is a link"),
-        "device": (sound_tar(_tar_member("class_0/a.jpg", tarfile.CHRTYPE)), "a device"),
-        "pipe": (sound_tar(_tar_member("class_0/a.jpg", tarfile.FIFOTYPE)), "a device"),
-        "duplicate": (sound_tar(_tar_member("class_0/0.jpg")), "stands twice"),
-        "negative_size": (_patch_tar(sound, 124, b"\xff" * 11 + b"\x00"), "would lie in bytes"),
-        "huge": (_patch_tar(sound, 124, b"77777777777\0"), "would lie in bytes"),
-        "damaged_header": (_flip(sound, member_end + 10), "damaged or cut off at byte"),
-        "cut": (sound[: member_end + 600], "would lie in bytes"),
-        "cut_between": (sound[:member_end], "damaged or cut off at byte"),
-        "compressed": (gzip.compress(sound), "not a readable uncompressed tar"),
+        "parent": (valid_tar(_tar_member("../class_0/evil.jpg")), "leads out of the archive"),
+        "absolute": (valid_tar(_tar_member("/etc/evil.jpg")), "leads out of the archive"),
+        "link": (valid_tar(_tar_member("class_0/a.jpg", tarfile.SYMTYPE)), "is a link"),
+        "hard_link": (valid_tar(_tar_member("class_0/a.jpg", tarfile.LNKTYPE)), "is a link"),
+        "device": (valid_tar(_tar_member("class_0/a.jpg", tarfile.CHRTYPE)), "a device"),
+        "pipe": (valid_tar(_tar_member("class_0/a.jpg", tarfile.FIFOTYPE)), "a device"),
+        "duplicate": (valid_tar(_tar_member("class_0/0.jpg")), "appears twice"),
+        "negative_size": (_patch_tar(valid, 124, b"\xff" * 11 + b"\x00"), "would lie in bytes"),
+        "huge": (_patch_tar(valid, 124, b"77777777777\0"), "would lie in bytes"),
+        "damaged_header": (_flip(valid, member_end + 10), "damaged or cut off at byte"),
+        "cut": (valid[: member_end + 600], "would lie in bytes"),
+        "cut_between": (valid[:member_end], "damaged or cut off at byte"),
+        "compressed": (gzip.compress(valid), "not a readable uncompressed tar"),
         "headers_without_end": (long_names, "not a readable uncompressed tar"),
         "empty": (b"", "not a readable uncompressed tar"),
     }
@@ -364,16 +365,16 @@ def fuzz(data: bytes, source: random.Random) -> bytes:
 
 
 def read_fuzzed(seed: int, folder: Path) -> str:
-    """Damage one of `sound_files` at random, the same for the same seed, and read it as data are read.
+    """Damage one of `valid_files` at random, the same for the same seed, and read it as data are read.
 
     Returns GOOD, BAD or, for an archive that is not opened, REFUSED; any other exception is a fault of ours.
     """
     source = random.Random(seed)
-    name, content = source.choice(sorted(sound_files().items()))
+    name, content = source.choice(sorted(valid_files().items()))
     damaged = fuzz(content, source)
     if not name.endswith((".zip", ".tar")):
         try:
-            decode(damaged, upright=True)
+            decode(damaged, apply_exif=True)
         except UNREADABLE:
             return BAD
         return GOOD
@@ -381,14 +382,14 @@ def read_fuzzed(seed: int, folder: Path) -> str:
     path.parent.mkdir(parents=True)
     path.write_bytes(damaged)
     try:
-        dataset = ImageDataset(path.parent, "train", transform=torch.clone, skip_bad=True)
+        dataset = image_dataset(path.parent, transform=torch.clone, skip_bad=True)
     except DataError:
         return REFUSED
     return BAD if any(dataset[index].bad for index in range(len(dataset))) else GOOD
 
 
 @functools.cache
-def sound_files() -> dict[str, bytes]:
+def valid_files() -> dict[str, bytes]:
     """One healthy file of each format that is read, by name: what `fuzz` starts from."""
     picture, second = _picture(), [_picture().rotate(9)]
     return {
@@ -404,9 +405,10 @@ def sound_files() -> dict[str, bytes]:
         "a.webp": encode(picture, "WEBP"),
         "a.tiff": encode(picture, "TIFF"),
         "a.ppm": encode(picture, "PPM"),
-        "train.zip": sound_zip(),
-        "deflated/train.zip": sound_zip(method=zipfile.ZIP_DEFLATED),
-        "train.tar": sound_tar(),
+        "a.avif": encode(picture, "AVIF"),
+        "train.zip": valid_zip(),
+        "deflated/train.zip": valid_zip(method=zipfile.ZIP_DEFLATED),
+        "train.tar": valid_tar(),
     }
 
 

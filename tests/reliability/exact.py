@@ -1,6 +1,6 @@
-"""Figures 15 to 19: the same bits whatever the workers, processes and features, the same counts, the same as before.
+"""Checks 15 to 19: equal bits whatever the workers, processes and features; equal counts; the recorded values.
 
-After a change of numbers that is wanted, `python -m reliability.exact` writes golden.json anew.
+After an intended change of numbers, in the folder tests: PYTHONPATH=.. python -m reliability.exact writes bits.json.
 """
 
 import hashlib
@@ -13,86 +13,91 @@ import numpy as np
 import timm
 import torch
 import torchvision
+from helpers.images import write_image_folder
+from helpers.pipeline import train_transform
 
-import data
 from engine import compat
 from reliability.harness import (
     STOPPED,
-    Lab,
-    Outcome,
-    apart,
-    close,
+    Result,
+    Sandbox,
+    close_workers,
     differences,
     expect,
     finish,
     launch,
     outcome,
-    records,
+    read_records,
+    run_in_fork,
     run_of,
     stop_at,
-    write_images,
 )
 from utils.rng import key, permutation, reseed
 
-GOLDEN = Path(__file__).with_name("bits.json")
+RECORDED = Path(__file__).with_name("bits.json")
 
 
-def resumed(
-    lab: Lab, folder: Path, step: int, *settings: str, processes: int = 1, model: str = "dat"
+def stop_and_resume(
+    sandbox: Sandbox,
+    folder: Path,
+    step: int,
+    *settings: str,
+    processes: int = 1,
+    model: str = "dat",
 ) -> dict:
     """The outcome of a run that is asked to stop after `step` steps and then started again."""
     log, hook = folder / "log", stop_at(step)
-    command = lab.arguments(folder, *settings, model=model)
+    command = sandbox.arguments(folder, *settings, model=model)
     expect(launch(command, log=log, processes=processes, hooks=[hook]), STOPPED)
     finish(*command, log=log, processes=processes)
     return outcome(folder)
 
 
-def summary(trials: list[dict], what: str) -> Outcome:
+def summarize(trials: list[dict], what: str) -> Result:
     """An outcome of trials that are good if nothing is different."""
     equal = sum(not trial["different"] for trial in trials)
-    return Outcome(f"{equal}/{len(trials)} {what} equal", equal == len(trials), {"trials": trials})
+    return Result(f"{equal}/{len(trials)} {what} equal", equal == len(trials), {"trials": trials})
 
 
 # --- 15: workers, processes, positions ------------------------------------------------------------
 
-SIX_SLOTS = ("DATA.BATCH_SIZE=2", "TRAIN.GLOBAL_BATCH_SIZE=12")  # four steps an epoch
+SIX_MICRO_BATCHES = ("DATA.BATCH_SIZE=2", "TRAIN.GLOBAL_BATCH_SIZE=12")  # four steps an epoch
 POSITIONS = {"the start": 4, "the middle": 6, "the last step": 7}  # of the second epoch
 
 
-def reference(lab: Lab, processes: int) -> None:
+def run_reference(sandbox: Sandbox, processes: int) -> None:
     """The run of six micro-batches without a stop, all images read by the process itself."""
-    folder = lab.room("grid", processes)
-    finish(*lab.arguments(folder, *SIX_SLOTS), log=folder / "log", processes=processes)
+    folder = sandbox.new_folder("grid", processes)
+    finish(*sandbox.arguments(folder, *SIX_MICRO_BATCHES), log=folder / "log", processes=processes)
 
 
-def cell(lab: Lab, place: tuple[int, int, str]) -> dict:
+def grid_trial(sandbox: Sandbox, place: tuple[int, int, str]) -> dict:
     """Stop and resume at one position of the epoch with one number of loader workers and of processes."""
     workers, processes, position = place
-    folder = lab.room("grid", "-".join(map(str, place)))
-    settings = *SIX_SLOTS, f"DATA.NUM_WORKERS={workers}"
-    found = resumed(lab, folder, POSITIONS[position], *settings, processes=processes)
-    different = differences(found, outcome(lab.folder / "grid" / str(processes)))
+    folder = sandbox.new_folder("grid", "-".join(map(str, place)))
+    settings = *SIX_MICRO_BATCHES, f"DATA.NUM_WORKERS={workers}"
+    found = stop_and_resume(sandbox, folder, POSITIONS[position], *settings, processes=processes)
+    different = differences(found, outcome(sandbox.folder / "grid" / str(processes)))
     return {"workers": workers, "processes": processes, "at": position, "different": different}
 
 
-def grid(lab: Lab) -> Outcome:
+def check_resume_grid(sandbox: Sandbox) -> Result:
     """Loader workers (persistent, as they always are) × processes × position in the epoch where the run resumed."""
     places = list(itertools.product((0, 1, 2, 4), (1, 2, 3), POSITIONS))
-    if lab.short:  # every value of each, eight times of the 36
+    if sandbox.short:  # every value of each, eight times of the 36
         places = places[::5]
-    lab.map(reference, (3, 2, 1))
-    return summary(lab.map(cell, places), "cells (CPU)")
+    sandbox.map(run_reference, (3, 2, 1))
+    return summarize(sandbox.map(grid_trial, places), "cells (CPU)")
 
 
 # --- 16: other numbers of processes ---------------------------------------------------------------
 
 
-def moved(lab: Lab, sizes: tuple[int, ...]) -> dict:
-    """Run in parts on so many processes each, two steps to a part but the last; an exact world size throughout."""
-    folder = lab.room("moved", "-".join(map(str, sizes)))
+def processes_trial(sandbox: Sandbox, sizes: tuple[int, ...]) -> dict:
+    """Run in parts on so many processes each, two steps to a part but the last; TRAIN.EXACT_WORLD_SIZE throughout."""
+    folder = sandbox.new_folder("moved", "-".join(map(str, sizes)))
     settings = "DATA.BATCH_SIZE=2", "TRAIN.GLOBAL_BATCH_SIZE=16", "TRAIN.EXACT_WORLD_SIZE=True"
-    command = lab.arguments(folder, *settings)
+    command = sandbox.arguments(folder, *settings)
     for part, processes in enumerate(sizes[:-1], start=1):
         hook = stop_at(2 * part)
         victim = launch(command, log=folder / "log", processes=processes, hooks=[hook])
@@ -101,15 +106,15 @@ def moved(lab: Lab, sizes: tuple[int, ...]) -> dict:
     return {"processes": " → ".join(map(str, sizes)), "outcome": outcome(folder)}
 
 
-def world_sizes(lab: Lab) -> Outcome:
+def check_numbers_of_processes(sandbox: Sandbox) -> Result:
     """TRAIN.EXACT_WORLD_SIZE on 1, 2, 4 (and 8) processes and moved between them: one outcome."""
-    ways = [(1,), (2,), (4,), (4, 1, 2)] + ([] if lab.short else [(8,), (1, 8), (4, 1, 2, 8)])
-    trials = lab.map(moved, ways)
+    ways = [(1,), (2,), (4,), (4, 1, 2)] + ([] if sandbox.short else [(8,), (1, 8), (4, 1, 2, 8)])
+    trials = sandbox.map(processes_trial, ways)
     first = trials[0]["outcome"]
     trials = [
         {"processes": t["processes"], "different": differences(t["outcome"], first)} for t in trials
     ]
-    return summary(trials, "ways")
+    return summarize(trials, "ways")
 
 
 # --- 17: features ---------------------------------------------------------------------------------
@@ -134,22 +139,22 @@ FEATURES = {
 }
 
 
-def feature(lab: Lab, name: str) -> dict:
+def feature_trial(sandbox: Sandbox, name: str) -> dict:
     """A run with one feature off, or another model: stopped at a random step and resumed, against unbroken."""
     model, settings = FEATURES[name]
-    step = lab.random("feature", name).randrange(1, 6)
+    step = sandbox.random("feature", name).randrange(1, 6)
     number = list(FEATURES).index(name)
-    unbroken = lab.room("features", number, "unbroken")
-    command = lab.arguments(unbroken, *ONE_EPOCH, *settings, model=model)
+    unbroken = sandbox.new_folder("features", number, "unbroken")
+    command = sandbox.arguments(unbroken, *ONE_EPOCH, *settings, model=model)
     finish(*command, log=unbroken / "log")
-    folder = lab.room("features", number, "resumed")
-    found = resumed(lab, folder, step, *ONE_EPOCH, *settings, model=model)
+    folder = sandbox.new_folder("features", number, "resumed")
+    found = stop_and_resume(sandbox, folder, step, *ONE_EPOCH, *settings, model=model)
     return {"feature": name, "at": step, "different": differences(found, outcome(unbroken))}
 
 
-def features(lab: Lab) -> Outcome:
+def check_features(sandbox: Sandbox) -> Result:
     """Every feature on, each of them off, other models: stopped and resumed against unbroken."""
-    return summary(lab.map(feature, FEATURES), "settings")
+    return summarize(sandbox.map(feature_trial, FEATURES), "settings")
 
 
 # --- 18: evaluation -------------------------------------------------------------------------------
@@ -158,10 +163,10 @@ SIZES = (1, 7, 257)  # validation images
 BATCHES = (1, 7, 64)
 
 
-def write_validation(lab: Lab, number: int) -> Path:
+def write_validation(sandbox: Sandbox, number: int) -> Path:
     """A data set with exactly `number` validation images, of as many of the four classes as they fill."""
-    root = lab.room("evaluation", f"images-{number}")
-    write_images(root, train=1, val=-(-number // 4))
+    root = sandbox.new_folder("evaluation", f"images-{number}")
+    write_image_folder(root, train=1, val=-(-number // 4))
     files = sorted((root / "val").rglob("*.jpg"), key=lambda file: (file.name, file.parent.name))
     for file in files[number:]:
         file.unlink()
@@ -171,34 +176,36 @@ def write_validation(lab: Lab, number: int) -> Path:
     return root
 
 
-def evaluated(lab: Lab, processes: int) -> dict:
+def evaluation_trial(sandbox: Sandbox, processes: int) -> dict:
     """Counts by (images, batch) of a group of so many processes, which evaluates them all one after the other."""
-    log = lab.folder / "evaluation" / f"log-{processes}"
+    log = sandbox.folder / "evaluation" / f"log-{processes}"
     cases = list(itertools.product(SIZES, BATCHES))
     commands = []
     for number, batch in cases:
-        images = lab.folder / "evaluation" / f"images-{number}"
+        images = sandbox.folder / "evaluation" / f"images-{number}"
         settings = f"TEST.BATCH_SIZE={batch}", "DATA.VAL_SUBSET=True", "AMP_DTYPE=float32"
-        run = run_of(lab.folder / "evaluation" / "run")
-        command = lab.arguments(lab.folder / "evaluation" / "run", *settings, images=images)
+        run = run_of(sandbox.folder / "evaluation" / "run")
+        command = sandbox.arguments(sandbox.folder / "evaluation" / "run", *settings, images=images)
         commands.append([*command, "--eval", "--resume", str(run)])
     victim = launch(*commands, log=log, processes=processes)
     expect(victim, 0)
-    found = [json.loads(line) for line in victim.words.splitlines() if line.startswith('{"weights')]
+    found = [
+        json.loads(line) for line in victim.output.splitlines() if line.startswith('{"weights')
+    ]
     names = ("images", "top1", "top5")
     counts = [{kind: [r[kind][n] for n in names] for kind in ("model", "ema")} for r in found]
     keys = [f"{number} images, batch {batch}" for number, batch in cases]
     return dict(zip(keys, counts, strict=True))
 
 
-def evaluation(lab: Lab) -> Outcome:
+def check_evaluation(sandbox: Sandbox) -> Result:
     """Every image counted once, whatever the processes and the batch."""
-    folder = lab.room("evaluation", "run")
-    finish(*lab.arguments(folder, *ONE_EPOCH), log=folder / "log")
+    folder = sandbox.new_folder("evaluation", "run")
+    finish(*sandbox.arguments(folder, *ONE_EPOCH), log=folder / "log")
     for number in SIZES:
-        write_validation(lab, number)
+        write_validation(sandbox, number)
     groups = range(8, 0, -1)
-    found = dict(zip(groups, lab.map(evaluated, groups), strict=True))
+    found = dict(zip(groups, sandbox.map(evaluation_trial, groups), strict=True))
     wrong = []
     for number, batch in itertools.product(SIZES, BATCHES):
         expected = found[1][f"{number} images, batch 1"]
@@ -209,31 +216,31 @@ def evaluation(lab: Lab) -> Outcome:
         ]
     cells = len(groups) * len(SIZES) * len(BATCHES)
     details = {"counts (images, top-1, top-5)": found[1], "wrong": wrong}
-    return Outcome(f"{cells - len(wrong)}/{cells} equal", not wrong, details)
+    return Result(f"{cells - len(wrong)}/{cells} equal", not wrong, details)
 
 
-# --- 19: golden values ----------------------------------------------------------------------------
+# --- 19: recorded values --------------------------------------------------------------------------
 
 
-def losses(lab: Lab, model: str) -> list[float]:
+def train_losses(sandbox: Sandbox, model: str) -> list[float]:
     """The training losses of 50 steps."""
-    folder = lab.room("golden", model)
+    folder = sandbox.new_folder("losses", model)
     settings = "TRAIN.EPOCHS=9", "EVAL_FREQ=9", "SAVE_STEPS=0", "SAVE_FREQ=9"
-    command = lab.arguments(folder, *settings, "AMP_DTYPE=float32", model=model)
+    command = sandbox.arguments(folder, *settings, "AMP_DTYPE=float32", model=model)
     victim = launch(command, log=folder / "log", hooks=[stop_at(50)])
     expect(victim, STOPPED)
-    return [record["train/loss"] for record in records(run_of(folder) / "metrics.jsonl")]
+    return [record["train/loss"] for record in read_records(run_of(folder) / "metrics.jsonl")]
 
 
-def order_hash() -> str:
+def hash_order() -> str:
     """SHA-256 of the order of 1,000 images in epochs 0 to 2."""
     orders = [permutation(1000, key(0, "order", epoch)) for epoch in range(3)]
     return hashlib.sha256(np.stack(orders).astype("<i8").tobytes()).hexdigest()
 
 
-def batch_hash() -> str:
+def hash_augmented() -> str:
     """SHA-256 of 16 augmented images of a drawn picture, which no decoder has touched."""
-    transform = data.train_transform(32)
+    transform = train_transform(32)
     picture = torch.arange(48 * 64 * 3).remainder(251).to(torch.uint8).view(48, 64, 3)
     digest = hashlib.sha256()
     for index in range(16):
@@ -242,42 +249,42 @@ def batch_hash() -> str:
     return digest.hexdigest()
 
 
-def current_values(lab: Lab) -> dict:
-    """What golden.json holds, of this code on this machine."""
+def current_values(sandbox: Sandbox) -> dict:
+    """What bits.json holds, computed by this code on this machine."""
     names = ("dat", "swin", "batch_norm")
     return {
-        "world": {
+        "environment": {
             "device": compat.device_name(torch.device("cpu")),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "timm": timm.__version__,
         },
-        "order": order_hash(),
-        "augmented": apart(batch_hash),
-        "losses": dict(zip(names, lab.map(losses, names), strict=True)),
+        "order": hash_order(),
+        "augmented": run_in_fork(hash_augmented),
+        "losses": dict(zip(names, sandbox.map(train_losses, names), strict=True)),
     }
 
 
-def golden(lab: Lab) -> Outcome:
-    """Losses, order and augmentation against golden.json."""
-    found, expected = current_values(lab), json.loads(GOLDEN.read_text())
+def check_recorded_values(sandbox: Sandbox) -> Result:
+    """Losses, order and augmentation against bits.json."""
+    found, expected = current_values(sandbox), json.loads(RECORDED.read_text())
     wrong = [name for name in ("order", "augmented") if found[name] != expected[name]]
-    same_world = found["world"] == expected["world"]
+    same = found["environment"] == expected["environment"]
     distance = 0.0
     for name, values in found["losses"].items():
         ratio = np.array(values) / np.array(expected["losses"][name])
         distance = max(distance, float(np.abs(ratio - 1).max()))
-    if distance > (0 if same_world else 1e-3):
+    if distance > (0 if same else 1e-3):
         wrong.append("losses")
-    where = "equal bits" if same_world else "another processor or library: within 1e-3"
+    where = "equal bits" if same else "another processor or library: within 1e-3"
     measured = f"{', '.join(wrong)} differ" if wrong else where
     details = {"wrong": wrong, "largest relative distance": distance, "found": found}
-    return Outcome(measured, not wrong, details)
+    return Result(measured, not wrong, details)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        current = current_values(Lab.opened(Path(scratch), seed=0, short=True))
-        close()
-    GOLDEN.write_text(json.dumps(current, indent=1) + "\n")
-    print(f"{GOLDEN} holds what this code computes now")
+        current = current_values(Sandbox.create(Path(scratch), seed=0, short=True))
+        close_workers()
+    RECORDED.write_text(json.dumps(current, indent=1) + "\n")
+    print(f"{RECORDED} holds what this code computes now")

@@ -1,8 +1,8 @@
-"""How is a run started, killed, and compared with one that nothing happened to?
+"""Harness of the scorecard: start a run, kill it, and compare it with one that nothing happened to.
 
 A trial runs in one of two workers, forked from a process that has imported everything and computed nothing. It forks
-its victims in turn, each of which runs main.py's `main` as a process of its own: that saves every start-up's imports,
-without which twenty kills would take half an hour.
+its victims in turn, each of which runs main.py's `main` in a process of its own. Imports take seconds: without the
+forks twenty kills would take half an hour.
 """
 
 import contextlib
@@ -25,26 +25,25 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from helpers.images import write_image_folder
 
 import main
 from engine import checkpoint
 from utils.logging import logger
 
-logger.addHandler(logging.NullHandler())  # the trials' words are in their logs
+logger.addHandler(logging.NullHandler())  # a trial writes to a log of its own
 for _late in ("engine.train", "torch._dynamo", "torch.utils.tensorboard"):
     importlib.import_module(_late)  # here, once, and not in every victim
 
 ROOT = Path(__file__).resolve().parents[2]
 FORK = multiprocessing.get_context("fork")
 WORKERS = 2  # trials at a time, on the two cores of a small machine
-PATIENCE = 300.0  # seconds after which a victim that should have ended is taken for hung
+TIMEOUT = 300.0  # seconds after which a victim that should have ended counts as hung
 
 STOPPED = 75  # the exit code of a run that was asked to stop
 ENDLESS = ("TRAIN.EPOCHS=1000000", "EVAL_FREQ=1000000", "SAVE_FREQ=1000000")
 
-# Every feature of a step is on. An epoch of the lab's 48 training images is six steps.
+# Every feature of a step is on. An epoch of the sandbox's 48 training images is six steps.
 TINY = """
 AMP_DTYPE: bfloat16
 PRINT_FREQ: 1
@@ -74,12 +73,12 @@ MODELS = {
 
 
 class NotRunError(Exception):
-    """This machine cannot run a figure; the message says what it lacks."""
+    """This machine cannot run a check; the message names what it lacks."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a figure found: a few words, whether they reach the target, and everything that a replay needs."""
+class Result:
+    """What a check found: a few words, whether they reach the target, and everything that a repetition needs."""
 
     measured: str
     passed: bool
@@ -87,17 +86,17 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Lab:
-    """Where trials take place: a folder for what they write, the seed of every fault, the length of the scorecard."""
+class Sandbox:
+    """Where trials run: a folder for what they write, the seed of every fault, the form of the scorecard."""
 
     folder: Path
     seed: int
     short: bool
 
     @classmethod
-    def opened(cls, folder: Path, seed: int, short: bool) -> "Lab":
-        """A lab in `folder`, with its data set and configuration."""
-        write_images(folder / "images", train=12, val=2)
+    def create(cls, folder: Path, seed: int, short: bool) -> "Sandbox":
+        """A sandbox in `folder`, with its data set and configuration."""
+        write_image_folder(folder / "images", train=12, val=2)
         for name, text in MODELS.items():
             (folder / f"{name}.yaml").write_text(TINY.rstrip("\n") + text)
         return cls(folder, seed, short)
@@ -107,11 +106,11 @@ class Lab:
         return random.Random("/".join(map(str, (self.seed, *words))))
 
     def count(self, short: int, full: int) -> int:
-        """`short` or `full`, as the scorecard is."""
+        """`short` or `full`, by the form of the scorecard."""
         return short if self.short else full
 
-    def room(self, *words: int | str) -> Path:
-        """An empty folder."""
+    def new_folder(self, *words: int | str) -> Path:
+        """An empty folder at that path below the sandbox's."""
         path = self.folder.joinpath(*map(str, words))
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -129,22 +128,8 @@ class Lab:
         return list(_workers().map(trial, *zip(*((self, item) for item in items), strict=True)))
 
 
-def write_images(root: Path, *, train: int, val: int, classes: int = 4, size: int = 40) -> None:
-    """JPEGs of noise around a colour per class, `train` and `val` of each, in ImageNet's layout."""
-    rng = np.random.default_rng(0)
-    colours = rng.integers(40, 216, (classes, 3))
-    for split, count in (("train", train), ("val", val)):
-        for label, colour in enumerate(colours):
-            folder = root / split / f"class_{label}"
-            folder.mkdir(parents=True, exist_ok=True)
-            for number in range(count):
-                pixels = colour + rng.integers(-40, 41, (size, size, 3))
-                picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                picture.save(folder / f"{number:04d}.jpg", quality=90)
-
-
-def apart(function: Callable, *arguments: object, seconds: float = PATIENCE) -> object:
-    """`function(*arguments)` in a process of its own: what has computed with torch must not be forked again.
+def run_in_fork(function: Callable, *arguments: object, seconds: float = TIMEOUT) -> object:
+    """`function(*arguments)`, called in a forked process: a process that computed with torch must not fork again.
 
     Raises TimeoutError, and EOFError where that process died.
     """
@@ -174,13 +159,11 @@ class Victim:
     def signal(self, number: int, *ranks: int) -> None:
         """Send signal `number` to some of the processes, by default to all."""
         for process in [self.processes[rank] for rank in ranks] or self.processes:
-            if (
-                process.is_alive()
-            ):  # or a zombie until it is init_distributed: the number is not another's
+            if process.is_alive():  # until it is joined, no other process gets its number
                 os.kill(process.pid, number)
 
-    def wait(self, seconds: float = PATIENCE) -> list[int]:
-        """The exit codes, once all have ended; a victim that does not is killed, and answers -9."""
+    def wait(self, seconds: float = TIMEOUT) -> list[int]:
+        """The exit codes, once all have ended; a victim that does not is killed: -9."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -190,7 +173,7 @@ class Victim:
         return [process.exitcode for process in self.processes]
 
     def ended_within(self, seconds: float) -> bool:
-        """Whether all end in that time; they are left alone if not."""
+        """Whether all end in that time; those that do not keep running."""
         deadline = time.monotonic() + seconds
         while any(process.is_alive() for process in self.processes):
             if time.monotonic() > deadline:
@@ -199,8 +182,8 @@ class Victim:
         return True
 
     @property
-    def words(self) -> str:
-        """What it wrote to the console so far."""
+    def output(self) -> str:
+        """What it printed so far."""
         return self.log.read_text(errors="replace")
 
 
@@ -221,16 +204,16 @@ def launch(
 
 
 def finish(*command: str, log: Path, **options) -> Victim:
-    """Run one command to its end; anything but exit code 0 is an AssertionError with its last words."""
+    """Run one command to its end; any exit code but 0 is an AssertionError with its last output."""
     victim = launch(list(command), log=log, **options)
     expect(victim, 0)
     return victim
 
 
 def expect(victim: Victim, code: int) -> None:
-    """Wait for the end; any other exit code than `code` is an AssertionError with the last words."""
+    """Wait for the end; any other exit code than `code` is an AssertionError with the last output."""
     codes = victim.wait()
-    assert set(codes) == {code}, f"{victim.log}: exit codes {codes}: {victim.words[-1000:]}"
+    assert set(codes) == {code}, f"{victim.log}: exit codes {codes}: {victim.output[-1000:]}"
 
 
 def _victim(
@@ -260,8 +243,8 @@ def _workers() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(WORKERS, mp_context=FORK, initializer=_start_worker)
 
 
-def close() -> None:
-    """Let the trials that still run end; a figure that failed may have left some."""
+def close_workers() -> None:
+    """Wait for the trials that still run; a check that failed may have left some."""
     if _workers.cache_info().currsize:
         _workers().shutdown(cancel_futures=True)
         _workers.cache_clear()
@@ -277,8 +260,8 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def marked(*settings: str) -> list[int]:
-    """The living processes that were started, or whose forebears were, with all of NAME=VALUE in the environment."""
+def find_processes(*settings: str) -> list[int]:
+    """The ids of the running processes that have all of NAME=VALUE in the environment they were started with."""
     wanted = {setting.encode() for setting in settings}
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -326,11 +309,6 @@ def stop_at(step: int) -> Callable[[int], None]:
     return at_step(step, lambda rank: os.kill(os.getpid(), signal.SIGTERM))
 
 
-def set_environment(name: str, value: str, rank: int) -> None:
-    """Have an environment variable."""
-    os.environ[name] = value
-
-
 # --- What a run leaves ----------------------------------------------------------------------------
 
 
@@ -355,7 +333,7 @@ def differences(found: dict, expected: dict) -> list[str]:
     return sorted(name for name in found | expected if found.get(name) != expected.get(name))
 
 
-def records(file: Path) -> list[dict]:
+def read_records(file: Path) -> list[dict]:
     """The records of a .jsonl file."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 

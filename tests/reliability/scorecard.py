@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""What does this trainer survive, and does it end in the same bits? The 24 figures of the fault map, measured.
+"""Scorecard of reliability: 24 checks of what a run survives, and whether it ends in the same bits.
 
-python tests/reliability/scorecard.py --short                    five minutes on two quiet cores
+python tests/reliability/scorecard.py --short                    six minutes on two quiet cores
 python tests/reliability/scorecard.py                            an hour
-python tests/reliability/scorecard.py --only 1,7 --fault-seed 5  two figures, with the kills and damages of seed 5
+python tests/reliability/scorecard.py --only 1,7 --fault-seed 5  two checks, with the kills and damages of seed 5
+python tests/reliability/scorecard.py --write docs/reliability.md
 
-One line per figure. The details of every trial are in the file of --out, which is written after each figure: what an
-interrupted scorecard measured is not lost. Exit code 1 if a figure fails. A figure that this machine cannot measure
-is not run and says why.
+--out FILE holds the details of every trial and is written after each check, so that an interrupted scorecard keeps
+what it measured. --write FILE replaces what a page has between its two scorecard markers. A check that this machine
+cannot run is reported as NOT RUN with the reason. Exit code 1 if a check fails.
 """
 
 import argparse
@@ -23,25 +24,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from engine import compat
 from reliability import cost, exact, inputs, process, storage
-from reliability.harness import Lab, NotRunError, Outcome, close, kill, marked
+from reliability.harness import NotRunError, Result, Sandbox, close_workers, find_processes, kill
 from utils.files import write_atomically
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One line of the scorecard."""
+class Check:
+    """One row of the scorecard."""
 
     number: int
     name: str
-    measure: Callable[[Lab], Outcome]
+    measure: Callable[[Sandbox], Result]
     short: str  # the target of the short form
-    full: str = ""  # of the full one, where it is another
+    full: str = ""  # of the full form, where it differs
 
     def target(self, short: bool) -> str:
         """What has to be reached."""
@@ -49,49 +51,50 @@ class Figure:
 
 
 # fmt: off
-FIGURES = (
-    Figure(1, "kill -9 at random times, bits equal after", process.kill_at_random_times, "20/20", "500/500"),
-    Figure(2, "kill -9 at each point of the save path", storage.kill_points, "all points, 100 %"),
-    Figure(3, "work lost by a kill; images repeated, skipped", process.work_lost, "≤ interval + 1; 0, 0"),
-    Figure(4, "signals: exit 75, bits equal after", process.stop_on_request, "30/30", "300/300"),
-    Figure(5, "a process dies: the others end, no orphans", process.rank_death, "≤ 5 s; 0"),
-    Figure(6, "a hang is found, the stack names the line", process.hang, "≤ timeout + 5 s"),
-    Figure(7, "damaged checkpoints detected", storage.detected, "220/220, 0 silent", "5000/5000, 0 silent"),
-    Figure(8, "went on from the newest whole one", storage.fall_back, "100 %"),
-    Figure(9, "no room: checkpoints intact, bits equal after", storage.no_room, "10/10", "40/40"),
-    Figure(10, "second run in the same folder refused", storage.races, "100/100"),
-    Figure(11, "bad files: kinds; fuzzed", inputs.bad_files, "≥ 35; 1,200; 0 foreign", "≥ 35; 12,000; 0 foreign"),
-    Figure(12, "bad files reported = planted", inputs.bad_samples, "equal"),
-    Figure(13, "wrong configurations: place, key, remedy", inputs.wrong_configurations, "≥ 70, 100 %"),
-    Figure(14, "malicious files blocked, canary unharmed", inputs.malicious_files, "≥ 15, 100 %"),
-    Figure(15, "workers × processes × position: bits equal", exact.grid, "8/8", "36/36"),
-    Figure(16, "other numbers of processes: bits equal", exact.world_sizes, "W ≤ 4", "W ≤ 8"),
-    Figure(17, "each feature off, other models: bits equal", exact.features, "all"),
-    Figure(18, "evaluation: processes × batch × images", exact.evaluation, "72/72 equal"),
-    Figure(19, "golden losses, order, augmentation", exact.golden, "equal"),
-    Figure(20, "soak: speed drift, memory, leaks", cost.soak, "30 s, 0 leaked", "30 min, < 2 %, 0 leaked"),
-    Figure(21, "cost of safety; stall of a save", cost.cost, "< 1 %; < 0.5 s/100 MB"),
-    Figure(22, "resume: middle of an epoch as fast as start", cost.resume_time, "< 10 % apart"),
-    Figure(23, "useful time under a kill per 60 s", process.effective_time, "≥ 80 %"),
-    Figure(24, "metrics.jsonl after kills", process.metrics_equal, "byte-equal"),
+CHECKS = (
+    Check(1, "kill -9 at random times, bits equal after", process.check_random_kills, "20/20", "500/500"),
+    Check(2, "kill -9 at each point of a save", storage.check_kill_points, "11/11 points, all survived"),
+    Check(3, "work lost by a kill; images repeated, skipped", process.check_work_lost, "≤ interval + 1; 0, 0"),
+    Check(4, "signals: exit code 75, bits equal after", process.check_signals, "30/30", "300/300"),
+    Check(5, "a process dies: the others end, no orphans", process.check_process_death, "≤ 5 s; 0"),
+    Check(6, "a hang is found, the stack names the line", process.check_hang, "≤ timeout + 5 s"),
+    Check(7, "damaged checkpoints detected", storage.check_damage, "220/220, 0 silent", "5000/5000, 0 silent"),
+    Check(8, "resumed from the newest valid checkpoint", storage.check_fallback, "20/20", "200/200"),
+    Check(9, "no space: checkpoints intact, bits equal after", storage.check_no_space, "10/10", "40/40"),
+    Check(10, "second run in the same folder refused", storage.check_locks, "100/100"),
+    Check(11, "bad files: kinds; fuzzed", inputs.check_bad_files, "≥ 35; 1,200; 0 foreign", "≥ 35; 12,000; 0 foreign"),
+    Check(12, "bad files reported = planted", inputs.check_bad_samples, "equal"),
+    Check(13, "wrong configurations: place, key, remedy", inputs.check_wrong_configurations, "≥ 70, 100 %"),
+    Check(14, "malicious files blocked, nothing executed", inputs.check_malicious_files, "≥ 15, 100 %"),
+    Check(15, "workers × processes × position: bits equal", exact.check_resume_grid, "8/8", "36/36"),
+    Check(16, "other numbers of processes: bits equal", exact.check_numbers_of_processes, "up to 4", "up to 8"),
+    Check(17, "each feature off, other models: bits equal", exact.check_features, "all"),
+    Check(18, "evaluation: processes × batch × images", exact.check_evaluation, "72/72 equal"),
+    Check(19, "losses, order, augmentation as recorded", exact.check_recorded_values, "equal"),
+    Check(20, "soak: speed drift, memory growth, leaks", cost.check_soak,
+          "30 s: ≥ -25 %, < +5 %, 0", "30 min: ≥ -2 %, < +2 %, 0"),
+    Check(21, "cost of safety; stall of a save", cost.check_cost, "< 1 %; < 0.5 s/100 MB"),
+    Check(22, "resume: middle of an epoch as fast as start", cost.check_resume_time, "< 10 % slower"),
+    Check(23, "useful time under a kill per 60 s", process.check_useful_time, "≥ 80 %"),
+    Check(24, "metrics.jsonl after kills", process.check_metrics, "byte-equal"),
 )
 # fmt: on
 
 
-def measured(figure: Figure, lab: Lab) -> dict:
-    """The record of one figure; whatever goes wrong in it is its result and not the end of the others."""
+def run_check(check: Check, sandbox: Sandbox) -> dict:
+    """The record of one check; an exception in it is a failure of this check alone."""
     start = time.monotonic()
     try:
-        found = figure.measure(lab)
+        found = check.measure(sandbox)
         words, result, details = found.measured, "PASS" if found.passed else "FAIL", found.details
     except NotRunError as error:
         words, result, details = str(error), "NOT RUN", {}
     except Exception as error:  # noqa: BLE001  what cannot be measured has failed
         words, result, details = f"{type(error).__name__}: {error}", "FAIL", {}
     return {
-        "number": figure.number,
-        "name": figure.name,
-        "target": figure.target(lab.short),
+        "number": check.number,
+        "name": check.name,
+        "target": check.target(sandbox.short),
         "measured": words,
         "result": result,
         "seconds": round(time.monotonic() - start, 1),
@@ -99,12 +102,15 @@ def measured(figure: Figure, lab: Lab) -> dict:
     }
 
 
-ROW = "{:>2}  {:<46} {:<24} {:<43} {} {:>6}"
+# --- Tables ---------------------------------------------------------------------------------------
+
+ROW = "{:>2}  {:<46} {:<26} {:<43} {} {:>6}"
 COLOURS = {"PASS": 32, "FAIL": 31, "NOT RUN": 33}
+BEGIN, END = "<!-- scorecard:begin -->", "<!-- scorecard:end -->"
 
 
-def row(record: dict) -> str:
-    """A record as a line of the table, coloured on a terminal."""
+def format_row(record: dict) -> str:
+    """A record as a line of the console's table, coloured on a terminal."""
     words = " ".join(record["measured"].split())
     words = words if len(words) <= 43 else f"{words[:42]}…"
     result = f"{record['result']:<7}"
@@ -114,79 +120,125 @@ def row(record: dict) -> str:
     return ROW.format(record["number"], record["name"], record["target"], words, result, seconds)
 
 
-def scorecard(figures: list[Figure], lab: Lab, out: Path) -> int:
-    """Measure `figures` in turn and write `out` after each; returns the number of failures."""
-    head = {
+def count_results(records: list[dict]) -> str:
+    """How many checks passed, failed and were not run."""
+    results = [record["result"] for record in records]
+    return ", ".join(f"{results.count(word)} {word.lower()}" for word in COLOURS)
+
+
+def format_markdown(card: dict) -> str:
+    """A scorecard as Markdown: commit, machine and date, then the table."""
+    lines = [
+        f"{card['form'].capitalize()} form, commit {card['commit']}, {card['date'].split()[0]}, {card['cores']} cores "
+        f"of {card['machine']}, torch {card['versions']['torch']}, fault seed {card['fault_seed']}: "
+        f"{count_results(card['checks'])}.",
+        "",
+        "| # | Check | Target | Measured | Result | Time |",
+        "|--:|---|---|---|---|--:|",
+    ]
+    for record in card["checks"]:
+        words = " ".join(record["measured"].split()).replace("|", "\\|")
+        columns = record["number"], record["name"], record["target"], words, record["result"]
+        lines.append(f"| {' | '.join(map(str, columns))} | {record['seconds']:.0f} s |")
+    return "\n".join(lines)
+
+
+def replace_table(page: str, table: str) -> str:
+    """`page` with `table` between its markers."""
+    head, rest = page.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+# --- Run ------------------------------------------------------------------------------------------
+
+
+def run_checks(checks: list[Check], sandbox: Sandbox, out: Path) -> dict:
+    """Run `checks` in turn; print a row and write `out` after each. The scorecard as it is written."""
+    card = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "form": "short" if lab.short else "full",
-        "fault_seed": lab.seed,
-        "revision": compat.revision(),
-        "device": compat.device_name(torch.device("cpu")),
+        "form": "short" if sandbox.short else "full",
+        "fault_seed": sandbox.seed,
+        "commit": compat.revision(),
+        "machine": compat.device_name(torch.device("cpu")),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "checks": [],
     }
     print(
-        f"The {head['form']} scorecard of {head['date']}: fault seed {lab.seed}, code {head['revision']}, "
-        f"{head['cores']} cores of {head['device']}, torch {torch.__version__}"
+        f"The {card['form']} scorecard of {card['date']}: fault seed {sandbox.seed}, commit {card['commit']}, "
+        f"{card['cores']} cores of {card['machine']}, torch {torch.__version__}"
     )
-    print(ROW.format("#", "figure", "target", "measured", "result ", "time"), flush=True)
-    found = []
-    for figure in figures:
+    print(ROW.format("#", "check", "target", "measured", "result ", "time"), flush=True)
+    for check in checks:
         if sys.stdout.isatty():
-            print(f"{figure.number:>2}  {figure.name} …", end="\r", flush=True)
-        found.append(measured(figure, lab))
-        write_atomically(out, json.dumps({**head, "figures": found}, indent=1, default=str) + "\n")
-        print(row(found[-1]), flush=True)
-    results = [record["result"] for record in found]
-    counts = ", ".join(f"{results.count(word)} {word.lower()}" for word in COLOURS)
-    minutes = sum(record["seconds"] for record in found) / 60
-    print(f"{counts} in {minutes:.1f} min; details in {out}; again: --fault-seed {lab.seed}")
-    return results.count("FAIL")
+            print(f"{check.number:>2}  {check.name} …", end="\r", flush=True)
+        card["checks"].append(run_check(check, sandbox))
+        write_atomically(out, json.dumps(card, indent=1, default=str) + "\n")
+        print(format_row(card["checks"][-1]), flush=True)
+    minutes = sum(record["seconds"] for record in card["checks"]) / 60
+    print(
+        f"{count_results(card['checks'])} in {minutes:.1f} min; details in {out}; "
+        f"the same faults again: --fault-seed {sandbox.seed}"
+    )
+    return card
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--short", action="store_true", help="fewer trials, for every change")
-    parser.add_argument("--only", metavar="N,N", help="these figures alone")
+    parser.add_argument("--only", metavar="N,N", help="the numbers of some checks")
     parser.add_argument("--fault-seed", type=int, metavar="N", help="of every kill and damage")
     parser.add_argument("--out", type=Path, default=Path("output/scorecard.json"), metavar="FILE")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this page")
     parser.add_argument("--keep", action="store_true", help="leave the trials' folders in place")
     args = parser.parse_args(arguments)
-    known = {str(figure.number): figure for figure in FIGURES}
+    known = {str(check.number): check for check in CHECKS}
     names = args.only.split(",") if args.only else list(known)
     if unknown := [name for name in names if name not in known]:
-        parser.error(f"--only {','.join(unknown)}: expected numbers from 1 to {len(FIGURES)}")
-    args.figures = [known[name] for name in names]
+        parser.error(f"--only {','.join(unknown)}: expected numbers from 1 to {len(CHECKS)}")
+    args.checks = [known[name] for name in names]
     if args.out.is_dir():
         parser.error(f"--out {args.out}: a folder, expected a file to write")
+    if args.write and args.only:
+        parser.error("--write: expected every check; remove --only")
+    if args.write and not (args.write.is_file() and markers_in(args.write.read_text())):
+        parser.error(f"--write {args.write}: expected a page with {BEGIN} and {END}, once each")
     return args
 
 
+def markers_in(page: str) -> bool:
+    """Whether `page` has both markers, once each and in order."""
+    return page.count(BEGIN) == page.count(END) == 1 and page.index(BEGIN) < page.index(END)
+
+
 def main(arguments: list[str]) -> int:
-    """Run the scorecard; returns 1 if a figure fails, 130 if it was interrupted."""
-    args = parse(arguments)
+    """Run the scorecard; returns 1 if a check fails, 130 if it was interrupted."""
+    args = parse_arguments(arguments)
     seed = random.randrange(10_000) if args.fault_seed is None else args.fault_seed
     args.out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="scorecard-"))
     folder.chmod(0o755)  # a trial without root's rights reads there as well
     os.environ["SCORECARD"] = str(folder)  # marks what trials start as programs
     try:
-        failures = scorecard(args.figures, Lab.opened(folder, seed, args.short), args.out)
+        card = run_checks(args.checks, Sandbox.create(folder, seed, args.short), args.out)
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was measured is in {args.out}", flush=True)
-        kill(*marked(f"SCORECARD={folder}"))
+        kill(*find_processes(f"SCORECARD={folder}"))
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(130)  # at once: the kernel ends the other trials with their parents
     finally:
-        close()
+        close_workers()
         if args.keep:
             print(f"the trials are in {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    return 1 if failures else 0
+    if args.write:
+        write_atomically(args.write, replace_table(args.write.read_text(), format_markdown(card)))
+    return int(any(record["result"] == "FAIL" for record in card["checks"]))
 
 
 if __name__ == "__main__":

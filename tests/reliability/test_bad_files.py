@@ -1,6 +1,6 @@
-"""Damaged, odd and malicious files: training goes on and reports them, evaluation never guesses, nothing hangs.
+"""Damaged, odd and malicious files: training continues and reports them, evaluation never guesses, nothing hangs.
 
-python -m pytest tests/test_bad_files.py
+python -m pytest tests/reliability/test_bad_files.py
 """
 
 import errno
@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.images import as_they_are, write_image_folder
+from helpers.images import write_image_folder
+from helpers.pipeline import eval_loader, eval_transform
+from helpers.pipeline import image_dataset as dataset
 from helpers.runs import arguments
 from PIL import Image, ImageFile
 from torch import nn
@@ -28,11 +30,8 @@ from data import (
     NO_LABEL,
     BadFile,
     BadSamples,
-    ImageDataset,
     ShardSampler,
     decoder_fingerprint,
-    eval_loader,
-    eval_transform,
 )
 from data.decode import decode
 from engine.loop import validate
@@ -46,9 +45,9 @@ from reliability.bad_files import (
     make_bad_archives,
     make_bad_images,
     read_fuzzed,
-    sound_files,
-    sound_tar,
-    sound_zip,
+    valid_files,
+    valid_tar,
+    valid_zip,
 )
 from utils.distributed import Process
 from utils.errors import DataError
@@ -64,13 +63,9 @@ def no_hang():
     faulthandler.cancel_dump_traceback_later()
 
 
-def dataset(root, split="train", **options):
-    return ImageDataset(root, split, transform=as_they_are, **options)
-
-
 @pytest.fixture(scope="module")
 def every_kind(tmp_path_factory):
-    """A dataset whose first class holds every kind of bad file beside sound ones, and what each is."""
+    """A dataset whose first class holds every kind of bad file beside valid ones, and what each is."""
     root = write_image_folder(tmp_path_factory.mktemp("set"), classes=2, train=12, val=4)
     expected = make_bad_images(root / "train/class_0")
     shutil.copytree(root / "train/class_0", root / "val/class_0", dirs_exist_ok=True, symlinks=True,
@@ -102,7 +97,7 @@ def test_every_kind_is_read_substituted_or_ignored(every_kind):
     train = dataset(root, train=True)
     met = set()
     for index in range(len(train)):
-        name = os.path.basename(os.fsdecode(train.source.names[index]))
+        name = os.path.basename(os.fsdecode(train.reader.names[index]))
         outcome = expected.get(name, GOOD)
         met.add(name)
         sample = train[3, index]
@@ -122,7 +117,7 @@ def test_an_evaluation_stops_at_each_or_counts_it_as_wrong(every_kind):
     root, expected = every_kind
     strict, lenient = dataset(root, "val"), dataset(root, "val", skip_bad=True)
     for index in range(len(strict)):
-        sample, name = lenient[index], os.path.basename(os.fsdecode(strict.source.names[index]))
+        sample, name = lenient[index], os.path.basename(os.fsdecode(strict.reader.names[index]))
         if expected.get(name) == BAD:
             assert (sample.label, sample.index) == (NO_LABEL, index)
             assert not sample.image.any()
@@ -139,7 +134,7 @@ def test_an_evaluation_stops_at_each_or_counts_it_as_wrong(every_kind):
 def test_what_cannot_be_read_is_wrong_and_has_no_loss(tmp_path):
     write_image_folder(tmp_path, classes=3, train=1, val=3)
     (tmp_path / "val/class_1/001.jpg").write_bytes(b"")
-    val = ImageDataset(tmp_path, "val", transform=eval_transform(32), skip_bad=True)
+    val = dataset(tmp_path, "val", transform=eval_transform(32), skip_bad=True)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
     result = validate(
@@ -150,10 +145,10 @@ def test_what_cannot_be_read_is_wrong_and_has_no_loss(tmp_path):
         amp_dtype=torch.float32,
         print_freq=10,
     )
-    sound = [val[index] for index in range(9) if index != 4]
-    labels = torch.tensor([sample.label for sample in sound])
+    valid = [val[index] for index in range(9) if index != 4]
+    labels = torch.tensor([sample.label for sample in valid])
     with torch.no_grad():
-        logits = model(torch.stack([sample.image for sample in sound]).float() / 255)
+        logits = model(torch.stack([sample.image for sample in valid]).float() / 255)
     assert (result.images, result.unreadable) == (9, 1)
     assert result.top1 == (logits.argmax(1) == labels).sum()
     assert result.top5 == 8  # all three classes are among the first five
@@ -162,13 +157,13 @@ def test_what_cannot_be_read_is_wrong_and_has_no_loss(tmp_path):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_skipped_image_is_black_however_the_others_are_resized(exact, tmp_path):
-    root = write_image_folder(tmp_path, classes=1, train=1, val=2)
+    root = write_image_folder(tmp_path, classes=2, train=1, val=2)
     (root / "val" / "class_0" / "000.jpg").write_bytes(b"")
-    val = ImageDataset(root, "val", transform=eval_transform(32, exact=exact), skip_bad=True)
-    skipped, sound = val[0], val[1]
+    val = dataset(root, "val", transform=eval_transform(32, exact=exact), skip_bad=True)
+    skipped, valid = val[0], val[1]
     assert skipped.label == NO_LABEL
-    assert skipped.image.shape == sound.image.shape
-    assert skipped.image.dtype == sound.image.dtype
+    assert skipped.image.shape == valid.image.shape
+    assert skipped.image.dtype == valid.image.dtype
     assert not skipped.image.any()
 
 
@@ -268,7 +263,7 @@ def test_bad_archives(archives, kind):
 
 
 def test_the_archives_are_sound_before_they_are_damaged(tmp_path):
-    for name, content in (("train.zip", sound_zip()), ("val.tar", sound_tar())):
+    for name, content in (("train.zip", valid_zip()), ("val.tar", valid_tar())):
         (tmp_path / name).write_bytes(content)
         opened = dataset(tmp_path, name[:-4])
         assert [opened[index].label for index in range(len(opened))] == [0, 0, 1, 1]
@@ -299,7 +294,7 @@ def flaky(tmp_path, monkeypatch):
     """A function that makes the next `times` reads fail with an errno, and a list of pauses taken."""
     write_image_folder(tmp_path, classes=2, train=3, val=1)
     train = dataset(tmp_path, train=True)
-    pauses, read = [], train.source.read
+    pauses, read = [], train.reader.read
     monkeypatch.setattr(data.dataset.time, "sleep", pauses.append)
 
     def fail(times, code):
@@ -311,7 +306,7 @@ def flaky(tmp_path, monkeypatch):
                 raise OSError(code, os.strerror(code))
             return read(index)
 
-        monkeypatch.setattr(train.source, "read", read_or_fail)
+        monkeypatch.setattr(train.reader, "read", read_or_fail)
 
     return train, fail, pauses
 
@@ -395,7 +390,7 @@ def test_exif_rotation_is_applied_on_request():
         exif = Image.Exif()
         exif[0x0112] = orientation
         content = encode(picture, "PNG", exif=exif)
-        turned = np.asarray(decode(content, upright=True)).tolist()
+        turned = np.asarray(decode(content, apply_exif=True)).tolist()
         top, bottom = np.asarray(picture).tolist()
         upright = [top, bottom]
         expected = {
@@ -416,13 +411,13 @@ def test_damaged_exif_leaves_a_picture_as_it_is():
     for exif in (b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0M\xff\0*\0\0\0\x08"):
         for kind in ("JPEG", "PNG", "WEBP"):
             content = encode(Image.new("RGB", (3, 2)), kind, exif=exif)
-            assert decode(content, upright=True).size == (3, 2)
+            assert decode(content, apply_exif=True).size == (3, 2)
 
 
 def test_truncated_images_are_never_painted_grey(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(DataError, match="LOAD_TRUNCATED_IMAGES"):
-        decode(sound_files()["a.jpg"])
+        decode(valid_files()["a.jpg"])
 
 
 def test_the_decoder_is_known_by_its_pixels(monkeypatch):
@@ -438,4 +433,4 @@ def test_the_decoder_is_known_by_its_pixels(monkeypatch):
 def test_no_warning_of_a_sound_image():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        decode(sound_files()["a.jpg"], upright=True)
+        decode(valid_files()["a.jpg"], apply_exif=True)

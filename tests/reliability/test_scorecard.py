@@ -1,6 +1,6 @@
-"""tests/reliability/scorecard.py: its table, its exit code, and what it writes; the figures themselves take minutes.
+"""The scorecard's table, exit code and files; and the frozen order and augmentation of its check 19.
 
-pytest tests/test_scorecard.py
+The checks themselves take minutes: make scorecard.
 """
 
 import json
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from reliability import scorecard
-from reliability.exact import GOLDEN, batch_hash, order_hash
-from reliability.harness import Lab, NotRunError, Outcome
-from reliability.process import committed
-from reliability.scorecard import FIGURES, Figure
+from reliability.exact import RECORDED, hash_augmented, hash_order
+from reliability.harness import NotRunError, Result, Sandbox
+from reliability.process import kept_and_lost
+from reliability.scorecard import BEGIN, CHECKS, END, Check
 
 
 def run(tmp_path: Path, *words: str) -> tuple[int, dict]:
@@ -22,79 +22,108 @@ def run(tmp_path: Path, *words: str) -> tuple[int, dict]:
     return code, json.loads(out.read_text())
 
 
-def test_every_figure_has_its_line():
-    assert [figure.number for figure in FIGURES] == list(range(1, 25))
-    for figure in FIGURES:
-        assert figure.measure.__doc__
-        assert figure.target(short=True)
-        assert figure.target(short=False)
+def good(sandbox: Sandbox) -> Result:
+    return Result("1/1 | all", True)
 
 
-def test_a_cheap_figure(tmp_path, capsys):
-    code, card = run(tmp_path, "--only", "13")
-    assert code == 0
-    assert (card["form"], card["fault_seed"]) == ("short", 7)
-    (record,) = card["figures"]
-    assert (record["number"], record["result"]) == (13, "PASS")
-    output = capsys.readouterr().out
-    assert "1 pass, 0 fail, 0 not run" in output
-    assert "again: --fault-seed 7" in output
+def bad(sandbox: Sandbox) -> Result:
+    return Result("19/20", False)
 
 
-def broken(lab: Lab) -> Outcome:
+def broken(sandbox: Sandbox) -> Result:
     raise AssertionError("it broke")
 
 
-def without_device(lab: Lab) -> Outcome:
+def without_device(sandbox: Sandbox) -> Result:
     raise NotRunError("no GPU here")
+
+
+def interrupted(sandbox: Sandbox) -> Result:
+    raise KeyboardInterrupt
+
+
+def replace_checks(monkeypatch, *measures) -> None:
+    checks = tuple(Check(n, f"name {n}", m, "target") for n, m in enumerate(measures, start=1))
+    monkeypatch.setattr(scorecard, "CHECKS", checks)
+
+
+def test_every_check_has_its_row():
+    assert [check.number for check in CHECKS] == list(range(1, 25))
+    for check in CHECKS:
+        assert check.measure.__doc__
+        assert check.target(short=True)
+        assert check.target(short=False)
+
+
+def test_a_cheap_check(tmp_path, capsys):
+    code, card = run(tmp_path, "--only", "13")
+    assert code == 0
+    assert (card["form"], card["fault_seed"]) == ("short", 7)
+    (record,) = card["checks"]
+    assert (record["number"], record["result"]) == (13, "PASS")
+    output = capsys.readouterr().out
+    assert "1 pass, 0 fail, 0 not run" in output
+    assert "--fault-seed 7" in output
 
 
 @pytest.mark.parametrize(
     ("measure", "result", "code"),
-    [
-        (lambda lab: Outcome("19/20", False), "FAIL", 1),
-        (broken, "FAIL", 1),
-        (without_device, "NOT RUN", 0),
-    ],
+    [(bad, "FAIL", 1), (broken, "FAIL", 1), (without_device, "NOT RUN", 0)],
 )
-def test_what_did_not_pass_is_said(measure, result, code, tmp_path, monkeypatch, capsys):
-    figures = (
-        Figure(1, "good", lambda lab: Outcome("1/1", True), "1/1"),
-        Figure(2, "x", measure, "y"),
-    )
-    monkeypatch.setattr(scorecard, "FIGURES", figures)
+def test_a_check_that_did_not_pass_is_reported(
+    measure, result, code, tmp_path, monkeypatch, capsys
+):
+    replace_checks(monkeypatch, good, measure)
     exit_code, card = run(tmp_path)
     assert exit_code == code
-    assert [record["result"] for record in card["figures"]] == ["PASS", result]
+    assert [record["result"] for record in card["checks"]] == ["PASS", result]
     assert result in capsys.readouterr().out.splitlines()[3]
 
 
-def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch):
-    def interrupted(lab: Lab) -> Outcome:
-        raise KeyboardInterrupt
-
+def test_an_interrupted_scorecard_keeps_what_it_measured(tmp_path, monkeypatch):
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    figures = (
-        Figure(1, "good", lambda lab: Outcome("1/1", True), "1/1"),
-        Figure(2, "x", interrupted, "y"),
-    )
-    monkeypatch.setattr(scorecard, "FIGURES", figures)
+    replace_checks(monkeypatch, good, interrupted)
     monkeypatch.setattr(scorecard.os, "_exit", leave)
     with pytest.raises(SystemExit, match="130"):
         run(tmp_path)
     card = json.loads((tmp_path / "card" / "scorecard.json").read_text())
-    assert [record["number"] for record in card["figures"]] == [1]
+    assert [record["number"] for record in card["checks"]] == [1]
+
+
+def test_the_table_of_a_page_is_replaced(tmp_path, monkeypatch):
+    replace_checks(monkeypatch, good, bad)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        _, card = run(tmp_path, "--write", str(page))
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["before", BEGIN]
+    assert lines[-2:] == [END, "after"]
+    for value in (card["commit"], card["machine"], card["date"].split()[0], "fault seed 7"):
+        assert value in lines[2]
+    assert "1 pass, 1 fail, 0 not run" in lines[2]
+    assert lines[-4:-2] == [
+        "| 1 | name 1 | target | 1/1 \\| all | PASS | 0 s |",
+        "| 2 | name 2 | target | 19/20 | FAIL | 0 s |",
+    ]
 
 
 def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tmp_path, "--only", "13,25")
-    assert "--only 25: expected numbers from 1 to 24" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        scorecard.main(["--only", "13", "--out", str(tmp_path)])
-    assert "a folder, expected a file to write" in capsys.readouterr().err
+    page = tmp_path / "page.md"
+    page.write_text(f"{END}{BEGIN}")
+    refused = {
+        ("--only", "13,25"): "--only 25: expected numbers from 1 to 24",
+        ("--out", str(tmp_path)): "a folder, expected a file to write",
+        ("--write", str(page)): "expected a page with",
+        ("--write", str(tmp_path / "none.md")): "expected a page with",
+        ("--write", str(page), "--only", "13"): "remove --only",
+    }
+    for words, message in refused.items():
+        with pytest.raises(SystemExit):
+            scorecard.main(list(words))
+        assert message in capsys.readouterr().err
 
 
 def test_the_ledger_counts_what_was_kept_and_what_was_lost(tmp_path):
@@ -107,13 +136,13 @@ def test_the_ledger_counts_what_was_kept_and_what_was_lost(tmp_path):
     paths = [tmp_path / str(number) for number in range(len(attempts))]
     for path, text in zip(paths, attempts, strict=True):
         path.with_name(f"{path.name}-0").write_text(text)
-    kept, lost = committed(paths, rank=0, share=2)
+    kept, lost = kept_and_lost(paths, rank=0, share=2)
     assert kept == [f"0 {number}" for number in range(1, 7)]
     assert lost == 1
 
 
 def test_order_and_augmentation_are_frozen():
-    """Other values would change every run that goes on under a new version."""
-    golden = json.loads(GOLDEN.read_text())
-    assert order_hash() == golden["order"]
-    assert batch_hash() == golden["augmented"]
+    """Other values would change every run that resumes under a new version."""
+    recorded = json.loads(RECORDED.read_text())
+    assert hash_order() == recorded["order"]
+    assert hash_augmented() == recorded["augmented"]

@@ -1,7 +1,4 @@
-"""Kills, full disks, damage and races: no checkpoint is lost, and a damaged one is found and passed over.
-
-pytest tests/test_storage.py
-"""
+"""Kills, full disks, damage and races: no checkpoint is lost, and a damaged one is reported and skipped."""
 
 import contextlib
 import errno
@@ -9,7 +6,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -24,39 +20,22 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from helpers.images import write_image_folder
 from helpers.runs import arguments, outcome
-from timm.utils import ModelEmaV3
-from torch import hub, nn
+from helpers.states import make_state, save_state, save_steps
+from torch import hub
 
 import main
 from engine import checkpoint, run_dir
-from engine.checkpoint import MANIFEST, POINTS, Saver, TrainState
-from engine.optim import create_optimizer
+from engine.checkpoint import MANIFEST, Saver
 from engine.run_dir import RunDir
+from engine.state import TrainState
+from reliability.kill_points import POINTS, kill_at
 from utils.distributed import Process
 from utils.download import download
 from utils.errors import CheckpointError, DataError, StopRequested, StorageError
-from utils.logging import MetricWriter, logger
+from utils.logging import MetricWriter
 
 fork = multiprocessing.get_context("fork")
-
-
-def make_state(step: int = 0) -> TrainState:
-    torch.manual_seed(step)
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
-    optimizer = create_optimizer(model, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8)
-    model(torch.ones(2, 4)).sum().backward()
-    optimizer.step()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainState(model, ModelEmaV3(model, decay=0.9), optimizer, scaler, step)
-
-
-def save(folder: Path, *steps: int) -> list[Path]:
-    """Whole checkpoints of these steps in `folder`."""
-    states = {f"step-{step}": make_state(step) for step in steps}
-    files = {name: checkpoint.snapshot(state, {}) for name, state in states.items()}
-    return [checkpoint.write(folder, name, content) for name, content in files.items()]
 
 
 def names(folder: Path) -> list[str]:
@@ -77,22 +56,11 @@ def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-@pytest.fixture
-def told() -> Iterator[list[str]]:
-    """The warnings so far."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
-
-
 # --- Kills ----------------------------------------------------------------------------------------
 
 
-def save_until_killed(folder: Path, state: TrainState, kill_at: str) -> None:
-    os.environ["DAT_KILL_AT"] = kill_at
+def save_until_killed(folder: Path, state: TrainState, point: str, nth: int) -> None:
+    kill_at(point, nth, rank=0)
     with Saver(folder, keep=2) as saver:
         saver.save(state, {})
 
@@ -104,8 +72,8 @@ def test_a_kill_at_any_point_of_a_save_loses_no_checkpoint(point, replacing, tmp
     last.epoch, last.best = 1, {"acc1": 1.0, "step": 3}
     for nth in itertools.count(1):
         shutil.rmtree(tmp_path)
-        save(tmp_path, 0, 1, 2, *([3] if replacing else []))
-        code = in_child(save_until_killed, tmp_path, last, f"{point}:{nth}")
+        save_steps(tmp_path, 0, 1, 2, *([3] if replacing else []))
+        code = in_child(save_until_killed, tmp_path, last, point, nth)
         if code == 0:
             break
         assert code == -signal.SIGKILL
@@ -126,7 +94,7 @@ def test_a_kill_at_any_point_of_a_save_loses_no_checkpoint(point, replacing, tmp
     assert nth > 1 or (point == "set-aside" and not replacing)
 
 
-def test_what_a_kill_left_is_swept_when_the_run_starts_again(tmp_path):
+def test_what_a_kill_left_is_deleted_when_the_run_starts_again(tmp_path):
     run = RunDir(tmp_path / "run", Process(0, 1, torch.device("cpu")))
     (run.checkpoints / ".tmp-step-3").mkdir(parents=True)
     (run.path / ".tmp-metrics.jsonl-17").write_text("{")
@@ -136,7 +104,7 @@ def test_what_a_kill_left_is_swept_when_the_run_starts_again(tmp_path):
 
 
 def test_everything_is_on_the_disk_before_its_name_and_before_older_ones_go(tmp_path, monkeypatch):
-    save(tmp_path, 1, 2, 3)
+    save_steps(tmp_path, 1, 2, 3)
     files = checkpoint.snapshot(make_state(3), {})
     steps, rename = [], os.rename
 
@@ -169,8 +137,8 @@ def damage(path: Path) -> None:
     (path / "model.safetensors").write_bytes(b"")
 
 
-def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
-    paths = save(tmp_path, 1, 2, 3, 4, 5, 6)
+def test_damaged_checkpoints_do_not_push_out_valid_ones(tmp_path):
+    paths = save_steps(tmp_path, 1, 2, 3, 4, 5, 6)
     for path in paths[3:5]:
         damage(path)
     checkpoint.prune(paths[-1], keep=2, best="step-1")
@@ -180,35 +148,35 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
     assert names(tmp_path) == ["step-1", "step-3", "step-4", "step-5", "step-6"]
 
 
-def test_a_run_that_goes_on_from_before_keeps_what_it_writes(tmp_path):
-    *_, written = save(tmp_path, 7, 8, 9, 1, 2, 3)
+def test_a_run_that_resumes_an_older_step_keeps_what_it_writes(tmp_path):
+    *_, written = save_steps(tmp_path, 7, 8, 9, 1, 2, 3)
     checkpoint.prune(written, keep=2, best="step-1")
     assert names(tmp_path) == ["step-1", "step-2", "step-3", "step-7", "step-8", "step-9"]
 
 
-def test_one_whose_epoch_was_not_closed_stays_until_its_successor_is_whole(tmp_path):
-    save(tmp_path, 1, 2)
-    path, *_ = save(tmp_path, 2)
+def test_one_whose_epoch_was_not_closed_stays_until_its_successor_is_valid(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    path, *_ = save_steps(tmp_path, 2)
     assert len(names(tmp_path)) == 3
     damage(path)
     assert checkpoint.latest(tmp_path).name.startswith("step-2-replaced-")
     checkpoint.prune(path, keep=2, best="")
     assert len(names(tmp_path)) == 3
-    path, *_ = save(tmp_path, 2)
+    path, *_ = save_steps(tmp_path, 2)
     checkpoint.prune(path, keep=2, best="")
     assert names(tmp_path) == ["step-1", "step-2"]
 
 
-def test_a_best_checkpoint_that_cannot_be_used_is_named(tmp_path, told):
+def test_a_best_checkpoint_that_cannot_be_used_is_named(tmp_path, logged_warnings):
     checkpoints = tmp_path / "checkpoints"
-    best, _ = save(checkpoints, 4, 5)
+    best, _ = save_steps(checkpoints, 4, 5)
     state = make_state(6)
     state.best = {"acc1": 1.0, "step": 4}
-    checkpoint.write(checkpoints, "step-6", checkpoint.snapshot(state, {}))
+    save_state(checkpoints, state)
     assert checkpoint.resolve(tmp_path, best=True) == best
     damage(best)
     assert checkpoint.resolve(tmp_path, best=True).name == "step-6"
-    assert "step-4, the best, is passed over for step-6: model.safetensors has 0" in told[0]
+    assert "step-4, the best, is damaged (model.safetensors has 0" in logged_warnings[0]
 
 
 # --- Disks that refuse ----------------------------------------------------------------------------
@@ -223,8 +191,10 @@ def failing(code: int) -> Callable:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 @pytest.mark.parametrize("function", ["fsync", "mkdir", "rename"])
-def test_a_failed_save_is_said_and_made_up_for(function, code, tmp_path, monkeypatch, told):
-    save(tmp_path, 1)
+def test_a_failed_save_is_reported_and_the_next_one_tried(
+    function, code, tmp_path, monkeypatch, logged_warnings
+):
+    save_steps(tmp_path, 1)
     with Saver(tmp_path, keep=2) as saver:
         for step in (2, 3, 4, 5):
             with monkeypatch.context() as patch:
@@ -235,15 +205,17 @@ def test_a_failed_save_is_said_and_made_up_for(function, code, tmp_path, monkeyp
             assert saver.failures == {2: 1, 3: 2, 4: 0, 5: 1}[step]
             assert names(tmp_path) == ["step-1", "step-4"][: 1 + (step > 3)]
         saver.save(make_state(6), {})
-    assert [message for message in told if os.strerror(code) in message] == told
-    assert "step-3: the checkpoint could not be written" in told[1]
-    assert "2 of 3" in told[1]
+    assert [
+        message for message in logged_warnings if os.strerror(code) in message
+    ] == logged_warnings
+    assert "step-3: the checkpoint could not be written" in logged_warnings[1]
+    assert "2 of 3" in logged_warnings[1]
     assert names(tmp_path) == ["step-4", "step-6"]
     assert all(checkpoint.verify(path) is None for path in tmp_path.iterdir())
 
 
 def test_the_third_failure_in_a_row_ends_the_run_at_once(tmp_path, monkeypatch):
-    save(tmp_path, 1)
+    save_steps(tmp_path, 1)
     monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
     saver = Saver(tmp_path, keep=2)
     for step in (2, 3):
@@ -257,7 +229,7 @@ def test_the_third_failure_in_a_row_ends_the_run_at_once(tmp_path, monkeypatch):
     ("end", "raised"),
     [(None, StorageError), (StopRequested("SIGTERM"), StorageError), (DataError("bad"), DataError)],
 )
-def test_a_run_that_is_not_saved_at_its_end_says_so(end, raised, tmp_path, monkeypatch):
+def test_a_run_that_is_not_saved_at_its_end_fails(end, raised, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
 
     def run() -> None:
@@ -270,23 +242,25 @@ def test_a_run_that_is_not_saved_at_its_end_says_so(end, raised, tmp_path, monke
         run()
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_is_only_warned_of(tmp_path, monkeypatch, told):
-    *_, written = save(tmp_path, 1, 2, 3)
+def test_an_old_checkpoint_that_cannot_be_deleted_only_logs_a_warning(
+    tmp_path, monkeypatch, logged_warnings
+):
+    *_, written = save_steps(tmp_path, 1, 2, 3)
     monkeypatch.setattr(shutil, "rmtree", failing(errno.EIO))
     checkpoint.prune(written, keep=2, best="")
-    assert "what is not kept cannot be deleted (Input/output error)" in told[0]
+    assert "what is not kept cannot be deleted (Input/output error)" in logged_warnings[0]
     assert checkpoint.latest(tmp_path) == written
 
 
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatch):
-    save(tmp_path, 1)
+    save_steps(tmp_path, 1)
     monkeypatch.setattr(Path, "iterdir", failing(errno.EIO))
     with pytest.raises(StorageError, match="cannot be listed"):
         checkpoint.latest(tmp_path)
 
 
 def test_the_largest_size_of_a_file(tmp_path):
-    save(tmp_path, 1)
+    save_steps(tmp_path, 1)
     files = checkpoint.snapshot(make_state(2), {})
 
     def save_under_a_limit() -> None:
@@ -319,9 +293,8 @@ def fill(disk: Path) -> None:
 
 
 def test_a_disk_that_was_full_for_a_while_changes_nothing(
-    small_disk, tmp_path, monkeypatch, capsys
+    images, small_disk, tmp_path, monkeypatch, capsys
 ):
-    images = write_image_folder(tmp_path / "images", classes=4, train=13, val=3)
     keep = "--opts", "CHECKPOINT.KEEP=2"
     assert main.main(arguments(tmp_path, images, *keep)) == 0
     save, failures = Saver.save, []
@@ -346,8 +319,7 @@ def test_a_disk_that_was_full_for_a_while_changes_nothing(
     assert [r["step"] for r in records if "checkpoint/failures" in r] == [3]
 
 
-def test_a_disk_that_stays_full_ends_the_run(small_disk, tmp_path, monkeypatch, capsys):
-    images = write_image_folder(tmp_path / "images", classes=4, train=13, val=3)
+def test_a_disk_that_stays_full_ends_the_run(images, small_disk, tmp_path, monkeypatch, capsys):
     write = checkpoint.write
 
     def write_on_a_full_disk(folder, name, files):
@@ -387,17 +359,17 @@ def random_damage(step: Path, rng: random.Random) -> str:
     return f"{kind} of {file.name} at {at}"
 
 
-def test_random_damage_is_detected_and_survived(tmp_path, told):
-    good, bad = save(tmp_path / "checkpoints", 1, 2)
-    rng, whole = random.Random(0), shutil.copytree(bad, tmp_path / "whole")
+def test_random_damage_is_detected_and_survived(tmp_path, logged_warnings):
+    good, bad = save_steps(tmp_path / "checkpoints", 1, 2)
+    rng, intact = random.Random(0), shutil.copytree(bad, tmp_path / "intact")
     for _ in range(220):
         shutil.rmtree(bad)
-        shutil.copytree(whole, bad)
+        shutil.copytree(intact, bad)
         done = random_damage(bad, rng)
-        told.clear()
+        logged_warnings.clear()
         assert checkpoint.latest(bad.parent) == good, done
-        (message,) = told
-        assert message.startswith(f"{bad} is damaged and passed over: ")
+        (message,) = logged_warnings
+        assert message.startswith(f"{bad} is damaged and skipped: ")
         named = done.split()[2]
         assert named in message or MANIFEST in (named, message.split()[-1])
 
@@ -411,8 +383,8 @@ ENTRIES = [None, [], {}, 3, "x", {"bytes": 1}, {"bytes": float("nan"), "sha256":
 ENTRIES += [{"bytes": 10**400, "sha256": None}, {"bytes": "1", "sha256": []}]
 
 
-def test_manifests_of_any_shape_are_damage_and_nothing_else(tmp_path, told):
-    good, bad = save(tmp_path, 1, 2)
+def test_manifests_of_any_shape_are_damage_and_nothing_else(tmp_path, logged_warnings):
+    good, bad = save_steps(tmp_path, 1, 2)
     manifest = json.loads((bad / MANIFEST).read_bytes())
     strange = [{**manifest, name: manifest["state.json"]} for name in NAMES]
     strange += [{**manifest, "model.safetensors": entry} for entry in ENTRIES]
@@ -423,7 +395,7 @@ def test_manifests_of_any_shape_are_damage_and_nothing_else(tmp_path, told):
     (bad / MANIFEST).unlink()
     (bad / MANIFEST).mkdir()
     assert checkpoint.latest(tmp_path) == good
-    assert all(MANIFEST in message or "model.safetensors" in message for message in told)
+    assert all(MANIFEST in message or "model.safetensors" in message for message in logged_warnings)
 
 
 def forge(step: Path, name: str, content: bytes) -> None:
@@ -436,7 +408,7 @@ def forge(step: Path, name: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
 def test_tensors_that_are_not_the_models_are_our_own_error(name, tmp_path):
-    (step,) = save(tmp_path, 1)
+    (step,) = save_steps(tmp_path, 1)
     file = step / f"{name}.safetensors"
     content = file.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
@@ -467,7 +439,7 @@ def test_tensors_that_are_not_the_models_are_our_own_error(name, tmp_path):
 
 @pytest.mark.parametrize("key", ["step", "epoch", "skipped", "best", "scaler"])
 def test_state_without_a_key_or_with_another_kind_of_value_is_refused_by_its_name(key, tmp_path):
-    (step,) = save(tmp_path, 1)
+    (step,) = save_steps(tmp_path, 1)
     metadata = json.loads((step / "state.json").read_bytes())
     for value in ("x", None, [], 1.5, float("nan")):
         forge(step, "state.json", json.dumps(metadata | {key: value}).encode())
@@ -478,12 +450,12 @@ def test_state_without_a_key_or_with_another_kind_of_value_is_refused_by_its_nam
     with pytest.raises(CheckpointError, match=rf"state\.json has no '{key}'"):
         checkpoint.restore(step, make_state())
     with pytest.raises(CheckpointError, match=r"state\.json has no 'classes'"):
-        checkpoint.read_metadata(save(tmp_path, 2)[0])["classes"]
+        checkpoint.read_metadata(save_steps(tmp_path, 2)[0])["classes"]
 
 
 @pytest.mark.parametrize("content", MANIFESTS)
 def test_state_of_any_shape_is_our_own_error(content, tmp_path):
-    (step,) = save(tmp_path, 1)
+    (step,) = save_steps(tmp_path, 1)
     forge(step, "state.json", content)
     with pytest.raises(CheckpointError, match=r"state\.json"):
         checkpoint.read_metadata(step)
@@ -543,7 +515,7 @@ def test_a_killed_run_leaves_its_folder_to_the_next_though_its_workers_live(tmp_
         os.kill(worker, signal.SIGKILL)
 
 
-def test_a_folder_deleted_while_it_is_claimed_is_not_held(tmp_path, monkeypatch):
+def test_a_folder_deleted_while_it_is_locked_is_not_held(tmp_path, monkeypatch):
     run, lock = RunDir(tmp_path, Process(0, 1, torch.device("cpu"))), run_dir.fcntl.lockf
     monkeypatch.setattr(
         run_dir.fcntl, "lockf", lambda *args: (tmp_path / ".lock").unlink() or lock(*args)
@@ -552,10 +524,10 @@ def test_a_folder_deleted_while_it_is_claimed_is_not_held(tmp_path, monkeypatch)
         pass
 
 
-def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, told):
+def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, logged_warnings):
     monkeypatch.setattr(run_dir.fcntl, "lockf", failing(errno.ENOLCK))
     with RunDir(tmp_path, Process(0, 1, torch.device("cpu"))).lock():
-        assert "No locks available" in told[0]
+        assert "No locks available" in logged_warnings[0]
 
 
 # --- Records --------------------------------------------------------------------------------------
@@ -572,26 +544,29 @@ def record(folder: Path, *steps: int, resumed: int = 0) -> bytes:
 
 @pytest.mark.parametrize("resumed", [0, 1, 4, 5, 6])
 @pytest.mark.parametrize("tail", [b"", b'{"upd', b'{"step": 8, "train/loss": 0.125}', b"\0" * 99])
-def test_records_after_a_kill_are_those_of_an_unbroken_run(resumed, tail, tmp_path, told):
-    whole = record(tmp_path, 2, 4, 6)
+def test_records_after_a_kill_are_those_of_an_unbroken_run(
+    resumed, tail, tmp_path, logged_warnings
+):
+    unbroken = record(tmp_path, 2, 4, 6)
     for name in ("metrics", "timing"):
         with (tmp_path / f"{name}.jsonl").open("ab") as file:
             file.write(tail)
     rest = [step for step in (2, 4, 6) if step > resumed]
-    assert record(tmp_path, *rest, resumed=resumed) == whole
+    assert record(tmp_path, *rest, resumed=resumed) == unbroken
     steps = [json.loads(line)["step"] for line in (tmp_path / "timing.jsonl").open()]
     assert steps == [2, 4, 6]
-    assert told == []
+    assert logged_warnings == []
 
 
 @pytest.mark.parametrize("kept", [None, b"", b'{"step": 2}\n', b"\xff\xfe\n[]\n{}\n", b"1\n" * 5])
-def test_records_that_are_missing_are_named_and_the_run_goes_on(kept, tmp_path, told):
+def test_records_that_are_missing_are_named_and_the_run_continues(kept, tmp_path, logged_warnings):
     if kept is not None:
         (tmp_path / "metrics.jsonl").write_bytes(kept)
     rest = record(tmp_path, 6, resumed=5)
     assert [json.loads(line)["step"] for line in rest.splitlines()][-1] == 6
     assert (
-        f"metrics.jsonl lacks records of steps {3 if kept and b'2' in kept else 1} to 5" in told[-1]
+        f"metrics.jsonl lacks records of steps {3 if kept and b'2' in kept else 1} to 5"
+        in logged_warnings[-1]
     )
 
 
@@ -606,10 +581,10 @@ def test_tensorboard_drops_what_is_recorded_again(tmp_path, monkeypatch):
     assert calls == [{"purge_step": 8}]
 
 
-def test_records_wait_while_there_is_no_room(tmp_path, told, monkeypatch):
-    for name in ("whole", "tight", "full"):
+def test_records_wait_while_there_is_no_space(tmp_path, logged_warnings, monkeypatch):
+    for name in ("unlimited", "tight", "full"):
         (tmp_path / name).mkdir()
-    whole = record(tmp_path / "whole", *range(1, 200))
+    unlimited = record(tmp_path / "unlimited", *range(1, 200))
 
     def record_under_a_limit() -> None:
         writer = MetricWriter(tmp_path / "tight", 0, 0, every=2)
@@ -619,10 +594,10 @@ def test_records_wait_while_there_is_no_room(tmp_path, told, monkeypatch):
             writer.metrics(step, {"train/loss": 1 / step})
             writer.timing(step, {"time/images_per_s": 0.5})
         writer.close()
-        assert "metrics.jsonl cannot be written, its records wait" in "".join(told)
+        assert "metrics.jsonl cannot be written, its records wait" in "".join(logged_warnings)
 
     assert in_child(record_under_a_limit) == 0
-    assert (tmp_path / "tight" / "metrics.jsonl").read_bytes() == whole
+    assert (tmp_path / "tight" / "metrics.jsonl").read_bytes() == unlimited
 
     (tmp_path / "full" / "metrics.jsonl").symlink_to("/dev/full")
     monkeypatch.setattr("utils.logging._cut_records", lambda *position: 0)

@@ -1,4 +1,4 @@
-"""Which configurations are wrong, and what has each to be answered? In one line: the place, the key, the remedy."""
+"""Wrong configurations and command lines, and the one line that has to answer each: place, key and remedy."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import config
 from utils.errors import ConfigError
 
-# (what run.yaml holds, how the only line of the message begins, what else it says)
+# (content of run.yaml, start of the only line of the message, another part of it)
 WRONG_FILES = [
     # keys
     ("TRAIN:\n  BASE_LRR: 1e-3", "run.yaml:2: TRAIN.BASE_LRR: unknown key", "did you mean TRAIN.BASE_LR?"),
@@ -119,7 +119,7 @@ WRONG_FILES = [
     ("BASE: config.py", "run.yaml:1: BASE: config.py: expected a .yaml file", "never run as code"),
 ]  # fmt: skip
 
-# (what run.yaml holds, the keys that do not fit, the reason or remedy)
+# (content of run.yaml, the keys that conflict, the reason or remedy)
 WRONG_TOGETHER = [
     ("DATA: {BATCH_SIZE: 100}", ["run.yaml:1", "DATA.BATCH_SIZE 100", "4096 (defaults)"], "batch size to 64 or 128"),
     ("TRAIN: {GLOBAL_BATCH_SIZE: 64}", ["TRAIN.GLOBAL_BATCH_SIZE 64"], "set it to 128, or the batch size to 64"),
@@ -139,7 +139,7 @@ WRONG_TOGETHER = [
     ("TRAIN: {EXACT_WORLD_SIZE: on}", ["TRAIN.EXACT_WORLD_SIZE True, THREADS 0 (defaults)"], "set THREADS"),
 ]  # fmt: skip
 
-# (words after --cfg and --data-path, how the only line of the message begins, what else it says)
+# (words after --cfg and --data-path, start of the only line of the message, another part of it)
 WRONG_WORDS = [
     ("--evall", "--evall: unknown flag", "did you mean --eval?"),
     ("--batch_size 64", "--batch_size: unknown flag", "did you mean --batch-size?"),
@@ -186,7 +186,7 @@ WRONG_WORDS = [
 
 
 def cases() -> Iterator[tuple[str, list[str], list[str]]]:
-    """What run.yaml holds, the words after it and --data-path, and the parts of the answer, for each wrong one."""
+    """For each case: content of run.yaml, the words after it and --data-path, the parts of the message."""
     for text, begin, also in WRONG_FILES:
         yield text, [], [begin, also]
     for text, names, remedy in WRONG_TOGETHER:
@@ -196,7 +196,7 @@ def cases() -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def answer(text: str, words: list[str]) -> str:
-    """What config.py says to run.yaml, which is written into the working directory; empty if it says nothing."""
+    """The ConfigError of a run.yaml that is written into the working directory; empty if there is none."""
     Path("run.yaml").write_text(text)
     try:
         config.parse(["--cfg", "run.yaml", "--data-path", "data", *words])

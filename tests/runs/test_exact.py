@@ -1,4 +1,4 @@
-"""The levels of promise: the same bits on 1, 2 and 4 processes, also moved between them, and after kills on 3 and 4.
+"""Reproducibility in words: the same bits on 1, 2 and 4 processes, also moved between them, and after kills on 3 and 4.
 
 python -m pytest tests/test_exact.py
 """
@@ -10,7 +10,6 @@ from signal import SIGKILL
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.images import write_image_folder
 from helpers.runs import SMALL, arguments, outcome, run_group
 from torch import nn
 
@@ -40,12 +39,6 @@ TEST: {CROP_PCT: 1.0}
 EXACT = ("--opts", "TRAIN.EXACT_WORLD_SIZE=True", "TRAIN.GLOBAL_BATCH_SIZE=16", "TRAIN.EPOCHS=2")
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """Two steps of 24 images an epoch or three of 16, and three validation batches of 4."""
-    return write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=3)
-
-
 # --- The tree -------------------------------------------------------------------------------------
 
 
@@ -67,7 +60,7 @@ def test_the_sum_is_that_of_a_balanced_tree(count):
     assert count < 4 or not torch.equal(expected, in_a_row)
 
 
-def test_the_gradient_is_the_tree_of_its_slots_and_slot_0_moves_the_statistics():
+def test_the_gradient_is_the_tree_of_its_micro_batches_and_the_first_one_moves_the_statistics():
     torch.manual_seed(0)
     micro_batches = torch.randn(4, 8, 3, 6, 6)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
@@ -90,7 +83,7 @@ def test_the_gradient_is_the_tree_of_its_slots_and_slot_0_moves_the_statistics()
     model.load_state_dict(start)
     reduction = DeterministicSync(model, range(4), Process(0, 1, torch.device("cpu")))
     for micro_batch, images in enumerate(micro_batches):
-        with reduction.micro_batch(micro_batch, StepTimer(torch.device("cpu"))):
+        with reduction.accumulate(micro_batch, StepTimer(torch.device("cpu"))):
             (loss_of(images) / reduction.divisor).backward()
     for parameter, *terms in zip(model.parameters(), *gradients, strict=True):
         assert torch.equal(parameter.grad, tree(terms))
@@ -102,7 +95,9 @@ def test_the_gradient_is_the_tree_of_its_slots_and_slot_0_moves_the_statistics()
 # --- Whole runs -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(
+    scope="module", params=["dat_micro", pytest.param("test_resnet", marks=pytest.mark.slow)]
+)
 def unmoved(request, images, tmp_path_factory) -> tuple[str, Path]:
     """A model's name and the folder of its run on one process that nothing stopped."""
     folder = tmp_path_factory.mktemp("unmoved")
@@ -123,10 +118,13 @@ def test_numbers_of_processes_change_no_bit(moves, images, unmoved, tmp_path):
         assert codes == [75 if steps else 0] * processes
     assert outcome(tmp_path, model=model) == outcome(reference, model=model)
     log = (tmp_path / model / "run" / "log.txt").read_text()
-    assert ("Changed since the checkpoint: processes was 4, is 1" in log) == (len(moves) > 1)
+    assert ("Changed since the checkpoint: world_size was 4, is 1" in log) == (len(moves) > 1)
 
 
-@pytest.mark.parametrize(("model", "processes"), [("dat_micro", 3), ("test_resnet", 4)])
+@pytest.mark.parametrize(
+    ("model", "processes"),
+    [("dat_micro", 3), pytest.param("test_resnet", 4, marks=pytest.mark.slow)],
+)
 def test_killed_and_resumed_under_ddp(model, processes, images, tmp_path):
     # Three and four processes have several of the twelve micro-batches each. In float16 the first steps are skipped.
     more = "--batch-size", "2", "--amp-dtype", "bfloat16"
@@ -143,19 +141,27 @@ def test_killed_and_resumed_under_ddp(model, processes, images, tmp_path):
 def test_the_level_is_in_the_log_and_in_the_checkpoints(unmoved):
     model, folder = unmoved
     run = folder / model / "run"
-    assert f"Promise L3: {compat.TEXTS['L3']}" in (run / "log.txt").read_text()
+    level = "bitwise on any number of processes"
+    assert (
+        f"Reproducibility: {level}: {compat.EXPLANATIONS[level]}" in (run / "log.txt").read_text()
+    )
     newest = checkpoint.list_checkpoints(run / "checkpoints")[0]
-    assert json.loads((newest / "state.json").read_text())["promise"] == "L3"
+    assert json.loads((newest / "state.json").read_text())["reproducibility"] == level
 
 
 def test_the_level_follows_from_device_and_reduction():
     levels = [
-        compat.level(torch.device(kind), exact_world_size=exact)
+        compat.reproducibility(torch.device(kind), exact_world_size=exact)
         for kind in ("cpu", "cuda")
         for exact in (False, True)
     ]
-    assert levels == ["L2", "L3", "L2 without bits", "L2 without bits"]
-    assert set(levels) == set(compat.TEXTS)
+    assert levels == [
+        "bitwise",
+        "bitwise on any number of processes",
+        "same samples",
+        "same samples",
+    ]
+    assert set(levels) == set(compat.EXPLANATIONS)
 
 
 @pytest.mark.parametrize("processes", [3, 8])

@@ -1,13 +1,9 @@
-"""What becomes of a run whose processes are stopped, die, hang or diverge.
-
-python -m pytest tests/test_process.py
-"""
+"""Runs whose processes are stopped, die, hang or diverge."""
 
 import json
 import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +16,7 @@ import pytest
 import torch
 from helpers import faulty
 from helpers.images import write_image_folder
+from helpers.pipeline import image_dataset, train_loader, train_transform
 from helpers.runs import arguments, launch, outcome
 from PIL import Image
 
@@ -35,25 +32,17 @@ from utils.errors import DataError
 from utils.signals import SIGNALS
 from utils.watchdog import Watchdog
 
+pytestmark = pytest.mark.usefixtures("restore_signals")
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = ["AUG.AUTO_AUGMENT=", "AUG.COLOR_JITTER=0", "AUG.REPROB=0", "AUG.MIXUP=0", "AUG.CUTMIX=0"]
 FAULTY = ["MODEL.NAME=faulty", "MODEL.ARGS={}", "MODEL.DROP_PATH_RATE=0", *PLAIN]
-
-
-@pytest.fixture(autouse=True)
-def _own_signals():
-    """A run that was asked to stop leaves the signals ignored, as its process is about to end."""
-    former = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in former.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     """Two steps of 24 images an epoch, one image of which, in steps 2 and 3, is white."""
     root = write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=4)
-    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=6, total_steps=6)
+    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=6, total_steps=6, seed=0)
     second, third = ({index for micro_batch in range(6) for _, index in sampler.micro_batch(step, micro_batch)}
                      for step in (1, 2))  # fmt: skip
     white = min(second & third)
@@ -80,7 +69,7 @@ def status(folder: Path, model: str = "faulty") -> dict:
 # --- Divergence -----------------------------------------------------------------------------------
 
 
-def test_an_update_without_finite_gradient_is_skipped_on_all_processes(images, tmp_path):
+def test_a_step_without_finite_gradient_is_skipped_on_all_processes(images, tmp_path):
     argv = faulty_arguments(tmp_path, images, "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0")
     started = launch(2, argv, "tests/helpers/faulty.py")
     output = started.communicate()[0]
@@ -97,16 +86,16 @@ def test_an_update_without_finite_gradient_is_skipped_on_all_processes(images, t
     assert (before / name).read_bytes() == (after / name).read_bytes()
 
 
-def test_many_skipped_in_a_row_go_back_once_then_leave_a_dump_to_replay(images, tmp_path, capsys):
+def test_many_skipped_in_a_row_roll_back_once_then_leave_a_dump_to_replay(images, tmp_path, capsys):
     assert main.main(faulty_arguments(tmp_path, images, "TRAIN.MAX_SKIPPED=2")) == 5
     out, err = capsys.readouterr()
-    assert len(re.findall(r"Once, the run goes back to \S*step-1\.", out)) == 1
+    assert len(re.findall(r"The run rolls back to \S*step-1, once\.", out)) == 1
     dump = run_of(tmp_path) / "diverged-2"
     assert str(dump) in err
     assert "TRAIN.BASE_LR" in err
     assert status(tmp_path)["exit_code"] == 5
-    sound = run_of(tmp_path) / "checkpoints" / "step-1" / "model.safetensors"
-    assert (dump / "model.safetensors").read_bytes() == sound.read_bytes()
+    last_finite = run_of(tmp_path) / "checkpoints" / "step-1" / "model.safetensors"
+    assert (dump / "model.safetensors").read_bytes() == last_finite.read_bytes()
     records = (run_of(tmp_path) / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [2, 3]
 
@@ -151,7 +140,7 @@ def test_running_statistics_that_are_not_finite_count_as_many_skipped(images, tm
     assert (run_of(tmp_path) / "diverged-1").is_dir()
 
 
-def test_the_replayed_update_is_the_trained_one(images, tmp_path, capsys):
+def test_the_replayed_step_is_the_trained_one(images, tmp_path, capsys):
     """With augmentation, mixing and drop path, and then the same loss and gradient."""
     argv = [*arguments(tmp_path, images), "--amp-dtype", "float32"]
     assert main.main([*argv, "--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0"]) == 0
@@ -180,14 +169,14 @@ def test_replay_of_what_is_not_there_and_of_other_images(images, tmp_path, capsy
 # --- Signals --------------------------------------------------------------------------------------
 
 
-def test_asked_before_the_first_update_it_leaves_at_once(images, tmp_path, monkeypatch, capsys):
+def test_asked_before_the_first_step_it_exits_at_once(images, tmp_path, monkeypatch, capsys):
     opened = []
 
     def open_split(*args):
         opened.append(args)
         for number in SIGNALS * 2:
             os.kill(os.getpid(), number)
-        raise AssertionError("the run goes on")
+        raise AssertionError("the run continues")
 
     monkeypatch.setattr(data.dataset, "open_split", open_split)
     assert main.main(faulty_arguments(tmp_path, images)) == 75
@@ -199,11 +188,11 @@ def test_asked_before_the_first_update_it_leaves_at_once(images, tmp_path, monke
 def test_asked_during_an_evaluation_it_is_cut_short_and_done_when_started_again(
     images, tmp_path, monkeypatch, capsys
 ):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder in (whole, cut):
+    unbroken, cut = tmp_path / "unbroken", tmp_path / "cut"
+    for folder in (unbroken, cut):
         folder.mkdir()
     monkeypatch.setattr(faulty.Sick, "cured", True)
-    assert main.main(faulty_arguments(whole, images)) == 0
+    assert main.main(faulty_arguments(unbroken, images)) == 0
     forward, passes = faulty.Faulty.forward, []
 
     def asked_in_the_second_evaluation(self, x):
@@ -218,7 +207,7 @@ def test_asked_during_an_evaluation_it_is_cut_short_and_done_when_started_again(
     assert passes.count(False) == 8 + 2
     assert "SIGTERM was received; saved" in capsys.readouterr().err
     assert main.main(faulty_arguments(cut, images)) == 0
-    assert outcome(cut, model="faulty") == outcome(whole, model="faulty")
+    assert outcome(cut, model="faulty") == outcome(unbroken, model="faulty")
 
 
 def test_more_signals_change_neither_the_save_nor_the_exit_code(images, tmp_path):
@@ -291,8 +280,8 @@ def test_progress_is_no_hang(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["kill", "kill while the loop computes", "hang"])
 def test_a_worker_that_fails_is_named_with_its_image(fault, images, monkeypatch):
-    dataset = data.ImageDataset(images, "train", transform=data.train_transform(32), train=True)
-    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=1, total_steps=13)
+    dataset = image_dataset(images, transform=train_transform(32), train=True)
+    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=1, total_steps=13, seed=0)
     sick = sampler.micro_batch(1, 0)[0][1]  # read ahead, while the first batch is computed with
     read = readers.FolderReader.read
 
@@ -305,7 +294,7 @@ def test_a_worker_that_fails_is_named_with_its_image(fault, images, monkeypatch)
         return read(self, index)
 
     monkeypatch.setattr(readers.FolderReader, "read", fail)
-    batches = data.train_loader(dataset, sampler, num_workers=2, timeout=3)
+    batches = train_loader(dataset, sampler, num_workers=2, timeout=3)
     with pytest.raises(DataError, match=rf"{name_of(sick)} \(sample {sick}\)"):
         deque(time.sleep("while" in fault) for _ in batches)
 
@@ -319,9 +308,9 @@ def test_workers_end_with_their_process(images, monkeypatch):
         time.sleep(60)
 
     monkeypatch.setattr(data.ImageDataset, "__getitem__", stuck)
-    dataset = data.ImageDataset(images, "train", transform=None, train=True)
-    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=1, total_steps=13)
-    loader = data.train_loader(dataset, sampler, num_workers=2)
+    dataset = image_dataset(images, transform=None, train=True)
+    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=1, total_steps=13, seed=0)
+    loader = train_loader(dataset, sampler, num_workers=2)
     process = multiprocessing.get_context("fork").Process(target=lambda: next(iter(loader)))
     process.start()
     with os.fdopen(read) as pids:

@@ -1,13 +1,9 @@
-"""Whole runs through main.py: the same bits after any stop, exact evaluation, and what bad input is answered.
-
-python -m pytest tests/test_runs.py
-"""
+"""Runs through main.py: the same bits after any stop, exact evaluation, and the answers to bad input."""
 
 import json
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -15,7 +11,6 @@ from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
 
 import pytest
 import torch
-from helpers.images import write_image_folder
 from helpers.runs import arguments, launch, outcome
 
 import data
@@ -25,14 +20,7 @@ from engine.run_dir import RunDir
 from utils.distributed import Process
 from utils.signals import StopRequest
 
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """Two steps of 24 images an epoch, and 13 validation images, which no number of processes divides."""
-    root = write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=4)
-    for label in range(3):
-        (root / "val" / f"class_{label}" / "003.jpg").unlink()
-    return root
+pytestmark = pytest.mark.usefixtures("restore_signals")
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +29,6 @@ def unbroken(images, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     assert main.main(arguments(folder, images)) == 0
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _own_signals():
-    """A run that was asked to stop leaves the signals ignored, as its process is about to end."""
-    former = {number: signal.getsignal(number) for number in (SIGINT, SIGTERM, SIGUSR1)}
-    yield
-    for number, handler in former.items():
-        signal.signal(number, handler)
 
 
 # --- The same bits --------------------------------------------------------------------------------
@@ -61,7 +40,7 @@ def test_the_same_command_gives_the_same_bits(images, unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("step", range(1, 6))
-def test_stopped_at_any_update_and_resumed(step, images, unbroken, tmp_path, monkeypatch):
+def test_stopped_at_any_step_and_resumed(step, images, unbroken, tmp_path, monkeypatch):
     save = checkpoint.Saver.save
 
     def save_and_die(self, state, metadata):
@@ -77,7 +56,7 @@ def test_stopped_at_any_update_and_resumed(step, images, unbroken, tmp_path, mon
 
 
 @pytest.mark.parametrize("step", [1, 2, 4])
-def test_asked_to_stop_it_saves_and_goes_on_when_started_again(
+def test_asked_to_stop_it_saves_and_resumes_when_started_again(
     step, images, unbroken, tmp_path, monkeypatch
 ):
     reason = StopRequest.agree
@@ -120,7 +99,7 @@ def test_a_finished_run_does_nothing_more(images, unbroken):
     assert outcome(unbroken) == before
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_resumed_on_many_processes(processes, images, tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     for folder in (unbroken, broken):
@@ -299,7 +278,7 @@ def test_damaged_checkpoint_is_refused_by_name_and_passed_over_in_a_run(
     argv = arguments(tmp_path, images, "--resume", str(last))
     refused(capsys, [*argv, "--eval"], 4, "model.safetensors", str(len(content)))
     assert main.main(arguments(tmp_path, images)) == 0
-    assert "step-6 is damaged and passed over" in capsys.readouterr().out
+    assert "step-6 is damaged and skipped" in capsys.readouterr().out
     assert outcome(tmp_path) == outcome(unbroken)
 
 

@@ -1,6 +1,6 @@
-"""tools/benchmark.py: what it counts and calculates, and what it refuses; nothing here looks at a clock.
+"""tools/benchmark.py and compare.py: what they count and calculate, and what they refuse; no test measures time.
 
-pytest tests/test_benchmark.py
+pytest tests/unit/test_benchmark.py
 """
 
 import json
@@ -28,7 +28,7 @@ TINY = ["--size", "32", "--batch", "2", "--rounds", "2", "--threads", "1"]
 
 @pytest.fixture(autouse=True)
 def same_threads():
-    """What a benchmark sets is not for the tests after it."""
+    """Restore the number of threads, which a benchmark sets, for the tests that follow."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -65,8 +65,8 @@ def test_configurations_side_by_side_with_the_accuracies_of_their_finished_runs(
     runs = [str(tmp_path / f"seed{seed}") for seed in (0, 1, 2)]
     options = ["--batch", "2", "--rounds", "2"]
     assert compare.main([*cfgs, "--runs", *runs, *options]) == 0
-    one, two = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
-    assert (one[0], one[6], one[7]) == (f"| {cfgs[0]}", "50.00 · 51.00", "— |")
+    one, two = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:])
+    assert (one[0], one[6], one[7]) == (f"| {cfgs[0]}", "50.50 ± 6.35 (50.00 · 51.00)", "— |")
     assert (two[0], two[6], two[7]) == (f"| {cfgs[1]}", "—", "— |")
     assert float(two[1].split()[0]) - float(one[1].split()[0]) > 0.2  # 998 classes more
     assert compare.main([str(tmp_path / "three.yaml"), *options]) == 2
@@ -83,6 +83,7 @@ def test_model_and_peer_side_by_side(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         bench_model, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count)
     )
+    monkeypatch.setitem(bench_model.PRODUCT_SIZE, "cpu", 64)
     file = tmp_path / "numbers.json"
     arguments = ["model", "dat_micro", "resnet10t", *TINY, "--json", str(file)]
     assert benchmark.main(arguments) == 0
@@ -92,14 +93,12 @@ def test_model_and_peer_side_by_side(tmp_path, monkeypatch, capsys):
         for name, timed in result[phase]["models"].items():
             gflop = 2 * passes * result["models"][name]["gmacs"]
             assert timed["gflops"] == pytest.approx(gflop * timed["images_per_s"]["median"])
-            assert timed["of_limit"] == pytest.approx(
-                timed["gflops"] / result[phase]["limit_gflops"]
-            )
+            assert timed["of_peak"] == pytest.approx(timed["gflops"] / result[phase]["peak_gflops"])
             assert sum(timed["kinds"].values()) == pytest.approx(1)
             assert timed["kinds"]["convolutions"] > 0
     known = result["models"]["resnet10t"]
     assert known["parameters"] == 5_435_488
-    assert known["peak_mib"] > known["kept_mib_per_image"] > 0
+    assert known["peak_mib"] > known["activation_mib_per_image"] > 0
     table = capsys.readouterr().out
     assert all(word in table for word in ("dat_micro", "resnet10t", "ratio", *bench_model.KINDS))
 
@@ -115,15 +114,15 @@ def linear_subject(batch: int) -> bench_model.Subject:
 
 def test_what_is_kept_and_how_many_operations():
     # The input, and the activation before and after GELU: 8 + 256 + 256 numbers. No parameters.
-    assert linear_subject(4).kept_mib() * 2**20 == 4 * (8 + 256 + 256)
-    assert linear_subject(2).kept_mib() * 2**20 == 4 * (8 + 256 + 256)
-    assert linear_subject(4).operations() == 5  # two products, GELU, two transposed weights
+    assert linear_subject(4).activation_mib() * 2**20 == 4 * (8 + 256 + 256)
+    assert linear_subject(2).activation_mib() * 2**20 == 4 * (8 + 256 + 256)
+    assert linear_subject(4).count_operations() == 5  # two products, GELU, two transposed weights
 
 
 def test_turns_are_taken_and_the_first_does_not_count():
     order = []
     steps = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    seconds = bench_model.in_turns(steps, 3, torch.device("cpu"))
+    seconds = bench_model.time_in_turns(steps, 3, torch.device("cpu"))
     assert order == ["a", "b"] * 4
     assert [len(values) for values in seconds.values()] == [3, 3]
 
@@ -151,7 +150,7 @@ def test_ratio_is_taken_round_by_round():
     ],
 )
 def test_kinds_of_operations(operation, kind):
-    assert bench_model.kind(operation) == kind
+    assert bench_model.kind_of(operation) == kind
 
 
 # --- loop -----------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ def test_images_of_noise_are_a_dataset(tmp_path):
 
 def test_needs_of_many_accelerators():
     args = Namespace(tflops=60, global_batch=1000, images_per_core=100, kilobytes=100)
-    one, eight = (bench_scaling.needs(n, 1e8, 1e9, args) for n in (8, 64))
+    one, eight = (bench_scaling.estimate_needs(n, 1e8, 1e9, args) for n in (8, 64))
     # 60e12 / (6 · 1e9) = 10,000 images/s each.
     assert one["images_per_s"] == 80_000
     assert one["step_ms"] == 12.5
@@ -212,11 +211,11 @@ def test_needs_of_many_accelerators():
     assert (eight["cores"], eight["read_gb_per_s"]) == (800, 8)  # of each machine
 
 
-def test_an_update_of_a_process(tmp_path):
+def test_a_step_of_a_worker(tmp_path):
     args = Namespace(model="resnet10t", size=64, batch=4, dtype="bfloat16")
     ours, theirs = multiprocessing.Pipe()
     store = str(tmp_path / "store")
-    thread = threading.Thread(target=bench_scaling.work, args=(0, 1, 1, store, args, theirs))
+    thread = threading.Thread(target=bench_scaling.run_worker, args=(0, 1, 1, store, args, theirs))
     thread.start()
     for again in (True, True, False):
         ours.send(again)
@@ -235,7 +234,7 @@ def test_processes_against_one_process(tmp_path, monkeypatch, capsys):
             groups.append((world_size, threads))
             self.seconds = 1.0 if world_size == 2 else 0.9
 
-        def update(self):
+        def step(self):
             self.seconds *= 2
             return self.seconds
 
@@ -250,8 +249,8 @@ def test_processes_against_one_process(tmp_path, monkeypatch, capsys):
     result = json.loads(file.read_text())
     assert result["measured"]["ratio"]["low"] == pytest.approx(0.9)
     assert result["measured"]["ratio"]["high"] == pytest.approx(0.9)
-    assert [row["accelerators"] for row in result["paper"]] == [8, 64, 512]
-    row = result["paper"][1]
+    assert [row["accelerators"] for row in result["estimate"]] == [8, 64, 512]
+    row = result["estimate"][1]
     sent = row["network_gbit_per_s"] / 8 * 1e9 * bench_scaling.OVERLAP * row["step_ms"] / 1000
     parameters = sum(p.numel() for p in timm.create_model("resnet10t").parameters())
     assert sent == pytest.approx(2 * 7 / 8 * 4 * parameters)
@@ -267,7 +266,11 @@ def test_processes_against_one_process(tmp_path, monkeypatch, capsys):
         (["model", "dat_tinny"], 2, "no model 'dat_tinny'; did you mean 'dat_tiny'"),
         (["model", "dat_micro", "swim_tiny"], 2, "no model 'swim_tiny'"),
         (["scaling", "dat_tinny"], 2, "did you mean 'dat_tiny'"),
-        (["scaling", "dat_micro", "--batch", "7"], 2, "do not divide --batch 7"),
+        (
+            ["scaling", "dat_micro", "--batch", "7"],
+            2,
+            "--batch 7 is not divisible by --processes 2",
+        ),
         (["loop", "--cfg", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),
     ],
 )
@@ -278,16 +281,16 @@ def test_bad_input_is_refused(arguments, code, message, capsys):
     assert error.count("\n") == 0
 
 
-def test_what_main_refuses_has_its_exit_code(capsys):
+def test_a_refusal_of_main_keeps_its_exit_code(capsys):
     with pytest.raises(SystemExit, match="3"):
         benchmark.main(["loop", "--cfg", "configs/digits.yaml", "--data-path", "nowhere"])
     assert "nowhere: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there(capsys):
+def test_a_device_that_is_not_available(capsys):
     assert benchmark.main(["model", "dat_micro", "--device", "cuda"]) == 2
-    assert "no CUDA device here" in capsys.readouterr().err
+    assert "no CUDA device is available" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argument", ["--rounds=1", "--batch=0", "--dtype=int8", "--threds=2"])

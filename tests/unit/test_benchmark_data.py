@@ -19,7 +19,7 @@ def options(root, *more):
     return parse("--data-path", str(root), "--workers", "0", "--rounds", "2", *more)
 
 
-def test_every_loader_is_timed_on_whole_batches(tmp_path):
+def test_every_loader_is_timed_on_complete_batches(tmp_path):
     root = write_image_folder(tmp_path / "set", classes=2, train=5, val=1)
     write_zip(root / "train", tmp_path / "train.zip")
     result = bench_data.run(options(tmp_path, "--images", "7", "--batch-size", "2"))
@@ -37,5 +37,5 @@ def test_without_data_there_is_no_benchmark(tmp_path):
     with pytest.raises(DataError, match="has no val split"):
         bench_data.run(options(tmp_path))
     root = write_image_folder(tmp_path / "set", classes=2, train=2, val=1)
-    with pytest.raises(DataError, match="has 4 images; a batch is 50"):
+    with pytest.raises(DataError, match="has 4 images, fewer than a batch of 50"):
         bench_data.run(options(root))

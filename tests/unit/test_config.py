@@ -365,7 +365,7 @@ def test_an_old_argument_of_our_models_is_refused_with_its_new_name(old, new):
     message = refusal("--opts", f"MODEL.ARGS.{old}", "[1, 1, 1, 1]")
     assert f"renamed; use MODEL.ARGS.{new}" in message
     other = parse("--opts", f"MODEL.ARGS.{old}=3", yaml="MODEL: {NAME: resnet18}")
-    assert other.cfg.MODEL.ARGS == {old: 3}  # timm's models have arguments of those names
+    assert {old: 3} == other.cfg.MODEL.ARGS  # timm's models have arguments of those names
 
 
 def test_the_configuration_that_an_old_run_left_is_read():

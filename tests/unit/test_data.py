@@ -1,21 +1,32 @@
 """Datasets: folders, zip and tar files give the same samples; bad layouts and files are named."""
 
+import hashlib
+import json
 import os
 import pickle
+import shutil
 import struct
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.images import as_they_are, encode, write_image_folder, write_tar, write_zip
+from helpers.images import encode, write_image_folder, write_tar, write_zip
+from helpers.pipeline import eval_transform, train_transform
+from helpers.pipeline import image_dataset as dataset
 from PIL import Image
 
-from data import ImageDataset, eval_transform, read_class_list, train_transform
-from data.decode import UNREADABLE, decode, decode_pixels
+import data.dataset
+from data import read_class_list
+from data.dataset import sort_classes
+from data.decode import FORMATS, UNREADABLE, decode, decode_pixels
+from data.listing import EXTENSIONS
+from data.pack import write_index
+from data.readers import Reader, open_split
 from utils.errors import DataError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -29,10 +40,6 @@ def root(tmp_path):
     return write_image_folder(tmp_path / "set", classes=3, train=4, val=2)
 
 
-def dataset(root, split="train", **options):
-    return ImageDataset(root, split, transform=as_they_are, **options)
-
-
 def contents(data):
     """Everything that must not depend on how the files are kept."""
     samples = [data[index] for index in range(len(data))]
@@ -40,7 +47,7 @@ def contents(data):
     return data.classes, data.fingerprint, images
 
 
-@pytest.mark.parametrize("prefix", ["", "train/", "./", "./deep/"])
+@pytest.mark.parametrize("prefix", ["", "train/", "./", "./val/"])
 @pytest.mark.parametrize("kind", ["stored.zip", "deflated.zip", "tar"])
 def test_archives_equal_the_folder(root, tmp_path, kind, prefix):
     packed = tmp_path / "packed"
@@ -78,6 +85,191 @@ def test_one_class_list_decides_the_labels(root, tmp_path):
     assert sorted(set(subset.labels.tolist())) == [0, 2]
 
 
+def test_a_class_list_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfdog\r\ncat\r\n")
+    assert read_class_list(tmp_path / "classes.txt") == ["dog", "cat"]
+
+
+def as_kind(root, kind, prefix=""):
+    """The training split of `root` as it is, or as a zip, tar or pack in a folder of its own; returns the root."""
+    target = root.parent / f"as {kind}"
+    if kind == "folder":
+        shutil.copytree(root, target, symlinks=True)
+    elif kind == "zip":
+        target.mkdir()
+        write_zip(root / "train", target / "train.zip", prefix)
+    elif kind == "tar":
+        target.mkdir()
+        write_tar(root / "train", target / "train.tar", prefix.rstrip("/"))
+    else:
+        folder = target / "train.pack"
+        folder.mkdir(parents=True)
+        reader = open_split(root, "train")
+        rows, content = [], b""
+        for index in range(len(reader.names)):
+            image = reader.read(index)
+            rows.append((len(image), 0, len(content), zlib.crc32(image)))
+            content += image
+        (folder / "shard-00000.bin").write_bytes(content)
+        write_index(folder, reader.names, np.array(rows), {"source": ""})
+    return target
+
+
+KINDS = ["folder", "zip", "tar", "pack"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_class_is_refused_with_the_folders_below(root, kind):
+    (root / "train").rename(root / "images")
+    (root / "train").mkdir()
+    (root / "images").rename(root / "train/images")
+    with pytest.raises(DataError) as error:
+        dataset(as_kind(root, kind))
+    assert (
+        "has one class, images, expected at least two; is images a folder too much? "
+        "It holds 3 folders (class_0, class_1, class_2): move them up a level"
+    ) in str(error.value)
+    for name in ("class_1", "class_2"):
+        shutil.rmtree(root / "train/images" / name)
+    for file in (root / "train/images/class_0").iterdir():
+        file.rename(root / "train/images" / file.name)
+    (root / "train/images/class_0").rmdir()
+    shutil.rmtree(root.parent / f"as {kind}")
+    with pytest.raises(DataError, match=r"has one class, images, .* sort the images into one"):
+        dataset(as_kind(root, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numeric_classes_are_sorted_as_numbers(root, kind):
+    for old, new in enumerate(("10", "2", "0")):
+        (root / f"train/class_{old}").rename(root / "train" / new)
+    data = dataset(as_kind(root, kind))
+    assert data.classes == ["0", "2", "10"]
+    assert [data.classes[label] for label in data.labels] == ["0"] * 4 + ["10"] * 4 + ["2"] * 4
+    assert dataset(root, classes=["0", "10", "2"]).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert sort_classes(["10", "2", "1e1"]) == ["10", "1e1", "2"]
+    assert sort_classes(["10", "2", "²"]) == ["10", "2", "²"]
+
+
+LITTER = ["__MACOSX/class_0/._000.jpg", "__MACOSX/000.jpg", "@eaDir/x.jpg", "class_0/@eaDir/000.jpg/THUMB_M.jpg",
+          "lost+found/#1.jpg", "class_1/.ipynb_checkpoints/000.jpg", ".DS_Store", "class_1/Thumbs.db",
+          "class_2/desktop.ini", "class_2/._000.jpg", "$RECYCLE.BIN/1.jpg", "#recycle/1.jpg",
+          "System Volume Information/1.jpg", ".DS_Store_folder/1.jpg"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_litter_of_systems_is_never_data(root, kind):
+    expected = contents(dataset(root))
+    for name in LITTER:
+        path = root / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / "train/class_0/000.jpg", path)
+    data = dataset(as_kind(root, kind, "train/" if kind in ("zip", "tar") else ""))
+    assert contents(data) == expected
+    assert set(data.reader.ignored) <= {"hidden or system"}
+
+
+def test_ignored_files_are_reported_by_suffix(root, tmp_path):
+    for name in ("a.txt", "class_0/b.TXT", "class_0/c.xml", "class_0/d", "loose.jpg"):
+        (root / "train" / name).write_text("")
+    assert str(dataset(root)).endswith(
+        "train: 12 images, 3 classes, 5 other files ignored (.txt 2, .xml 1, in no class folder 1, no suffix 1)"
+    )
+    for kind in ("zip", "tar"):
+        assert dataset(as_kind(root, kind)).reader.ignored == dataset(root).reader.ignored
+
+
+def test_every_name_of_a_format_that_is_decoded_is_an_image():
+    """No more and no fewer than Pillow's names of these formats, but for what never decodes to 8 bits."""
+    names = {name for name, kind in Image.registered_extensions().items() if kind in FORMATS}
+    assert {name.decode() for name in EXTENSIONS} == names - {".pfm", ".avifs"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_are_known_by_all_their_suffixes(root, kind):
+    for number, (name, form) in enumerate(
+        {"jpe": "JPEG", "JFIF": "JPEG", "gif": "GIF", "pnm": "PPM", "AVIF": "AVIF"}.items()
+    ):
+        (root / f"train/class_1/x{number}.{name}").write_bytes(encode(PICTURE, form))
+    data = dataset(as_kind(root, kind))
+    assert len(data) == 17
+    assert all(data[index].image.shape == (3, 48, 64) for index in range(8, 13))
+
+
+def test_a_zip_with_the_separators_of_windows(root, tmp_path):
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        for file in (root / "train").rglob("*.jpg"):
+            member = zipfile.ZipInfo("x")
+            member.filename = f"train\\{file.parent.name}\\{file.name}"
+            archive.writestr(member, file.read_bytes())
+    assert contents(dataset(tmp_path)) == contents(dataset(root))
+
+
+# --- Hold-out -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path):
+    return write_image_folder(tmp_path / "many", classes=3, train=60, val=1, size=8)
+
+
+def parts(root, share=0.3):
+    return [dataset(root, holdout=share, part=part) for part in ("train", "holdout")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_parts_are_disjoint_and_exhaustive_and_the_same_for_every_kind(many, kind):
+    full = dataset(many)
+    train, held_out = parts(as_kind(many, kind))
+    names = [set(part.reader.names.tolist()) for part in (train, held_out)]
+    assert names[0] | names[1] == set(full.reader.names.tolist())
+    assert not names[0] & names[1]
+    assert 30 < len(held_out) < 80, "about 0.3 of 180"
+    assert train.classes == held_out.classes == full.classes
+    assert [part.fingerprint for part in (train, held_out)] == [p.fingerprint for p in parts(many)]
+    assert len({train.fingerprint, held_out.fingerprint, full.fingerprint}) == 3
+    for part in (train, held_out):
+        for index in range(len(part)):
+            assert part.path(index).split("/")[-2] == part.classes[part.labels[index]]
+            assert part[index].image.shape == (3, 8, 8)
+    assert "(holdout part, 0.3 of each class held out)" in str(held_out)
+
+
+def test_the_parts_are_stable_when_files_and_classes_are_added(many):
+    before = [set(part.reader.names.tolist()) for part in parts(many)]
+    for number in range(40):
+        shutil.copy(many / "train/class_0/000.jpg", many / f"train/class_0/new{number}.jpg")
+    shutil.copytree(many / "train/class_1", many / "train/class_00")
+    after = [set(part.reader.names.tolist()) for part in parts(many)]
+    assert all(old < new for old, new in zip(before, after, strict=True))
+    larger = set(parts(many, 0.5)[1].reader.names.tolist())
+    assert after[1] < larger, "a larger share keeps what was held out"
+
+
+def test_the_parts_are_these():
+    """Which files are held out never changes, or a resumed run would train on what it is judged by."""
+    names = np.array([b"class_0/%03d.jpg" % number for number in range(20)])
+    reader = Reader(Path("x"), names, np.ones((20, 1), np.int64), {"class_0"}, Counter())
+    kept = data.dataset._split_by_hash(reader, 0.25, "holdout").names.tolist()
+    assert [int(name[8:11]) for name in kept] == [5, 15, 16, 18, 19]
+
+
+def test_a_class_without_an_image_in_a_part_is_named(root):
+    with pytest.raises(DataError, match=r"DATA.HOLDOUT 0.001 holds 0 of the 4 images of class cl"):
+        dataset(root, holdout=0.001, part="train")
+
+
+def test_checksums_of_a_part(many, tmp_path):
+    lines = [
+        json.dumps({"split": "train", "name": f"{p.parent.name}/{p.name}",
+                    "sha256": hashlib.sha256(p.read_bytes()).hexdigest()})
+        for p in (many / "train").rglob("*.jpg")
+    ]  # fmt: skip
+    (tmp_path / "index.jsonl").write_text("\n".join(lines))
+    part = dataset(many, holdout=0.3, part="holdout", checksums=tmp_path / "index.jsonl")
+    assert part[len(part) - 1].image.shape == (3, 8, 8)
+
+
 def test_validation_is_another_name_of_val(root):
     expected = contents(dataset(root, "val"))
     (root / "val").rename(root / "validation")
@@ -96,7 +288,11 @@ def test_what_is_no_image_is_ignored_and_counted(root, tmp_path):
     (folder / "self").symlink_to(folder)
     data = dataset(root)
     assert contents(data) == expected
-    assert data.source.ignored == 4  # the hidden folder as one
+    assert data.reader.ignored == {
+        "hidden or system": 2,
+        ".txt": 1,
+        ".md": 1,
+    }  # the hidden folder as one
     write_zip(root / "train", tmp_path / "train.zip")
     packed = dataset(tmp_path)
     assert contents(packed) == expected
@@ -125,6 +321,20 @@ def unknown_class(root):
 
 def missing_class(root):
     return {"classes": ["class_0", "class_1", "class_2", "class_3"]}
+
+
+def level_too_many(root):
+    (root / "val").rename(root / "images")
+    (root / "val").mkdir()
+    (root / "images").rename(root / "val/images")
+    return {"classes": ["class_0", "class_1", "class_2"]}
+
+
+def other_suffixes(root):
+    for file in (root / "val/class_1").iterdir():
+        file.rename(file.with_suffix(".jpg_large"))
+    (root / "val/class_1/notes").touch()
+    return {}
 
 
 def flat(root):
@@ -186,6 +396,16 @@ def bzip2(root):
         (linked_class, "val: no image in class_9; expected at least one"),
         (unknown_class, "val: class_x not in the class list of 3 (class_0, class_1, class_2); use"),
         (missing_class, "val: no folder for class_3 of the 4 classes; complete"),
+        (level_too_many, "val: images not in the class list of 3 (class_0, class_1, class_2)"),
+        (
+            level_too_many,
+            "is images a folder too much? It holds 3 folders (class_0, class_1, class_2)",
+        ),
+        (
+            other_suffixes,
+            "no image in class_1; expected at least one per class folder, fill or remove it",
+        ),
+        (other_suffixes, "remove it, 3 other files ignored (.jpg_large 2, no suffix 1)"),
         (flat, "val: holds 6 images and no class folder, expected <class>/<image>; sort"),
         (no_images, "val: holds no image, expected <class>/<image>; sort"),
         (no_split, "set: has no val split, found test, train; expected <root>/train and"),
@@ -251,6 +471,7 @@ DAMAGED = {
     "bmp, half": encode(PICTURE, "BMP")[:900],
     "webp, half": encode(PICTURE, "WEBP")[:900],
     "tiff, half": encode(PICTURE, "TIFF")[:900],
+    "avif, half": encode(PICTURE, "AVIF")[:900],
     "float tiff": encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"),
     "32-bit tiff": encode(Image.fromarray(np.full((8, 8), 1 << 20, np.int32)), "TIFF"),
     "postscript": encode(PICTURE, "EPS"),
@@ -275,7 +496,7 @@ def check_damaged(root, broken, first_bytes=None):
     assert not any(s.bad for s in healthy)
     with pytest.raises(DataError) as error:
         dataset(root)[index]
-    for words in (path, f"{train.source.where[index, 0]} bytes", "never substitutes"):
+    for words in (path, f"{train.reader.sizes[index]} bytes", "never substitutes"):
         assert words in str(error.value)
     if first_bytes is not None:
         assert repr(first_bytes) in str(error.value)
@@ -390,5 +611,5 @@ def test_shared_samples(monkeypatch):
     assert len(imagenet) == len(imagenet.classes) == 1000
     assert imagenet[999].image.shape[0] == 3
     for index in range(0, 1000, 20):
-        file = imagenet.source.read(index)
+        file = imagenet.reader.read(index)
         np.testing.assert_array_equal(decode_pixels(file).numpy(), np.asarray(decode(file)))

@@ -1,6 +1,6 @@
-"""tools/doctor.py: finds what would spoil a run, says what to do, and goes on where it was stopped.
+"""tools/doctor.py: finds what would spoil a run, says what to do, and continues where it was interrupted.
 
-python -m pytest tests/test_doctor.py
+pytest tests/unit/test_doctor.py
 """
 
 import json
@@ -11,12 +11,13 @@ import shutil
 import numpy as np
 import pytest
 from helpers.images import write_image_folder, write_zip
+from helpers.pipeline import image_dataset
 from helpers.runs import arguments
 from reliability.bad_files import ANY, BAD, make_bad_images
 
 import main
-from data import ImageDataset
 from tools import doctor
+from tools.checks import images, machine, report
 from utils.errors import DataError
 
 
@@ -50,7 +51,7 @@ def test_a_healthy_run(examine, tmp_path):
         "8 images in each of 3 classes",
         "36 files, decoded: 36 JPEG RGB",
         "24 images a step = 6 micro-batches of 4, 6 on each of 1 processes",
-        "1 steps, 3 in 3 epochs; 0 images (0.0%)",
+        "1 steps, 3 in 3 epochs; every epoch leaves out 0 images (0.0%)",
         "0 repeated files",
         "0 FAIL",
     ):
@@ -77,24 +78,25 @@ def test_every_bad_image_is_counted(examine, root):
     bad = sum(outcome == BAD for outcome in expected.values())
     assert code == 3
     assert f"FAIL unreadable {bad} of" in text
-    assert "→ restore them from the source of the data, or remove them" in text
-    assert "2 links lead nowhere" in text
+    assert "→ restore them from the original dataset, or remove them" in text
+    assert "2 links are broken" in text
     assert "WARN odd shapes" in text
     assert "1 JPEG CMYK" in text
-    assert "EXIF asks to turn 1 images" in text
+    assert "EXIF rotates 1 images" in text
     assert "4 images have several frames" in text
     assert "3 files have another format" in text
     code, text = examine("--pixels", "--opts", "DATA.MAX_BAD_SAMPLES=60")
     assert f"WARN unreadable {bad} of" in text
+    (root / "val/class_0/000.jpg").unlink()  # so that its folder is listed again
     (root / "val/class_0/000.jpg").write_bytes(b"<html>")
     code, text = examine()
     assert "FAIL unreadable 1 of 12 val images cannot be read" in text
     assert "TEST.SKIP_BAD" in text
 
 
-def test_it_goes_on_where_it_was_stopped(examine, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "CHUNK", 5)
-    examined, item = [], doctor.Examination.__getitem__
+def test_an_interrupted_check_continues(examine, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "CHUNK", 5)
+    examined, item = [], images.Examination.__getitem__
 
     def examine_some(self, index):
         if len(examined) == 12:
@@ -102,15 +104,15 @@ def test_it_goes_on_where_it_was_stopped(examine, root, tmp_path, monkeypatch):
         examined.append(item(self, index)["name"])
         return item(self, index)
 
-    monkeypatch.setattr(doctor.Examination, "__getitem__", examine_some)
+    monkeypatch.setattr(images.Examination, "__getitem__", examine_some)
     code, text = examine()
     assert (code, len(records(tmp_path))) == (130, 10)
-    assert "The same command goes on" in text
+    assert "The same command continues" in text
     with (tmp_path / "doctor/set.jsonl").open("a") as file:
         file.write('{"split": "train", "na')  # what a kill leaves
-    monkeypatch.setattr(doctor.Examination, "__getitem__", item)
-    read, open_image = [], doctor.open_image
-    monkeypatch.setattr(doctor, "open_image", lambda data: read.append(0) or open_image(data))
+    monkeypatch.setattr(images.Examination, "__getitem__", item)
+    read, open_image = [], images.open_image
+    monkeypatch.setattr(images, "open_image", lambda data: read.append(0) or open_image(data))
     code, text = examine()
     assert (code, len(read)) == (0, 26)
     assert "36 files" in text
@@ -140,7 +142,7 @@ def test_its_index_shows_a_flipped_byte_to_the_run(examine, root, tmp_path):
     file.write_bytes(content)
 
     def bad(split, **options):
-        data = ImageDataset(root, split, transform=np.asarray, train=split == "train", **options)
+        data = image_dataset(root, split, transform=np.asarray, train=split == "train", **options)
         samples = [data[0, i] if split == "train" else data[i] for i in range(len(data))]
         return [file for sample in samples for file in sample.bad]
 
@@ -165,7 +167,7 @@ def test_an_index_that_does_not_fit(examine, root, tmp_path):
         if content is not None:
             index.write_text(content)
         with pytest.raises(DataError, match=words):
-            ImageDataset(root, "train", transform=np.asarray, checksums=index)
+            image_dataset(root, transform=np.asarray, checksums=index)
 
 
 def test_the_same_image_in_both_splits_or_under_two_labels(examine, root):
@@ -201,7 +203,7 @@ def test_a_missing_split(examine, root):
     code, text = examine()
     assert code == 3
     assert "FAIL train" in text
-    assert "→ an evaluation, main.py --eval, does without it" in text
+    assert "→ main.py --eval does not need it" in text
     assert examine("--eval")[0] == 0
     shutil.rmtree(root / "val")
     assert examine("--eval")[0] == 3
@@ -213,7 +215,9 @@ def test_classes_that_do_not_match(examine, root):
     assert code == 3
     assert "no folder for class_2" in text
     assert examine("--opts", "DATA.VAL_SUBSET=True")[0] == 0
-    assert "MODEL.NUM_CLASSES is 7, the data have 3" in examine("--opts", "MODEL.NUM_CLASSES=7")[1]
+    assert (
+        "MODEL.NUM_CLASSES is 7, the dataset has 3" in examine("--opts", "MODEL.NUM_CLASSES=7")[1]
+    )
 
 
 def test_archives(examine, tmp_path, root):
@@ -265,7 +269,7 @@ def test_a_machine_that_is_too_small(examine, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**10))
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (200, 200))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: 2)
     code, text = examine("--workers", "2", "--processes", "3")
     assert code == 3
     for words in (
@@ -274,21 +278,21 @@ def test_a_machine_that_is_too_small(examine, monkeypatch):
         "FAIL open files 200 may be open",
         "ulimit -n 4096",
         "WARN processors 1 cores, 4 loader workers (2 for each of 2 processes here)",
-        "WARN devices 2 GPUs for 3 processes → use 2 machines like this one",
+        "WARN devices 2 GPUs for 3 processes → use 2 nodes like this one",
     ):
         assert words in text, words
 
 
 def test_every_warning_and_failure_says_what_to_do(examine, root, monkeypatch):
     shown = []
-    show = doctor.Report.show
+    show = report.Report.show
 
     def note(self, findings):
         findings = list(findings)
         shown.extend(findings)
         show(self, findings)
 
-    monkeypatch.setattr(doctor.Report, "show", note)
+    monkeypatch.setattr(report.Report, "show", note)
     make_bad_images(root / "train/class_0")
     shutil.rmtree(root / "val/class_2")
     examine("--pixels", "--sha", "--processes", "5", "--workers", "64")

@@ -1,39 +1,28 @@
-"""The parts of the engine: schedule, decay groups, checkpoint folder, skipped steps, records."""
+"""Parts of the engine: schedule, decay groups, checkpoint folder, skipped steps, evaluation, records."""
 
 import json
 import os
 import threading
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from helpers.states import make_state, save_state, save_steps
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
 import models  # noqa: F401  registers the variants
 from engine import checkpoint
-from engine.checkpoint import TrainState
 from engine.loop import Accuracy, _step, validate
-from engine.optim import Schedule, create_optimizer, parameter_groups
+from engine.optim import Schedule, parameter_groups
+from engine.state import TrainState
 from utils.distributed import Process
 from utils.errors import CheckpointError, StorageError
 from utils.logging import MetricWriter
 from utils.rng import key, permutation
 
 CPU = Process(0, 1, torch.device("cpu"))
-
-
-def make_state(fp16: bool = False, lr: float = 0.1, weight_decay: float = 0.01) -> TrainState:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
-    optimizer = create_optimizer(model, weight_decay=weight_decay, betas=(0.9, 0.99), eps=1e-8)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
-    return TrainState(model, ModelEmaV3(model, decay=0.9), optimizer, scaler)
 
 
 def train_a_little(state: TrainState, steps: int = 3) -> None:
@@ -54,7 +43,7 @@ def bits(state: TrainState) -> dict:
 
 
 def test_random_numbers_are_frozen():
-    """Other values would change every run that goes on under a new version."""
+    """Other values would change every run that resumes under a new version."""
     assert key(0, "sample", 3, 7) == 0xB191A725ACD45BDF
     assert permutation(8, key(0, "order", 0)).tolist() == [5, 0, 1, 7, 3, 2, 6, 4]
 
@@ -103,8 +92,8 @@ def test_what_is_not_decayed(name, exempt):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("fp16", [False, True])
-def test_update_without_a_finite_gradient_is_skipped(value, fp16):
-    state = make_state(fp16)
+def test_step_without_a_finite_gradient_is_skipped(value, fp16):
+    state = make_state(fp16=fp16)
     train_a_little(state)
     before, scale = bits(state), state.scaler.get_scale()
     state.model[0].weight.grad.fill_(value)
@@ -121,13 +110,13 @@ def test_update_without_a_finite_gradient_is_skipped(value, fp16):
 
 
 @pytest.mark.parametrize("fp16", [False, True])
-def test_restored_state_goes_on_with_the_same_bits(fp16, tmp_path):
-    state = make_state(fp16)
+def test_restored_state_continues_with_the_same_bits(fp16, tmp_path):
+    state = make_state(fp16=fp16)
     train_a_little(state)
     state.epoch, state.skipped, state.best = 2, 1, {"acc1": 50.0, "step": 2}
-    path = save(tmp_path, state, {"model": "toy"})
-    other = make_state(fp16)
-    train_a_little(other, 1)  # what it has must not shine through
+    path = save_state(tmp_path, state, {"model": "toy"})
+    other = make_state(fp16=fp16)
+    train_a_little(other, 1)  # nothing of this may remain
     checkpoint.restore(path, other)
     assert other.counters() == state.counters()
     assert checkpoint.read_metadata(path)["model"] == "toy"
@@ -139,29 +128,16 @@ def test_restored_state_goes_on_with_the_same_bits(fp16, tmp_path):
 def test_hyperparameters_come_from_the_configuration(tmp_path):
     state = make_state(lr=0.1, weight_decay=0.5)
     train_a_little(state)
-    path = save(tmp_path, state, {})
+    path = save_state(tmp_path, state)
     other = make_state(lr=0.2, weight_decay=0.25)
     checkpoint.restore(path, other)
     assert [group["lr"] for group in other.optimizer.param_groups] == [0.2, 0.2]
     assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.25, 0.0]
 
 
-def save(folder: Path, state: TrainState, metadata: dict) -> Path:
-    return checkpoint.write(folder, f"step-{state.step}", checkpoint.snapshot(state, metadata))
-
-
-def make_checkpoints(folder: Path, steps: list[int]) -> list[Path]:
-    state = make_state()
-    train_a_little(state, 1)
-    paths = []
-    for state.step in steps:
-        paths.append(save(folder, state, {}))
-    return paths
-
-
 @pytest.mark.parametrize("name", ["model", "ema", "optimizer", "state", "manifest"])
 def test_every_kind_of_damage_is_found_and_the_one_before_is_used(name, tmp_path):
-    good, bad = make_checkpoints(tmp_path, [9, 10])
+    good, bad = save_steps(tmp_path, 9, 10)
     file = next(bad.glob(f"{name}.*"))
     content = file.read_bytes()
     flipped = bytearray(content)
@@ -181,28 +157,28 @@ def test_every_kind_of_damage_is_found_and_the_one_before_is_used(name, tmp_path
 
 def test_all_damaged_is_an_error_and_none_is_not(tmp_path):
     assert checkpoint.latest(tmp_path) is None
-    (path,) = make_checkpoints(tmp_path, [1])
+    (path,) = save_steps(tmp_path, 1)
     (path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints"):
         checkpoint.latest(tmp_path)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    make_checkpoints(tmp_path, [1, 2, 9, 10, 11])
+    save_steps(tmp_path, 1, 2, 9, 10, 11)
     (tmp_path / ".tmp-step-12").mkdir()
     checkpoint.prune(tmp_path / "step-11", keep=2, best="step-2")
     assert sorted(os.listdir(tmp_path)) == ["step-10", "step-11", "step-2"]
 
 
 def test_failed_save_leaves_the_others_alone(tmp_path, monkeypatch):
-    (older,) = make_checkpoints(tmp_path, [1])
+    (older,) = save_steps(tmp_path, 1)
 
     def full(source, target):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "rename", full)
     with pytest.raises(StorageError, match="No space left"):
-        make_checkpoints(tmp_path, [2])
+        save_steps(tmp_path, 2)
     assert os.listdir(tmp_path) == [older.name]
     assert checkpoint.verify(older) is None
 
@@ -259,19 +235,19 @@ def test_evaluation_is_the_mean_over_images(batch_size):
     assert Accuracy(8, 2, 4, 1.0).acc1 == 25
 
 
-def test_records_beyond_the_resumed_update_are_cut(tmp_path):
+def test_records_beyond_the_resumed_step_are_cut(tmp_path):
     writer = MetricWriter(tmp_path, 0, 0, every=1)
     for step in (1, 2, 3):
         writer.metrics(step, {"train/loss": 0.5})
     writer.close()
-    whole = (tmp_path / "metrics.jsonl").read_text()
+    expected = (tmp_path / "metrics.jsonl").read_text()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "train/lo')  # a kill in mid-line
+        file.write('{"step": 4, "train/lo')  # a kill within a line
     writer = MetricWriter(tmp_path, 2, 0, every=1)
     writer.metrics(3, {"train/loss": 0.5})
     writer.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == whole
-    assert [json.loads(line)["step"] for line in whole.splitlines()] == [1, 2, 3]
+    assert (tmp_path / "metrics.jsonl").read_text() == expected
+    assert [json.loads(line)["step"] for line in expected.splitlines()] == [1, 2, 3]
 
 
 def test_the_evaluation_of_an_epoch_that_was_not_closed_is_recorded_once(tmp_path):
@@ -280,10 +256,10 @@ def test_the_evaluation_of_an_epoch_that_was_not_closed_is_recorded_once(tmp_pat
     writer.metrics(1, {"train/loss": 0.5})
     writer.metrics(1, {"epoch": 1, "val/acc1": 50.0})
     writer.close()
-    whole = (tmp_path / "metrics.jsonl").read_text()
+    expected = (tmp_path / "metrics.jsonl").read_text()
     MetricWriter(tmp_path, 1, 1, every=1).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    assert (tmp_path / "metrics.jsonl").read_text() == expected
     writer = MetricWriter(tmp_path, 1, 0, every=1)  # killed before the epoch was saved as closed
     writer.metrics(1, {"epoch": 1, "val/acc1": 50.0})
     writer.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    assert (tmp_path / "metrics.jsonl").read_text() == expected

@@ -1,14 +1,15 @@
-"""The cache of a folder's listing: believed while nothing has changed, and never needed."""
+"""The index of a folder's listing: used while nothing has changed, and never needed."""
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 from helpers.images import write_image_folder
 
 import data.listing
-import data.readers
 from data.readers import FolderReader
 
 
@@ -27,8 +28,8 @@ def listed(split, monkeypatch):
     """The split's content and whether its folders were listed for it."""
     calls = []
     with monkeypatch.context() as patch:
-        scan = data.readers._list
-        patch.setattr(data.readers, "_list", lambda folder: calls.append(folder) or scan(folder))
+        scan = data.listing._entries
+        patch.setattr(data.listing, "_entries", lambda folder: calls.append(folder) or scan(folder))
         return content(FolderReader(split)), bool(calls)
 
 
@@ -42,7 +43,7 @@ def test_the_second_time_nothing_is_listed(split, monkeypatch):
     second, was_listed = listed(split, monkeypatch)
     assert not was_listed
     assert second == first
-    assert first[3] == 1
+    assert first[3] == {".txt": 1}
     assert len(first[0]) == 13
     monkeypatch.chdir(split.parent)
     assert not listed(data.listing.Path("train"), monkeypatch)[1]
@@ -105,15 +106,15 @@ def test_a_file_overwritten_in_place_is_noticed_until_its_folder_is_touched(spli
 
 
 @pytest.mark.parametrize("harm", [b"", b"PK\3\4 no zip", "flipped", "cut", "flag of encryption"])
-def test_a_damaged_cache_is_passed_over(split, monkeypatch, harm):
+def test_a_damaged_index_is_ignored(split, monkeypatch, harm):
     expected = content(FolderReader(split))
     cache = split.parent / ".train.index.npz"
-    whole = cache.read_bytes()
-    half = len(whole) // 2
+    valid = cache.read_bytes()
+    half = len(valid) // 2
     harms = {
-        "cut": whole[:half],
-        "flipped": whole[:300] + bytes([whole[300] ^ 1]) + whole[301:],
-        "flag of encryption": whole.replace(b"PK\1\2-\3-\0\0", b"PK\1\2-\3-\0\1"),
+        "cut": valid[:half],
+        "flipped": valid[:300] + bytes([valid[300] ^ 1]) + valid[301:],
+        "flag of encryption": valid.replace(b"PK\1\2-\3-\0\0", b"PK\1\2-\3-\0\1"),
     }
     cache.write_bytes(harms.get(harm, harm))
     assert listed(split, monkeypatch) == (expected, True)
@@ -129,10 +130,46 @@ def test_beside_a_read_only_split_the_users_cache_is_used(split, monkeypatch):
     split.parent.with_name("cache").write_text("nor here")
     (split.parent / ".train.index.npz").mkdir()
     assert listed(split, monkeypatch)[1]
-    assert not list(split.parent.glob(".train.index.npz.*")), "nothing is left behind"
+    assert not list(split.parent.glob(".tmp-*")), "nothing is left behind"
 
 
-def test_what_changed_a_moment_ago_is_not_believed_to_be_final(split, monkeypatch):
+def test_what_changed_a_moment_ago_is_not_kept(split, monkeypatch):
     monkeypatch.setattr(data.listing, "SETTLED", 10**11)
     FolderReader(split)
     assert not (split.parent / ".train.index.npz").exists()
+
+
+def test_an_index_made_under_other_rules_is_ignored(split, monkeypatch):
+    """As one written before .gif was read, or by a Pillow that reads more formats."""
+    (split / "class_0/000.jpg").rename(split / "class_0/000.gif")
+    with monkeypatch.context() as patch:
+        patch.setattr(data.listing, "EXTENSIONS", (b".jpg",))
+        assert len(FolderReader(split).names) == 11
+        assert not listed(split, patch)[1]
+    (names, *_), was_listed = listed(split, monkeypatch)
+    assert was_listed
+    assert names[0] == b"class_0/000.gif"
+
+
+def test_files_of_all_levels_are_sorted_by_path(split):
+    for path in (
+        "class_0/000/z.jpg",
+        "class_0/b.jpg",
+        "class_0/b/a.jpg",
+        "class_0-1/a.jpg",
+        "class_0.1/b/c/d.jpg",
+    ):
+        (split / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(split / "class_0/001.jpg", split / path)
+    names = FolderReader(split).names.tolist()
+    assert names == sorted(str(p.relative_to(split)).encode() for p in split.rglob("*.jpg"))
+    ranges = FolderReader(split).class_ranges()
+    assert ranges.keys() == {path.name for path in split.iterdir()}
+    for name, (start, end) in ranges.items():
+        assert names[start:end] == [n for n in names if n.split(b"/")[0] == name.encode()]
+
+
+def test_listing_needs_no_torch():
+    program = "import sys, data.readers; sys.exit('torch' in sys.modules)"
+    root = os.path.dirname(os.path.dirname(data.listing.__file__))
+    assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0

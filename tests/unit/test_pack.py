@@ -1,13 +1,13 @@
-"""Packed sets: the same samples in the same order, other encodings told apart, every damage named."""
+"""Packed sets: the same samples in the same order, other encodings are other datasets, every damage is named."""
 
 import json
 import os
 
 import numpy as np
 import pytest
-from helpers.images import as_they_are, write_image_folder
+from helpers.images import write_image_folder
+from helpers.pipeline import image_dataset as dataset
 
-from data import ImageDataset
 from tools import pack
 from utils.errors import DataError
 
@@ -15,10 +15,6 @@ from utils.errors import DataError
 @pytest.fixture
 def root(tmp_path):
     return write_image_folder(tmp_path / "set", classes=3, train=5, val=2, size=40)
-
-
-def dataset(root, split="train", **options):
-    return ImageDataset(root, split, transform=as_they_are, **options)
 
 
 def contents(data):
@@ -38,7 +34,7 @@ def test_a_pack_equals_the_folder(root, tmp_path, monkeypatch):
         assert packed.classes == folder.classes
         assert packed.fingerprint == folder.fingerprint
         assert contents(packed) == contents(folder)
-        assert packed.source.path.endswith(f"{split}.pack")
+        assert packed.reader.path.endswith(f"{split}.pack")
     run(root, tmp_path / "packed", "--split", "train", "val", "--verify")
     run(tmp_path / "packed", tmp_path / "again")  # a pack can be packed
     assert dataset(tmp_path / "again").fingerprint == dataset(root).fingerprint
@@ -46,15 +42,15 @@ def test_a_pack_equals_the_folder(root, tmp_path, monkeypatch):
 
 def test_a_pack_comes_before_the_folder_beside_it(root):
     run(root, root)
-    assert dataset(root).source.path == str(root / "train.pack")
+    assert dataset(root).reader.path == str(root / "train.pack")
 
 
-def test_encoded_anew_it_is_another_dataset(root, tmp_path):
+def test_encoded_again_it_is_another_dataset(root, tmp_path):
     run(root, tmp_path, "--shorter-side", "32", "--quality", "80")
     packed, folder = dataset(tmp_path), dataset(root)
     assert packed.fingerprint != folder.fingerprint
-    assert packed.source.info["source"] == folder.fingerprint
-    assert packed.source.names.tolist() == folder.source.names.tolist()
+    assert packed.reader.info["source"] == folder.fingerprint
+    assert packed.reader.names.tolist() == folder.reader.names.tolist()
     assert packed[3].image.shape == (3, 32, 32)
     assert abs(packed[3].image.float().mean() - folder[3].image.float().mean()) < 3
     info = json.loads((tmp_path / "train.pack/pack.json").read_text())
@@ -64,7 +60,7 @@ def test_encoded_anew_it_is_another_dataset(root, tmp_path):
     assert dataset(tmp_path / "larger").fingerprint == folder.fingerprint, "none was longer"
 
 
-def test_it_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):
+def test_it_resumes_where_it_was_stopped(root, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "SHARD_BYTES", 4000)
     folder = tmp_path / ".train.pack"
     broken = root / "train/class_2/004.jpg"
@@ -83,7 +79,7 @@ def test_it_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "write_index", lambda *_: begun.update({
         path: path.stat().st_mtime_ns - time for path, time in begun.items()}))  # fmt: skip
     run(root, tmp_path, "--shorter-side", "32")
-    assert set(begun.values()) == {0}, "shards that were whole are written again"
+    assert set(begun.values()) == {0}, "finished shards are written again"
 
 
 def test_an_existing_pack_is_not_overwritten(root, tmp_path, capsys):
@@ -100,7 +96,7 @@ def damage(path, position):
 
 def test_a_flipped_byte_is_named(root, tmp_path, capsys):
     run(root, tmp_path)
-    size, shard, offset, _ = dataset(tmp_path).source.where[7].tolist()
+    size, shard, offset, _ = dataset(tmp_path).reader.where[7].tolist()
     damage(tmp_path / "train.pack/shard-00000.bin", offset + size // 2)
     words = f"record 7, at byte {offset} of shard-00000.bin: CRC-32 differs"
     with pytest.raises(DataError, match=words):
@@ -166,7 +162,7 @@ def test_a_pack_of_other_files_is_noticed(root, tmp_path, capsys):
 
 def test_shards_hold_every_file_once():
     sizes = np.array([5, 1, 1, 9, 30, 2, 2, 2]) * 2**22
-    shards = pack.shards_of(sizes)
+    shards = pack.split_into_shards(sizes)
     assert [i for shard in shards for i in shard] == list(range(8))
     assert all(len(shard) == 1 or sizes[shard].sum() <= pack.SHARD_BYTES for shard in shards)
     assert len(shards) == 3

@@ -23,9 +23,9 @@ from yacs.config import CfgNode
 import hubconf
 import models
 from engine import checkpoint
-from engine.checkpoint import TrainState
 from engine.optim import create_optimizer
 from engine.pretrained import load_pretrained, read_weights
+from engine.state import TrainState
 from models.convert import derived_buffers, resize_table, to_official
 from models.dat import VARIANTS
 from models.identify import identify
@@ -33,7 +33,7 @@ from tools.checkpoint import main as tool
 from utils.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests/golden"
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def micro(classes: int = 10, seed: int = 0, **args) -> nn.Module:
@@ -89,7 +89,7 @@ def test_wrapped_weights_are_found(wrapper, prefix, tmp_path):
     content = state if wrapper == "bare" else {wrapper: state, "optimizer": {}, "epoch": 299}
     torch.save(content, tmp_path / "w.pth")
     target = micro(seed=1)
-    report = load_pretrained(target, tmp_path / "w.pth", whole=True)
+    report = load_pretrained(target, tmp_path / "w.pth", strict=True)
     assert report.matched == list(tensors)
     assert same(target.state_dict(), tensors)
 
@@ -101,7 +101,7 @@ def test_released_pickle_with_a_configuration_inside(tmp_path):
     torch.save({"model": state, "epoch": 299, "config": config}, tmp_path / "w.pth")
     assert b"yacs.config" in (tmp_path / "w.pth").read_bytes()
     target = micro(seed=1)
-    load_pretrained(target, tmp_path / "w.pth", whole=True)
+    load_pretrained(target, tmp_path / "w.pth", strict=True)
     assert same(target.state_dict(), source.state_dict())
 
 
@@ -238,11 +238,11 @@ def test_other_classes_mean_a_new_head_when_training_and_an_error_when_evaluatin
     safetensors.torch.save_file(micro(10).state_dict(), path)
     target = micro(7)
     head = target.get_classifier().weight.clone()
-    assert load_pretrained(target, path, whole=False).new == ["head.fc.weight", "head.fc.bias"]
+    assert load_pretrained(target, path, strict=False).new == ["head.fc.weight", "head.fc.bias"]
     assert torch.equal(target.get_classifier().weight, head)
     with pytest.raises(CheckpointError, match=r"head\.fc\.weight is \[10, 256\] instead of \[7, 2"):
-        load_pretrained(target, path, whole=True)
-    headless = load_pretrained(micro(0), path, whole=False)
+        load_pretrained(target, path, strict=True)
+    headless = load_pretrained(micro(0), path, strict=False)
     assert sorted(headless.unexpected) == ["head.fc.bias", "head.fc.weight"]
 
 
@@ -251,20 +251,20 @@ def test_a_detectors_backbone_starts_a_training_but_is_not_evaluated(tmp_path):
     end = [name for name in tensors if name.startswith(("norm", "head"))]
     backbone = {f"backbone.{name}": t for name, t in tensors.items() if name not in end}
     torch.save({"state_dict": {**backbone, "bbox_head.fc": torch.ones(3)}}, tmp_path / "w.pth")
-    assert load_pretrained(micro(), tmp_path / "w.pth", whole=False).new == end
+    assert load_pretrained(micro(), tmp_path / "w.pth", strict=False).new == end
     with pytest.raises(CheckpointError, match=r"4 missing \(.*norm\.weight"):
-        load_pretrained(micro(), tmp_path / "w.pth", whole=True)
+        load_pretrained(micro(), tmp_path / "w.pth", strict=True)
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", ["stem.0.weight", "norm.bias", "head.fc.weight"])
-def test_a_renamed_tensor_is_refused_under_both_names(name, whole, tmp_path):
+def test_a_renamed_tensor_is_refused_under_both_names(name, strict, tmp_path):
     tensors = micro().state_dict()
     tensors[f"{name}s"] = tensors.pop(name)
     safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
     target, before = micro(seed=1), micro(seed=1).state_dict()
     with pytest.raises(CheckpointError, match=rf"1 missing \(.*: {name};.*1 unexpected .*{name}s"):
-        load_pretrained(target, tmp_path / "w.safetensors", whole=whole)
+        load_pretrained(target, tmp_path / "w.safetensors", strict=strict)
     assert same(target.state_dict(), before)
 
 
@@ -274,7 +274,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, tmp_path):
     source.stages[1].blocks[1].attn.proj.weight.data[3, 4] = value
     safetensors.torch.save_file(source.state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=r"in stages\.1\.blocks\.1\.attn\.proj\.weight\."):
-        load_pretrained(micro(), tmp_path / "w.safetensors", whole=False)
+        load_pretrained(micro(), tmp_path / "w.safetensors", strict=False)
 
 
 @pytest.mark.parametrize("asked", ["dat_tiny", "swin_tiny_patch4_window7_224"])
@@ -283,21 +283,21 @@ def test_a_file_for_another_model_is_answered_with_its_name(asked, tmp_path):
     small = skeleton("dat_small")
     torch.save({"model": hollow(to_official(small.state_dict(), small))}, path)
     with pytest.raises(CheckpointError, match=rf"does not fit {asked}.*MODEL\.NAME dat_small"):
-        load_pretrained(model, path, whole=False)
+        load_pretrained(model, path, strict=False)
     torch.save(hollow(skeleton("swin_small_patch4_window7_224").state_dict()), path)
     with pytest.raises(CheckpointError, match=rf"does not fit {asked}.*with MODEL\.NAME and MODEL"):
-        load_pretrained(model, path, whole=False)
+        load_pretrained(model, path, strict=False)
 
 
 def test_384_pixels_start_from_224_but_are_not_evaluated_with_them(tmp_path):
     path = tmp_path / "w.pth"
     torch.save(hollow(skeleton("dat_base").state_dict()), path)
-    report = load_pretrained(skeleton("dat_base_384"), path, whole=False)
+    report = load_pretrained(skeleton("dat_base_384"), path, strict=False)
     assert len(report.resized) == 24
     assert all(name.endswith(("bias_table", "rpe_table")) for name in report.resized)
     with pytest.raises(CheckpointError, match=r"The file is dat_base with .*MODEL\.NAME dat_base,"):
-        load_pretrained(skeleton("dat_base_384"), path, whole=True)
-    report = load_pretrained(skeleton("dat_base", img_size=384), path, whole=True)
+        load_pretrained(skeleton("dat_base_384"), path, strict=True)
+    report = load_pretrained(skeleton("dat_base", img_size=384), path, strict=True)
     assert all(name.endswith("rpe_table") for name in report.resized)
 
 
@@ -332,7 +332,7 @@ def test_another_size_is_loaded_and_said(args, released, tmp_path):
     state = source.state_dict()
     torch.save(to_official(state, source) | derived_buffers(source) if released else state, path)
     target = micro(seed=1, **args)
-    report = load_pretrained(target, path, whole=True)
+    report = load_pretrained(target, path, strict=True)
     tables = [name for name in state if name.endswith("rpe_table")]
     windows = [name for name in state if name.endswith("position_bias_table")]
     assert sorted(report.resized) == sorted(tables + (windows if "window_size" in args else []))
@@ -354,7 +354,7 @@ def test_timm_models_resize_their_own_tables(tmp_path):
         tmp_path / "w.pth",
     )
     target = timm.create_model(name, img_size=96, window_size=12, **small)
-    report = load_pretrained(target, tmp_path / "w.pth", whole=True)
+    report = load_pretrained(target, tmp_path / "w.pth", strict=True)
     assert [n.rpartition(".")[2] for n in report.resized] == ["relative_position_bias_table"] * 2
 
 

@@ -22,9 +22,9 @@ BOTH = pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
 )
 def test_operations_and_memory_of_a_forward_pass(name, operations, mib):
     args = Namespace(device="cpu", dtype="bfloat16", size=224, batch=4)
-    subject = Subject.named(name, args)
-    assert subject.kept_mib() <= mib  # and masks and grids are remembered
-    assert subject.operations() <= operations
+    subject = Subject.from_name(name, args)
+    assert subject.activation_mib() <= mib  # and masks and grids are remembered
+    assert subject.count_operations() <= operations
 
 
 # --- The same numbers on every path ---------------------------------------------------------------

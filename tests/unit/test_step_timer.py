@@ -1,7 +1,4 @@
-"""The clock of a step's phases and its verdict; what a run's timing.jsonl and log say of them.
-
-pytest tests/test_phases.py
-"""
+"""Step timer: seconds per phase, the bottleneck, and the lines in a run's timing.jsonl and log."""
 
 import json
 import re
@@ -16,12 +13,12 @@ from helpers.runs import arguments
 import main
 from engine.grad_sync import DDPSync, DeterministicSync
 from utils.distributed import Process
-from utils.step_timer import PHASES, StepTimer, shares, verdict
+from utils.step_timer import PHASES, StepTimer, bottleneck, shares
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock, of the process and of a CUDA stream, that stands still until it is told to go on."""
+    """A clock, of the process and of a CUDA stream, that only the test moves."""
     now = [100.0]
 
     class Event:
@@ -56,11 +53,11 @@ def test_every_second_is_in_one_phase(clock, device):
         with timer("forward"):
             clock(1)
     first = {"data_wait": 6, "forward": 2, "other": 1}
-    assert timer.lap() == {phase: first.get(phase, 0) for phase in PHASES}
+    assert timer.flush() == {phase: first.get(phase, 0) for phase in PHASES}
     clock(2)
     with timer("save"):
         clock(4)
-    assert timer.lap() == {phase: {"save": 4, "other": 2}.get(phase, 0) for phase in PHASES}
+    assert timer.flush() == {phase: {"save": 4, "other": 2}.get(phase, 0) for phase in PHASES}
 
 
 @pytest.mark.parametrize("reduction", [DDPSync, DeterministicSync])
@@ -70,9 +67,9 @@ def test_the_reduction_is_a_part_of_the_backward_pass(clock, monkeypatch, reduct
     monkeypatch.setattr("utils.distributed.broadcast", lambda tensors: clock(3))
     timer = StepTimer(cpu)
     for micro_batch in range(2):
-        with reduce.micro_batch(micro_batch, timer):
+        with reduce.accumulate(micro_batch, timer):
             model(torch.randn(4, 2)).sum().backward()
-    assert timer.lap()["backward"] == 3
+    assert timer.flush()["backward"] == 3
 
 
 def seconds(**known: float) -> dict[str, float]:
@@ -89,8 +86,8 @@ def seconds(**known: float) -> dict[str, float]:
         ({"forward": 5, "data_wait": 3, "save": 2}, "input-bound: 30%"),
     ],
 )
-def test_verdict(known, text):
-    line = verdict(seconds(**known))
+def test_bottleneck(known, text):
+    line = bottleneck(seconds(**known))
     assert re.match(text, line)
     assert "\n" not in line
     assert sum(shares(seconds(**known)).values()) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""The direction of imports, and who may read the configuration: decisions that a reader relies on."""
+"""Structure: the direction of imports, who reads the configuration, and how long modules and `train` may be."""
 
 import ast
 from pathlib import Path
@@ -10,13 +10,29 @@ MAY_IMPORT = {
     "utils": set(),
     "models": {"utils"},
     "data": {"utils"},
-    "engine": {"utils", "models", "data"},
+    "analysis": {"utils", "models", "data"},
+    "engine": {"utils", "models", "data", "analysis"},
     "config": {"utils"},
     "main": {"config", "engine", "utils"},
+    "tools": {"utils", "models", "data", "analysis", "engine", "config", "main"},
+    "hubconf": {"utils", "models", "engine"},
 }
-LAYERS = {*MAY_IMPORT, "tools"}
-FILES = [path for layer in MAY_IMPORT for path in sorted(ROOT.glob(f"{layer}*/**/*.py"))]
-FILES += [ROOT / "main.py", ROOT / "config.py"]
+TESTS = {"tests", "helpers", "reliability", "golden"}  # imported by nobody but themselves
+OURS = MAY_IMPORT.keys() | TESTS
+READ_CFG = {"main.py", "config.py", "engine/train.py", "engine/evaluate.py", "engine/build.py"}
+MAX_LINES = 500  # of a module whose first docstring line gives no reason for more
+MAX_LINES_OF_TRAIN = 80
+
+
+def source_files(*layers: str) -> list[str]:
+    """The Python files of these layers, as paths below the root."""
+    paths = [path for layer in layers for path in ROOT.glob(f"{layer}/**/*.py")]
+    paths += [ROOT / f"{layer}.py" for layer in layers if (ROOT / f"{layer}.py").is_file()]
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
+def parse(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text())
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -31,18 +47,43 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_follow_the_layers(path):
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    found = imported(ast.parse(path.read_text())) & LAYERS - {own}
-    assert found <= MAY_IMPORT[own]
+@pytest.mark.parametrize("file", source_files(*MAY_IMPORT))
+def test_imports_follow_the_layers(file):
+    own = Path(file).parts[0].removesuffix(".py")
+    assert imported(parse(file)) & OURS - {own} <= MAY_IMPORT[own]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_main_config_and_run_read_the_configuration(path):
-    if path.name in ("main.py", "config.py", "train.py"):
-        pytest.skip("it reads the configuration")
-    names = {
-        node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)
-    }
-    assert "cfg" not in names
+def test_every_python_file_belongs_to_a_layer():
+    files = {path.name.removesuffix(".py") for path in ROOT.glob("*.py")}
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert files | folders <= OURS
+
+
+@pytest.mark.parametrize("file", source_files("utils", "models", "data", "analysis", "engine"))
+def test_few_modules_read_the_configuration(file):
+    if file in READ_CFG:
+        return
+    for node in ast.walk(parse(file)):
+        name = (
+            getattr(node, "id", None) or getattr(node, "arg", None) or getattr(node, "attr", None)
+        )
+        assert name != "cfg", f"{file}:{node.lineno} reads the configuration"
+
+
+@pytest.mark.parametrize("file", source_files(*MAY_IMPORT))
+def test_a_long_module_gives_its_reason(file):
+    lines = len((ROOT / file).read_text().splitlines())
+    docstring = ast.get_docstring(parse(file)) or ""
+    reason = "in one file" in docstring.partition("\n")[0]
+    assert lines <= MAX_LINES or reason, (
+        f"{lines} lines: split it, or say on line 1 why 'in one file'"
+    )
+
+
+def test_train_is_short():
+    (train,) = (
+        node
+        for node in parse("engine/train.py").body
+        if isinstance(node, ast.FunctionDef) and node.name == "train"
+    )
+    assert train.end_lineno - train.lineno + 1 <= MAX_LINES_OF_TRAIN

@@ -1,8 +1,11 @@
-"""How fast do images come, next to timm's loader and to decoding alone? The `data` part of tools/benchmark.py.
+"""Data benchmark: images per second of the loaders, beside timm's loader and beside decoding alone.
 
-All loaders get the same files, recipe, batch size and number of workers and are timed in turns, a
-pass each, from files to what the model takes: normalised, erased and mixed. Workers are started
-and the files cached by a pass that is not counted.
+All loaders get the same files, augmentation, batch size and number of workers. They take turns, a pass each, from
+files to what the model takes: normalised, erased and mixed. A first pass, which starts workers and fills the page
+cache, is not counted.
+
+example:
+  python tools/benchmark.py data --data-path /imagenet --workers 8
 """
 
 import argparse
@@ -16,13 +19,15 @@ import numpy as np
 import timm.data
 import torch
 from timm.data import auto_augment
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
+from config import SCHEMA
 from data.decode import decode, decode_pixels
+from data.fast_ops import posterize
 from data.readers import Reader, open_split
-from data.transforms import posterize
 from tools import pack
 from utils.errors import DataError
 from utils.rng import reseed
@@ -30,31 +35,58 @@ from utils.rng import reseed
 CPU = torch.device("cpu")
 SIZE = 224
 AUGMENT = "rand-m9-mstd0.5-inc1"
+AUG = {
+    key.name.removeprefix("AUG.").lower(): key.default
+    for key in SCHEMA
+    if key.name.startswith("AUG.")
+}
+CROP = ("scale", "ratio", "padding", "hflip", "color_jitter")
+MIXING = (
+    "reprob",
+    "remode",
+    "recount",
+    "mixup",
+    "cutmix",
+    "mixup_prob",
+    "mixup_switch_prob",
+    "mixup_mode",
+)
+COLOURS = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+IMAGES = {
+    "allow_missing": False,
+    "seed": 0,
+    "apply_exif": False,
+    "checksums": None,
+    "skip_bad": False,
+    "holdout": 0.0,
+}
 MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.0}
-QUALITY = 90  # of the pack that is encoded anew
+QUALITY = 90  # of the pack that is encoded again
 PEER = "timm with prefetcher"
-CEILINGS = ("Pillow", "libjpeg-turbo")
+DECODERS = ("Pillow", "libjpeg-turbo")
 
-Pass = Callable[[], Iterable]  # one pass over the images, as batches
+Pass = Callable[[], Iterable]  # makes one pass over the images, in batches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `benchmark.py data`."""
+    """Add the arguments of `benchmark.py data`."""
     parser.add_argument(
-        "--data-path", type=Path, required=True, help="a dataset; without train: val"
+        "--data-path", type=Path, required=True, help="dataset; its val if it has no train"
     )
-    parser.add_argument("--images", type=int, default=1000, help="of a pass, spread over the set")
-    parser.add_argument("--workers", type=int, default=2, help="of every loader")
-    parser.add_argument("--threads", type=int, default=1, help="of the process that is fed")
-    parser.add_argument("--batch-size", type=int, default=50, help="even, as mixing needs it")
-    parser.add_argument("--shorter-side", type=int, default=288, help="of a pack encoded anew")
-    parser.add_argument("--rounds", type=int, default=5, help="counted passes of every loader")
+    parser.add_argument(
+        "--images", type=int, default=1000, help="images of a pass, spread over the dataset"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes of every loader")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the main process")
+    parser.add_argument("--batch-size", type=int, default=50, help="even, as mixing requires")
+    parser.add_argument("--shorter-side", type=int, default=288, help="of the pack that is resized")
+    parser.add_argument("--rounds", type=int, default=5, help="timed passes of every loader")
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Images per second of every loader, and relative to timm's and to decoding alone in the same round.
+    """Images per second of every loader, absolute and relative to timm's and to decoding alone in the same round.
 
-    Raises DataError without data, or without as many images as a batch has.
+    Raises DataError without data, or with fewer images than a batch.
     """
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,7 +111,7 @@ def run(args: argparse.Namespace) -> dict:
                 f"{phase}, ours": _evaluation(folder, args, crop_mode),
                 f"{phase}, ours, not exact": _evaluation(folder, args, crop_mode, exact=False),
             }
-        speeds = _in_turns(passes, count, args.rounds)
+        speeds = _time_in_turns(passes, count, args.rounds)
     return {
         "workers": args.workers,
         "batch_size": args.batch_size,
@@ -92,17 +124,17 @@ def run(args: argparse.Namespace) -> dict:
             if "ours" in name
         },
         "share_of_decoding": {
-            ceiling: {
-                name: _summary(speed / speeds[f"decoding, {ceiling}"])
+            decoder: {
+                name: _summary(speed / speeds[f"decoding, {decoder}"])
                 for name, speed in speeds.items()
             }
-            for ceiling in CEILINGS
+            for decoder in DECODERS
         },
     }
 
 
 def table(result: dict) -> str:
-    """The result of `run` as lines of text."""
+    """The result of `run` as text."""
     lines = [
         f"{result['images']} images, {result['workers']} workers, batches of "
         f"{result['batch_size']}; medians of the rounds (lowest … highest)",
@@ -110,7 +142,7 @@ def table(result: dict) -> str:
     ]
     for name, speed in result["images_per_second"].items():
         times = result["times_timm"].get(name)
-        shares = [result["share_of_decoding"][ceiling][name]["median"] for ceiling in CEILINGS]
+        shares = [result["share_of_decoding"][decoder][name]["median"] for decoder in DECODERS]
         lines.append(
             f"{name:34}{_spread(speed, '.0f'):>24}{_spread(times, '.2f') if times else '':>32}"
             f"{shares[0]:>26.0%}{shares[1]:>10.0%}"
@@ -119,14 +151,16 @@ def table(result: dict) -> str:
 
 
 def _sample(root: Path, folder: Path, count: int, batch_size: int) -> int:
-    """Write up to `count` images, whole batches, as files: `folder`/train and the same as val; how many."""
+    """Write up to `count` images, in complete batches, to `folder`/train and as val; return their number."""
     try:
         source = open_split(root, "train")
     except DataError:
         source = open_split(root, "val")
     count = min(count, len(source.names)) // batch_size * batch_size
     if not count:
-        raise DataError(f"{source.path} has {len(source.names)} images; a batch is {batch_size}")
+        raise DataError(
+            f"{source.path} has {len(source.names)} images, fewer than a batch of {batch_size}"
+        )
     chosen = np.linspace(0, len(source.names) - 1, count).astype(int)
     for index in chosen.tolist():
         path = folder / "train" / os.fsdecode(source.names[index])
@@ -136,8 +170,8 @@ def _sample(root: Path, folder: Path, count: int, batch_size: int) -> int:
     return count
 
 
-def _in_turns(passes: dict[str, Pass], images: int, rounds: int) -> dict[str, np.ndarray]:
-    """Images per second of each pass in each round; one more round comes first and is not counted."""
+def _time_in_turns(passes: dict[str, Pass], images: int, rounds: int) -> dict[str, np.ndarray]:
+    """Images per second of each pass in each round; one more round, the first, is not counted."""
     seconds = {name: [] for name in passes}
     for number in tqdm(range(rounds + 1), unit=" round", disable=None):
         for name, one_pass in passes.items():
@@ -162,29 +196,34 @@ def _spread(values: dict[str, float], form: str) -> str:
 
 
 def _training(root: Path, args: argparse.Namespace) -> Pass:
-    dataset = data.ImageDataset(
-        root, "train", transform=data.train_transform(SIZE, auto_augment=AUGMENT), train=True
+    transform = data.train_transform(
+        SIZE,
+        **{name: AUG[name] for name in CROP},
+        auto_augment=AUGMENT,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
     )
+    dataset = data.ImageDataset(root, "train", transform=transform, train=True, **IMAGES)
     steps = len(dataset) // args.batch_size
     sampler = data.TrainBatchSampler(
-        len(dataset), batch_size=args.batch_size, micro_batches=1, total_steps=steps
+        len(dataset), batch_size=args.batch_size, micro_batches=1, total_steps=steps, seed=0
     )
-    loader = data.train_loader(dataset, sampler, num_workers=args.workers)
-    micro_batch = data.BatchTransform(
-        len(dataset.classes), device=CPU, reprob=0.25, mixup=0.8, cutmix=1.0
-    )
+    loader = data.train_loader(dataset, sampler, num_workers=args.workers, timeout=0)
+    mixing = {name: AUG[name] for name in MIXING}
+    micro_batch = data.BatchTransform(len(dataset.classes), device=CPU, **COLOURS, **mixing)
     return lambda: (micro_batch(batch.images, batch.labels) for batch in loader)
 
 
 def _evaluation(
     root: Path, args: argparse.Namespace, crop_mode: str, *, exact: bool = True
 ) -> Pass:
-    dataset = data.ImageDataset(
-        root, "val", transform=data.eval_transform(SIZE, crop_mode=crop_mode, exact=exact)
+    transform = data.eval_transform(
+        SIZE, crop_mode=crop_mode, crop_pct=0.875, interpolation="bicubic", exact=exact
     )
+    dataset = data.ImageDataset(root, "val", transform=transform, train=False, **IMAGES)
     sampler = data.ShardSampler(len(dataset), batch_size=args.batch_size)
-    loader = data.eval_loader(dataset, sampler, num_workers=args.workers)
-    normalize = data.Normalize(device=CPU)
+    loader = data.eval_loader(dataset, sampler, num_workers=args.workers, timeout=0)
+    normalize = data.Normalize(**COLOURS, device=CPU)
     return lambda: (normalize(batch.images) for batch in loader)
 
 
@@ -210,7 +249,7 @@ def _timm_training(root: Path, args: argparse.Namespace, *, prefetcher: bool) ->
     )
     for op in dataset.transform.transforms[2].ops:
         if op.aug_fn is auto_augment.posterize:
-            op.aug_fn = posterize  # with Pillow 13, timm's raises for 0 bits
+            op.aug_fn = posterize  # timm's own raises for 0 bits with Pillow 13
     if prefetcher:
         return lambda: loader
     mix = timm.data.Mixup(**MIX, num_classes=classes)
@@ -237,23 +276,23 @@ def _timm_evaluation(
 # --- Decoding alone -------------------------------------------------------------------------------
 
 
-class OnlyDecoded(Dataset):
-    """Every image of `source` read and decoded, and nothing kept."""
+class DecodeOnly(Dataset):
+    """Reads and decodes every image of `source` and returns nothing."""
 
-    def __init__(self, source: Reader, how: Callable[[bytes], object]):
+    def __init__(self, source: Reader, decoder: Callable[[bytes], object]):
         self.source = source
-        self.how = how
+        self.decoder = decoder
 
     def __len__(self) -> int:
         return len(self.source.names)
 
     def __getitem__(self, index: int) -> None:
-        self.how(self.source.read(index))
+        self.decoder(self.source.read(index))
 
 
-def _decoding(root: Path, how: Callable[[bytes], object], args: argparse.Namespace) -> Pass:
+def _decoding(root: Path, decoder: Callable[[bytes], object], args: argparse.Namespace) -> Pass:
     loader = DataLoader(
-        OnlyDecoded(open_split(root, "train"), how),
+        DecodeOnly(open_split(root, "train"), decoder),
         args.batch_size,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,

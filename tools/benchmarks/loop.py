@@ -1,7 +1,13 @@
-"""What does a step of the training loop spend its time on? The real program, for a while, in one process."""
+"""Training loop benchmark: where the time of a step goes, measured on main.py in one process.
+
+Evaluations and saves between epochs do not count. Without --data-path, images of noise as large as photographs of
+ImageNet are written to a temporary folder.
+
+example:
+  python tools/benchmark.py loop --cfg configs/dat_tiny.yaml --data-path /imagenet --seconds 120
+"""
 
 import argparse
-import json
 import os
 import tempfile
 from collections import Counter
@@ -12,29 +18,28 @@ from PIL import Image
 
 import config
 import main
+from analysis.records import read_records
 from tools.benchmarks.model import at_least
 from utils.errors import ConfigError
-from utils.step_timer import PHASES, shares, verdict
+from utils.step_timer import PHASES, bottleneck, shares
 
 IMAGES = 20_000  # a long epoch: what happens between epochs is not measured
 OVERHEAD = ("transform", "save", "other")  # neither computing nor waiting for images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `benchmark.py loop` is told."""
+    """Add the arguments of `benchmark.py loop`."""
     parser.add_argument("--cfg", required=True, help="configuration to train with")
-    parser.add_argument(
-        "--data-path", default="", help="images; without, noise as large as ImageNet's photographs"
-    )
-    parser.add_argument("--seconds", type=float, default=60, help="how long, start included")
-    parser.add_argument("--print-freq", type=at_least(1), default=5, help="steps of a record")
+    parser.add_argument("--data-path", default="", help="dataset (default: images of noise)")
+    parser.add_argument("--seconds", type=float, default=60, help="duration, including the start")
+    parser.add_argument("--print-freq", type=at_least(1), default=5, help="steps per record")
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="as main.py's")
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Train into a folder that is deleted; the phases and the verdict.
+    """Train in a temporary folder; return the speed, the share of every phase and the bottleneck.
 
-    Saves and evaluations between epochs do not count. Raises ConfigError where too few steps were made.
+    Raises ConfigError if too few steps were made.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -44,22 +49,22 @@ def run(args: argparse.Namespace) -> dict:
         path = args.data_path
         if not path:
             path = str(folder / "images")
-            cfg = config.parse([*command, "--data-path", path, *options]).cfg
+            cfg = config.load(args.cfg, args.opts)
             write_images(Path(path), max(IMAGES, cfg.TRAIN.GLOBAL_BATCH_SIZE))
         code = main.main([*command, "--data-path", path, *options])
-        if code not in (0, 75):  # 75: the time was up; of any other, main has said the reason
+        if code not in (0, 75):  # 75: the time is up; for any other, main.py has printed the reason
             raise SystemExit(code)
-        (timing,) = (folder / "output").glob("*/benchmark/timing.jsonl")
-        records = [json.loads(line) for line in timing.read_text().splitlines()]
+        timing = folder.glob("output/*/benchmark/timing.jsonl")
+        records = [record for file in timing for record in read_records(file)]
     return summarize(records)
 
 
 def summarize(records: list[dict]) -> dict:
-    """The phases of all records of a timing.jsonl but the first, which warms up."""
+    """Summarize the records of a timing.jsonl without the first, which warms up."""
     if len(records) < 2:
         raise ConfigError(
-            f"the loop made {len(records)} records, expected 2 or more: raise --seconds, or lower --print-freq "
-            "or TRAIN.GLOBAL_BATCH_SIZE"
+            f"The loop made {len(records)} records, expected at least 2; raise --seconds, or lower --print-freq or "
+            "TRAIN.GLOBAL_BATCH_SIZE"
         )
     seconds, slowness = Counter(), []
     for record in records[1:]:
@@ -70,28 +75,28 @@ def summarize(records: list[dict]) -> dict:
         "images_per_s": len(slowness) / sum(slowness),
         "shares": share,
         "overhead": sum(share[phase] for phase in OVERHEAD),
-        "verdict": verdict(seconds),
+        "bottleneck": bottleneck(seconds),
         "records": len(slowness),
     }
 
 
 def table(result: dict) -> str:
-    """The numbers of `run` for people."""
+    """The result of `run` as text."""
     lines = [f"{phase:12}{share:>8.2%}" for phase, share in result["shares"].items()]
     lines.append(f"{'overhead':12}{result['overhead']:>8.2%}  ({', '.join(OVERHEAD)})")
-    return "\n".join([*lines, f"{result['images_per_s']:.1f} images/s; {result['verdict']}"])
+    return "\n".join([*lines, f"{result['images_per_s']:.1f} images/s; {result['bottleneck']}"])
 
 
 def write_images(root: Path, count: int) -> None:
-    """An image tree of one JPEG of noise under `count` names for training and one for validation."""
+    """Write a dataset of one JPEG of noise: `count` links to it for training, one for validation."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16)
-    picture = (smooth + rng.integers(-16, 17, smooth.shape)).clip(0, 255).astype(np.uint8)
+    noise = (smooth + rng.integers(-16, 17, smooth.shape)).clip(0, 255).astype(np.uint8)
     for split, names in (("train", count), ("val", 1)):
         for label in range(2):
             (root / split / str(label)).mkdir(parents=True)
         first = root / split / "0" / "0.jpg"
-        Image.fromarray(picture).save(first, quality=92)
+        Image.fromarray(noise).save(first, quality=92)
         for i in range(1, names + 1):
             os.link(first, root / split / str(i % 2) / f"{i}.jpg")

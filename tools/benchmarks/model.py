@@ -1,4 +1,10 @@
-"""How fast is a model beside another, how far from the machine's limit, and where does its time go?"""
+"""Model benchmark: speed beside a peer and beside the peak of the machine, memory, and where the time goes.
+
+Both models and a large matrix product, whose speed is the peak, take turns on random images.
+
+example:
+  python tools/benchmark.py model dat_tiny swin_tiny_patch4_window7_224 --dtype bfloat16
+"""
 
 import argparse
 import functools
@@ -17,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -25,7 +31,7 @@ from engine.loop import autocast
 from tools.benchmarks.macs import count_macs
 from utils.errors import ConfigError
 
-KINDS = {  # of ATen operations, the first pattern that is found counts
+KINDS = {  # kinds of ATen operations; the first pattern that matches counts
     "convolutions": r"conv",
     "matrix products": r"mm\b|bmm|linear|scaled_dot_product|flash_attention|efficient_attention",
     "softmax": r"softmax",
@@ -36,9 +42,14 @@ KINDS = {  # of ATen operations, the first pattern that is found counts
     r"le|gt|ge|arange|bernoulli|remainder|minimum|maximum)",
 }
 
+PRODUCT_SIZE = {
+    "cpu": 2048,
+    "cuda": 8192,
+}  # rows and columns of the matrices whose product is the peak
+
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type of command-line arguments: integers from `least` on."""
+    """An argparse type: integers not below `least`."""
 
     def number(text: str) -> int:
         if int(text) < least:
@@ -49,26 +60,28 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `benchmark.py model` is told."""
+    """Add the arguments of `benchmark.py model`."""
     parser.add_argument("model", help="any name that timm knows")
-    parser.add_argument("peer", nargs="?", default="swin_tiny_patch4_window7_224")
+    parser.add_argument(
+        "peer", nargs="?", default="swin_tiny_patch4_window7_224", help="model to compare with"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="autocast"
     )
     parser.add_argument("--batch", type=at_least(1), default=16, help="images at a time")
     parser.add_argument("--size", type=at_least(1), default=224, help="pixels along a side")
     parser.add_argument("--threads", type=at_least(1), default=2, help="CPU threads")
-    parser.add_argument("--rounds", type=at_least(2), default=7, help="turns that count")
+    parser.add_argument("--rounds", type=at_least(2), default=7, help="timed turns of each model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
-# --- In turns -------------------------------------------------------------------------------------
+# --- Timing -------------------------------------------------------------------------------------
 
 
-def in_turns(
+def time_in_turns(
     steps: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every step in each of `rounds`; all take a turn in every round, so that a drifting machine slows all.
+    """Seconds of every step in each of `rounds`; each takes a turn in every round, so that drift affects all.
 
     One more round, the first, warms up and is left out.
     """
@@ -91,13 +104,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratios(own: list[float], peer: list[float]) -> dict[str, float]:
-    """How many times as fast as the peer, from the seconds of both in the same rounds."""
+    """`spread` of the speed relative to the peer, from the seconds of both in the same rounds."""
     return spread([b / a for a, b in zip(own, peer, strict=True)])
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Tensor], float]:
-    """A product of two square matrices, which is as fast as a model could be, and its GFLOP."""
-    n = 8192 if device.type == "cuda" else 2048
+    """A product of two large square matrices, the peak of what a model could reach, and its GFLOP."""
+    n = PRODUCT_SIZE[device.type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return lambda: a @ b, 2 * n**3 / 1e9
 
@@ -106,11 +119,11 @@ def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[
 
 
 class Subject:
-    """A model with a batch of random images and the two things that are timed."""
+    """A model with a batch of random images, and the steps that are timed."""
 
     def __init__(self, net: nn.Module, *, batch: int, size: int, dtype: str, device: str):
         if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: there is no CUDA device here, expected cpu")
+            raise ConfigError("--device cuda: no CUDA device is available; use --device cpu")
         torch.manual_seed(0)
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
@@ -118,8 +131,8 @@ class Subject:
         self.images = torch.randn(batch, 3, size, size, device=self.device)
 
     @classmethod
-    def named(cls, name: str, args: argparse.Namespace) -> "Subject":
-        """What timm knows as `name`."""
+    def from_name(cls, name: str, args: argparse.Namespace) -> "Subject":
+        """The timm model `name` with the settings of the command line."""
         net = models.build(name, num_classes=1000, img_size=args.size, drop_path_rate=0.2)
         return cls(net, batch=args.batch, size=args.size, dtype=args.dtype, device=args.device)
 
@@ -131,53 +144,53 @@ class Subject:
             return self.net(self.images)
 
     def train(self) -> None:
-        """Forward and backward; no optimizer, which is the same for all."""
+        """Forward and backward pass; no optimizer, whose cost is the same for all models."""
         self.net.train()
         with autocast(self.device, self.dtype):
             loss = self.net(self.images).float().square().mean()
         loss.backward()
         self.net.zero_grad()
 
-    def kept_mib(self) -> float:
-        """MiB per image that a training step's forward pass keeps for the backward pass, parameters left out."""
+    def activation_mib(self) -> float:
+        """MiB per image that the forward pass of a training step saves for the backward pass, without parameters."""
         parameters = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
-        kept = {}  # by address; the storages are held, so that no address is used twice
+        saved = {}  # by address; the storages are held, so that no address is used twice
 
-        def keep(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        def save(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
         self.net.train()
-        with saved_tensors_hooks(keep, lambda tensor: tensor), autocast(self.device, self.dtype):
+        with saved_tensors_hooks(save, lambda tensor: tensor), autocast(self.device, self.dtype):
             self.net(self.images[:4])
-        sizes = [s.nbytes() for address, s in kept.items() if address not in parameters]
+        sizes = [s.nbytes() for address, s in saved.items() if address not in parameters]
         return sum(sizes) / len(self.images[:4]) / 2**20
 
-    def operations(self) -> int:
-        """ATen operations of one forward pass in evaluation, outside of autocast."""
+    def count_operations(self) -> int:
+        """ATen operations of one forward pass in evaluation, without autocast."""
         self.net.eval()
         few = self.images[:4]
         with CountOperations() as counter, torch.no_grad():
             self.net(few)
         return counter.count
 
-    def kinds(self, step: Callable[[], object]) -> dict[str, float]:
-        """The share of every kind of operation in the time of `step`."""
+    def profile(self, step: Callable[[], object]) -> dict[str, float]:
+        """The share of every kind of operation in the time of `step`, by name."""
         cuda = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks on every use
-        with profile(activities=activities) as profiler:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler
+        with torch.profiler.profile(activities=activities) as profiler:
             step()
         times = Counter()
         operations = [e for e in profiler.key_averages() if e.device_type == DeviceType.CPU]
-        for event in operations:  # a kernel's time is given to the operation that started it
+        for event in operations:  # a kernel's time counts for the operation that launched it
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-            times[kind(event.key)] += spent
+            times[kind_of(event.key)] += spent
         return {name: times[name] / times.total() for name in [*KINDS, "other"]}
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts what reaches ATen."""
+    """Counts the operations that reach ATen."""
 
     count = 0
 
@@ -188,35 +201,35 @@ class CountOperations(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def kind(operation: str) -> str:
-    """Which of KINDS an operation of the profiler is, or "other"."""
+def kind_of(operation: str) -> str:
+    """The one of KINDS that an operation of the profiler belongs to, or "other"."""
     return next((name for name, words in KINDS.items() if re.search(words, operation)), "other")
 
 
 def peak_mib(name: str, args: argparse.Namespace) -> float:
-    """MiB at the peak of a training step: the accelerator's, or all of a process that does nothing else."""
+    """MiB at the peak of a training step: of the accelerator, or of a process that does nothing else."""
     torch.set_num_threads(args.threads)
-    subject = Subject.named(name, args)
+    subject = Subject.from_name(name, args)
     if subject.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(subject.device)
     subject.train()
     if subject.device.type == "cuda":
         return torch.cuda.max_memory_allocated(subject.device) / 2**20
-    status = Path("/proc/self/status").read_text()  # getrusage would begin at the parent's size
+    status = Path("/proc/self/status").read_text()  # getrusage would start at the parent's peak
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
 
 
-def metadata(name: str, subject: Subject, args: argparse.Namespace) -> dict:
-    """What does not depend on the machine's mood."""
-    # A process that has done nothing else: the peak of a process never comes down.
+def measure_size(name: str, subject: Subject, args: argparse.Namespace) -> dict:
+    """Parameters, multiply-adds, memory and operations: the numbers that do not vary from round to round."""
+    # In a process of its own, because the peak of a process never comes down.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         peak = process.submit(peak_mib, name, args).result()
     return {
         "parameters": sum(p.numel() for p in subject.net.parameters()),
         "gmacs": count_macs(subject.net, args.size, args.size) / 1e9,
-        "kept_mib_per_image": subject.kept_mib(),
+        "activation_mib_per_image": subject.activation_mib(),
         "peak_mib": peak,
-        "aten_operations": subject.operations(),
+        "aten_operations": subject.count_operations(),
     }
 
 
@@ -224,36 +237,36 @@ def metadata(name: str, subject: Subject, args: argparse.Namespace) -> dict:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Time both models and the machine's limit in turns. Raises ConfigError."""
+    """Time both models and the peak of the machine in turns. Raises ConfigError."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    subjects = {name: Subject.named(name, args) for name in (args.model, args.peer)}
-    limit, limit_gflop = matrix_product(getattr(torch, args.dtype), device)
+    subjects = {name: Subject.from_name(name, args) for name in (args.model, args.peer)}
+    product, product_gflop = matrix_product(getattr(torch, args.dtype), device)
     conditions = ("model", "peer", "dtype", "batch", "size", "threads", "device")
     result = {name: getattr(args, name) for name in conditions} | {"models": {}}
 
     for name, subject in subjects.items():
-        result["models"][name] = metadata(name, subject, args)
+        result["models"][name] = measure_size(name, subject, args)
     for phase, step, passes in (("eval", Subject.evaluate, 1), ("train", Subject.train, 3)):
         steps = {name: functools.partial(step, subject) for name, subject in subjects.items()}
-        seconds = in_turns({**steps, "limit": limit}, args.rounds, device)
-        ceiling = limit_gflop / statistics.median(seconds["limit"])
+        seconds = time_in_turns({**steps, "peak": product}, args.rounds, device)
+        peak = product_gflop / statistics.median(seconds["peak"])
         ratio = ratios(seconds[args.model], seconds[args.peer])
-        result[phase] = {"ratio": ratio, "limit_gflops": ceiling, "models": {}}
+        result[phase] = {"ratio": ratio, "peak_gflops": peak, "models": {}}
         for name, subject in subjects.items():
             speed = spread([args.batch / s for s in seconds[name]])
             gflops = 2 * passes * result["models"][name]["gmacs"] * speed["median"]
             result[phase]["models"][name] = {
                 "images_per_s": speed,
                 "gflops": gflops,
-                "of_limit": gflops / ceiling,
-                "kinds": subject.kinds(steps[name]),
+                "of_peak": gflops / peak,
+                "kinds": subject.profile(steps[name]),
             }
     return result
 
 
 def table(result: dict) -> str:
-    """The numbers of `run` for people."""
+    """The result of `run` as text."""
     names = list(result["models"])
     conditions = ("dtype", "batch", "size", "threads", "device")
     lines = [", ".join(f"{word} {result[word]}" for word in conditions)]
@@ -266,18 +279,18 @@ def table(result: dict) -> str:
         timed = [result[phase]["models"][name] for name in names]
         row(
             f"{phase}, images/s",
-            [in_words(t["images_per_s"], 1) for t in timed],
-            f"ratio {in_words(result[phase]['ratio'], 3)}",
+            [format_spread(t["images_per_s"], 1) for t in timed],
+            f"ratio {format_spread(result[phase]['ratio'], 3)}",
         )
         row(
             f"{phase}, GFLOP/s",
-            [f"{t['gflops']:.1f}, {t['of_limit']:.0%} of the limit" for t in timed],
-            f"limit {result[phase]['limit_gflops']:.0f}, a matrix product",
+            [f"{t['gflops']:.1f}, {t['of_peak']:.0%} of the peak" for t in timed],
+            f"peak {result[phase]['peak_gflops']:.0f}, a matrix product",
         )
-    for fact in result["models"][names[0]]:
-        values = [result["models"][name][fact] for name in names]
+    for quantity in result["models"][names[0]]:
+        values = [result["models"][name][quantity] for name in names]
         cells = [f"{v:,.2f}" if isinstance(v, float) else f"{v:,}" for v in values]
-        row(fact.replace("_", " "), cells)
+        row(quantity.replace("_", " "), cells)
     for phase in ("eval", "train"):
         row(f"share of time, {phase}", names)
         for name in [*KINDS, "other"]:
@@ -286,7 +299,7 @@ def table(result: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def in_words(values: dict[str, float], digits: int) -> str:
-    """A `spread` as its median (and quartiles)."""
+def format_spread(values: dict[str, float], digits: int) -> str:
+    """A `spread` as "median (quartile to quartile)"."""
     median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "low", "high"))
     return f"{median} ({low} to {high})"

@@ -1,0 +1,440 @@
+"""From configuration to objects: data sets, loaders, model, optimizer, gradient synchronisation, recipe.
+
+Here the configuration is read group by group and goes no further: what is built takes plain arguments.
+"""
+
+import functools
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+import data
+import models
+from engine import checkpoint, compat, suite
+from engine.grad_sync import DDPSync, DeterministicSync, GradSync
+from engine.loop import Recipe
+from engine.optim import Schedule, create_optimizer
+from engine.pretrained import load_pretrained
+from engine.state import TrainState
+from models.dat import VARIANTS
+from utils.distributed import Process
+from utils.download import download
+from utils.errors import ConfigError, DataError
+from utils.logging import logger
+from utils.rng import key, reseed
+from utils.version import CHECKPOINT_FORMAT, __version__
+from utils.yaml_nodes import to_dict
+
+# Keys of AUG: per image in the loader's workers, and per micro-batch on the device.
+IMAGE_KEYS = ("SCALE", "RATIO", "HFLIP", "COLOR_JITTER", "AUTO_AUGMENT", "PADDING")
+MIX_KEYS = ("MIXUP", "CUTMIX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
+BATCH_KEYS = ("REPROB", "REMODE", "RECOUNT", *MIX_KEYS)
+
+
+def lower(group: CfgNode, names: Iterable[str]) -> dict[str, object]:
+    """Keyword arguments: the keys `names` of a group, in small letters."""
+    return {name.lower(): group[name] for name in names}
+
+
+def run_path(cfg: CfgNode) -> Path:
+    """The directory of this run."""
+    return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
+
+
+def at_size(cfg: CfgNode, size: int) -> CfgNode:
+    """`cfg` for images of another size; a DAT's tables keep the size that it was trained at."""
+    if size == cfg.DATA.IMG_SIZE:
+        return cfg
+    sized = cfg.clone()
+    sized.defrost()
+    if "rpe_img_size" not in VARIANTS.get(cfg.MODEL.NAME, {"rpe_img_size": None}):
+        sized.MODEL.ARGS.setdefault("rpe_img_size", cfg.DATA.IMG_SIZE)
+    sized.DATA.IMG_SIZE = size
+    sized.freeze()
+    return sized
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def open_data(
+    cfg: CfgNode, resumed: Path | None = None
+) -> tuple[data.ImageDataset, data.ImageDataset]:
+    """Training and validation set under one class list.
+
+    The list is the one of DATA.CLASS_LIST, of the checkpoint `resumed` if it has the same classes, or of the training
+    set's folders. Raises ConfigError where MODEL.NUM_CLASSES is another number.
+    """
+    train_set = open_split(cfg, "train", class_list(cfg))
+    if resumed is not None and not cfg.DATA.CLASS_LIST:
+        saved = checkpoint.read_metadata(resumed)["classes"]
+        if saved != train_set.classes and sorted(saved) == sorted(train_set.classes):
+            train_set = open_split(cfg, "train", saved)  # the order of the run's labels
+    count = len(train_set.classes)
+    if cfg.MODEL.NUM_CLASSES not in (0, count):
+        raise ConfigError(
+            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {cfg.DATA.PATH} has {count} classes. "
+            "Leave it 0 to follow the data."
+        )
+    return train_set, open_split(cfg, "val", train_set.classes)
+
+
+def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.ImageDataset:
+    """The images of "train", augmented, or of "val", resized and cropped.
+
+    With DATA.HOLDOUT both are parts of the training set, and the validation set is left unread.
+    """
+    root, share = Path(cfg.DATA.PATH), cfg.DATA.HOLDOUT
+    if split == "val" and not share:
+        return open_set(cfg, root, split, classes, "own", cfg.DATA.VAL_SUBSET)
+    if split == "val":
+        transform, part = eval_transform(cfg, "own"), "holdout"
+    else:
+        transform, part = train_transform(cfg), "train"
+    return data.ImageDataset(
+        root,
+        "train",
+        transform=transform,
+        train=split == "train",
+        classes=classes,
+        allow_missing=False,
+        holdout=share,
+        part=part,
+        checksums=cfg.DATA.VERIFY or None,
+        **_image_arguments(cfg),
+    )
+
+
+def open_set(
+    cfg: CfgNode,
+    root: Path,
+    split: str,
+    classes: list[str] | None,
+    crop: str,
+    allow_missing: bool,
+) -> data.ImageDataset:
+    """The images of `split` below `root`, resized and cropped; `crop` is a key of `suite.CROPS`."""
+    return data.ImageDataset(
+        root,
+        split,
+        transform=eval_transform(cfg, crop),
+        train=False,
+        classes=classes,
+        allow_missing=allow_missing,
+        holdout=0.0,
+        checksums=(cfg.DATA.VERIFY or None) if split == "val" else None,
+        **_image_arguments(cfg),
+    )
+
+
+def _image_arguments(cfg: CfgNode) -> dict[str, object]:
+    return {
+        "seed": cfg.SEED,
+        "apply_exif": cfg.DATA.EXIF == "apply",
+        "skip_bad": cfg.TEST.SKIP_BAD,
+    }
+
+
+def train_transform(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From an image's pixels to an augmented sample."""
+    return data.train_transform(
+        cfg.DATA.IMG_SIZE,
+        mean=cfg.DATA.MEAN,
+        interpolation=cfg.DATA.INTERPOLATION,
+        **lower(cfg.AUG, IMAGE_KEYS),
+    )
+
+
+def eval_transform(cfg: CfgNode, crop: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From a picture's pixels to the model's."""
+    settings = lower(cfg.TEST, ("CROP_MODE", "CROP_PCT", "EXACT")) | suite.CROPS[crop]
+    transform = data.eval_transform(
+        cfg.DATA.IMG_SIZE, interpolation=cfg.DATA.INTERPOLATION, **settings
+    )
+    return suite.WithoutBorder(transform, suite.BORDER) if crop == "border" else transform
+
+
+def describe_pixels(cfg: CfgNode, crop: str) -> dict[str, object]:
+    """What changes the pixels of a set, for the record of an evaluation."""
+    settings = lower(cfg.TEST, ("CROP_MODE", "CROP_PCT", "EXACT")) | suite.CROPS[crop]
+    settings |= {"border": suite.BORDER} if crop == "border" else {}
+    return settings | lower(cfg.DATA, ("IMG_SIZE", "INTERPOLATION"))
+
+
+def class_list(cfg: CfgNode) -> list[str] | None:
+    """The class names of DATA.CLASS_LIST, None without one."""
+    return data.read_class_list(cfg.DATA.CLASS_LIST) if cfg.DATA.CLASS_LIST else None
+
+
+def train_sampler(
+    cfg: CfgNode, train_set: data.ImageDataset, recipe: Recipe, process: Process, start_step: int
+) -> data.TrainBatchSampler:
+    """The micro-batches of this process from `start_step` to the end of the run."""
+    return data.TrainBatchSampler(
+        len(train_set),
+        batch_size=cfg.DATA.BATCH_SIZE,
+        micro_batches=recipe.global_batch // cfg.DATA.BATCH_SIZE,
+        start_step=start_step,
+        total_steps=recipe.epochs * recipe.steps_per_epoch,
+        seed=cfg.SEED,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+
+
+def train_batches(
+    cfg: CfgNode,
+    train_set: data.ImageDataset,
+    recipe: Recipe,
+    process: Process,
+    start_step: int,
+    folder: Path,
+) -> Iterator[data.TrainBatch]:
+    """This process's micro-batches from `start_step` to the end of the run.
+
+    Unreadable images are recorded in `folder`; too many are a DataError.
+    """
+    loader = data.train_loader(
+        train_set,
+        train_sampler(cfg, train_set, recipe, process, start_step),
+        **_loader_arguments(cfg, process),
+    )
+    limit = data.allowed_files(cfg.DATA.MAX_BAD_SAMPLES, len(train_set))
+    bad_samples = data.BadSamples(folder / "bad_samples.jsonl", limit)
+    for batch in loader:
+        bad_samples.add(batch.bad)
+        yield batch
+
+
+def val_loader(cfg: CfgNode, val_set: data.ImageDataset, process: Process) -> data.Loader:
+    """This process's share of the validation images."""
+    sampler = data.ShardSampler(
+        len(val_set),
+        batch_size=cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+    return data.eval_loader(val_set, sampler, **_loader_arguments(cfg, process))
+
+
+def _loader_arguments(cfg: CfgNode, process: Process) -> dict[str, object]:
+    return {
+        "num_workers": cfg.DATA.NUM_WORKERS,
+        "pin_memory": process.device.type == "cuda",
+        "timeout": cfg.TRAIN.HANG_SECONDS / 2,
+    }
+
+
+def normalize(cfg: CfgNode, device: torch.device) -> data.Normalize:
+    """From pixels to the model's input."""
+    return data.Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device=device)
+
+
+def describe_preprocessing(cfg: CfgNode) -> str:
+    """What decides the pixels and the precision of an evaluation, for people."""
+    return (
+        f"crop_mode {cfg.TEST.CROP_MODE}, {cfg.DATA.IMG_SIZE} px, crop_pct {cfg.TEST.CROP_PCT:g}, "
+        f"{cfg.DATA.INTERPOLATION}{'' if cfg.TEST.EXACT else ' by torch'}, {cfg.AMP_DTYPE}"
+    )
+
+
+# --- Model and state ------------------------------------------------------------------------------
+
+
+def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Module:
+    """The model with its initial weights, a function of SEED, on `device`."""
+    reseed(key(cfg.SEED, "model"))
+    model = models.build(
+        cfg.MODEL.NAME,
+        num_classes=num_classes,
+        img_size=cfg.DATA.IMG_SIZE,
+        drop_path_rate=cfg.MODEL.DROP_PATH_RATE,
+        **cfg.MODEL.ARGS,
+    )
+    if cfg.MODEL.GRAD_CHECKPOINTING:
+        model.set_grad_checkpointing()
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    logger.info(f"Model: {cfg.MODEL.NAME}, {millions:.2f} M parameters, {num_classes} classes")
+    return model.to(device)
+
+
+def build_state(cfg: CfgNode, num_classes: int, device: torch.device, *, fresh: bool) -> TrainState:
+    """The state before the first step; a `fresh` run starts from the weights of CHECKPOINT.PRETRAINED, if any."""
+    model = build_model(cfg, num_classes, device)
+    if fresh and cfg.CHECKPOINT.PRETRAINED:
+        load_pretrained(model, download(cfg.CHECKPOINT.PRETRAINED), strict=False)
+    optimizer = create_optimizer(
+        model,
+        weight_decay=cfg.TRAIN.WEIGHT_DECAY,
+        betas=cfg.TRAIN.ADAM_BETAS,
+        eps=cfg.TRAIN.ADAM_EPS,
+    )
+    return TrainState(
+        model=model,
+        ema=ModelEmaV3(model, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=cfg.AMP_DTYPE == "float16"),
+    )
+
+
+def build_grad_sync(
+    cfg: CfgNode, model: nn.Module, micro_batches: range, process: Process
+) -> GradSync:
+    """How the gradients of `micro_batches`, those of this process, and of all others become one."""
+    if cfg.TRAIN.EXACT_WORLD_SIZE:
+        return DeterministicSync(model, micro_batches, process)
+    return DDPSync(_wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process), micro_batches, process)
+
+
+def _wrap_in_ddp(model: nn.Module, img_size: int, process: Process) -> nn.Module:
+    """`model` in DDP where there is more than one process.
+
+    DDP regroups its gradients after the first backward pass and then sums them in another order, which shows in the
+    last bits of three and more processes. After one discarded pass every step, resumed or not, is a later one.
+    """
+    if process.world_size == 1:
+        return model
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    net = DistributedDataParallel(
+        model,
+        device_ids=[process.device] if process.device.type == "cuda" else None,
+        forward_sync_buffers=False,  # GradSync does it, after a step instead of before
+        gradient_as_bucket_view=True,
+    )
+    net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()
+    model.zero_grad(set_to_none=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return net
+
+
+def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: Process) -> Recipe:
+    """What every step does."""
+    own = cfg.TRAIN.GLOBAL_BATCH_SIZE // cfg.DATA.BATCH_SIZE // process.world_size
+    scale = cfg.TRAIN.GLOBAL_BATCH_SIZE / cfg.TRAIN.LR_BASE_SIZE
+    schedule = Schedule(
+        total=cfg.TRAIN.EPOCHS * steps_per_epoch,
+        warmup=cfg.TRAIN.WARMUP_EPOCHS * steps_per_epoch,
+        base=cfg.TRAIN.BASE_LR * scale,
+        start=cfg.TRAIN.WARMUP_LR * scale,
+        end=cfg.TRAIN.MIN_LR * scale,
+    )
+    logger.info(
+        f"Step: {own * process.world_size} micro-batches of {cfg.DATA.BATCH_SIZE} images, {own} on each of "
+        f"{process.world_size} process(es); learning rate {schedule.start:.3g} (warm-up), "
+        f"{schedule.base:.3g} (highest), {schedule.end:.3g} (last)"
+    )
+    return Recipe(
+        seed=cfg.SEED,
+        epochs=cfg.TRAIN.EPOCHS,
+        steps_per_epoch=steps_per_epoch,
+        global_batch=cfg.TRAIN.GLOBAL_BATCH_SIZE,
+        micro_batches=range(process.rank * own, (process.rank + 1) * own),
+        schedule=schedule,
+        transform=data.BatchTransform(
+            num_classes=num_classes,
+            device=process.device,
+            mean=cfg.DATA.MEAN,
+            std=cfg.DATA.STD,
+            **lower(cfg.AUG, BATCH_KEYS),
+        ),
+        label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
+        clip_grad=cfg.TRAIN.CLIP_GRAD,
+        amp_dtype=getattr(torch, cfg.AMP_DTYPE),
+        print_freq=cfg.PRINT_FREQ,
+    )
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def build_metadata(
+    cfg: CfgNode,
+    train_set: data.ImageDataset,
+    val_set: data.ImageDataset,
+    steps_per_epoch: int,
+    process: Process,
+) -> dict:
+    """What a checkpoint holds beside the state: enough to understand it, and to notice what changed since."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "model": cfg.MODEL.NAME,
+        "classes": train_set.classes,
+        "data": train_set.fingerprint,
+        "val_data": val_set.fingerprint,
+        "decoder": data.decoder_fingerprint(),
+        "steps_per_epoch": steps_per_epoch,
+        "reproducibility": compat.reproducibility(
+            process.device, exact_world_size=cfg.TRAIN.EXACT_WORLD_SIZE
+        ),
+        **describe_environment(process),
+        "config": to_dict(cfg),
+    }
+
+
+def describe_environment(process: Process) -> dict[str, object]:
+    """Code, versions and hardware, for checkpoints and evaluations."""
+    return {
+        "world_size": process.world_size,
+        "versions": {
+            "project": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+        },
+        "revision": compat.revision(),
+        "device": compat.device_name(process.device),
+        # What a GPU computes does not depend on the threads beside it.
+        "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
+    }
+
+
+def load_step(
+    cfg: CfgNode, path: Path, process: Process
+) -> tuple[TrainState, Recipe, data.ImageDataset, data.TrainBatchSampler]:
+    """The state saved at `path` and what trains its next step, with all micro-batches in this one process.
+
+    Raises DataError where the images have changed since.
+    """
+    metadata = checkpoint.read_metadata(path)
+    train_set = open_split(cfg, "train", metadata["classes"])
+    if train_set.fingerprint != metadata["data"]:
+        raise DataError(
+            f"{train_set.reader.path} does not hold the images that {path} was trained on"
+        )
+    num_classes = len(metadata["classes"])
+    recipe = build_recipe(cfg, metadata["steps_per_epoch"], num_classes, process)
+    model = build_model(cfg, num_classes, process.device)
+    optimizer = create_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=False)
+    state = TrainState(model, None, optimizer, scaler)
+    checkpoint.restore(path, state)
+    return state, recipe, train_set, train_sampler(cfg, train_set, recipe, process, state.step)
+
+
+# --- Log ------------------------------------------------------------------------------------------
+
+
+def log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
+    """Log the machine, the versions and every setting that is no default, with the file or flag it comes from."""
+    logger.info(
+        f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each, "
+        f"torch {torch.__version__}, timm {timm.__version__}, code {__version__} {compat.revision()}"
+    )
+    if cfg.AMP_DTYPE == "float16" and process.device.type == "cpu":
+        logger.warning("float16 is slow on CPUs; --amp-dtype bfloat16 or float32 is not")
+    settings: dict[str, list[str]] = {}
+    for name, source in sources.items():
+        value = functools.reduce(getattr, name.split("."), cfg)
+        settings.setdefault(source.partition(":")[0], []).append(f"{name} {value}")
+    for source, values in settings.items():
+        logger.info(f"{source}: {', '.join(values)}")

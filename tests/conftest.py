@@ -1,0 +1,63 @@
+"""Shared fixtures: small images, real photographs, a run's signals and warnings, and the data of ../shared."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from helpers.images import write_image_folder
+
+from utils.logging import logger
+from utils.signals import SIGNALS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A small data set, not to be changed: two steps of 24 images an epoch, and 13 validation images.
+
+    No number of processes divides 13.
+    """
+    root = write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=4)
+    for label in range(3):
+        (root / "val" / f"class_{label}" / "003.jpg").unlink()
+    return root
+
+
+@pytest.fixture(scope="session")
+def photo_files() -> list[Path]:
+    """Two photographs as JPEG files of 640×427 pixels, which come with scikit-learn."""
+    folder = resources.files("sklearn.datasets.images")
+    return [Path(str(folder / name)) for name in ("china.jpg", "flower.jpg")]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The data sets beside this project, too large for a clone; a test that needs them is skipped without them."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs CIFAR-10 and ImageNet samples in ../shared/data")
+    return folder
+
+
+@pytest.fixture
+def logged_warnings() -> Iterator[list[str]]:
+    """The warnings that were logged so far."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def restore_signals() -> Iterator[None]:
+    """Give the signals their handlers back: a run that was asked to stop ignores them, as its process is to end."""
+    former = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)

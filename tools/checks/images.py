@@ -1,0 +1,247 @@
+"""Image checks: every file of a dataset, recorded in an index so that an interrupted check continues."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import ImageDataset
+from data.decode import EXIF_TRANSPOSES, UNREADABLE, decode, open_image, orientation
+from tools.checks.report import Finding
+from utils.errors import ConfigError
+from utils.files import write_atomically
+
+CHUNK = 64  # files examined between two writes of the index
+MIN_SIDE = 32  # pixels
+MAX_PIXELS = 50e6
+MAX_ASPECT = 10  # longer by shorter side
+
+
+class Examination(Dataset):
+    """The record of each file in `todo`, pairs of split and position, for the index."""
+
+    def __init__(
+        self,
+        datasets: dict[str, ImageDataset],
+        todo: list[tuple[str, int]],
+        pixels: bool,
+        sha: bool,
+    ):
+        self.datasets = datasets
+        self.todo = todo
+        self.pixels = pixels
+        self.sha = sha
+
+    def __len__(self) -> int:
+        return len(self.todo)
+
+    def __getitem__(self, item: int) -> dict:
+        split, index = self.todo[item]
+        dataset = self.datasets[split]
+        name = os.fsdecode(dataset.reader.names[index])
+        record = {"split": split, "name": name, "size": int(dataset.reader.sizes[index])}
+        try:
+            data = dataset.read(index)
+            if self.sha:
+                record["sha256"] = hashlib.sha256(data).hexdigest()
+            image = open_image(data)
+            record |= {"format": image.format, "mode": image.mode, "pixels": image.size}
+            record["turned"] = orientation(image) in EXIF_TRANSPOSES
+            record["animated"] = _is_animated(image)
+            if self.pixels:
+                decode(data)
+                record["decoded"] = True
+        except UNREADABLE as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            record["problem"] = f"{type(error).__name__}: {reason}, {record['size']} bytes"
+        return record
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except UNREADABLE:  # it has a second frame, which is damaged
+        return True
+
+
+@dataclass
+class Tally:
+    """Counts of the examined files, and lists of those that need attention."""
+
+    count: Counter = field(default_factory=Counter)  # by split
+    kinds: Counter = field(default_factory=Counter)  # by format and mode
+    misnamed: int = 0
+    rotated: int = 0
+    animated: int = 0
+    odd: list[str] = field(default_factory=list)
+    huge: list[str] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)  # by split
+    owners: dict[str, list[str]] = field(default_factory=dict)  # by SHA-256, "split/name"
+
+    def add(self, record: dict) -> None:
+        """Count one record of the index."""
+        split, path = record["split"], f"{record['split']}/{record['name']}"
+        self.count[split] += 1
+        if "sha256" in record:
+            self.owners.setdefault(record["sha256"], []).append(path)
+        if "problem" in record:
+            self.problems.setdefault(split, []).append(f"{path} ({record['problem']})")
+            return
+        self.kinds[f"{record['format']} {record['mode']}"] += 1
+        suffix = Path(record["name"]).suffix[1:].upper()
+        usual = {"JPG": "JPEG", "TIF": "TIFF", "PGM": "PPM"}.get(suffix, suffix)
+        self.misnamed += usual != record["format"].replace("MPO", "JPEG")
+        self.rotated += record["turned"]
+        self.animated += record["animated"]
+        width, height = record["pixels"]
+        text = f"{path} ({width}×{height})"
+        if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+            self.odd.append(text)
+        if width * height > MAX_PIXELS:
+            self.huge.append(text)
+
+
+def examine(
+    datasets: dict[str, ImageDataset], index: Path, pixels: bool, sha: bool, jobs: int
+) -> Tally:
+    """Examine every image that is not in `index` yet, and add its record.
+
+    Files that had a problem or another size are examined again. Raises ConfigError if `index` cannot be written.
+    """
+    tally = Tally()
+    try:
+        index.parent.mkdir(parents=True, exist_ok=True)
+        known = _keep_valid(index, datasets, pixels, sha, tally)
+        file = index.open("a")
+    except OSError as error:
+        raise ConfigError(f"{index}: {error.strerror}; name another file with --index") from error
+    todo = [
+        (split, position)
+        for split, dataset in datasets.items()
+        for position, name in enumerate(dataset.reader.names.tolist())
+        if (split, os.fsdecode(name)) not in known
+    ]
+    examination = Examination(datasets, todo, pixels, sha)
+    loader = DataLoader(examination, CHUNK, num_workers=jobs, collate_fn=list)
+    with (
+        file,
+        warnings.catch_warnings(action="ignore"),  # of Pillow, about unusual headers
+        tqdm(total=len(known) + len(todo), initial=len(known), unit=" files", leave=False,
+             dynamic_ncols=True, disable=None) as progress,
+    ):  # fmt: skip
+        for records in loader:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            for record in records:
+                tally.add(record)
+            progress.update(len(records))
+    return tally
+
+
+def _keep_valid(
+    index: Path, datasets: dict[str, ImageDataset], pixels: bool, sha: bool, tally: Tally
+) -> set[tuple[str, str]]:
+    """Drop outdated and incomplete records from `index`; count the others and return their names."""
+    known: set[tuple[str, str]] = set()
+    if not index.exists():
+        return known
+    sizes = {
+        (split, os.fsdecode(name)): file_size
+        for split, dataset in datasets.items()
+        for name, file_size in zip(
+            dataset.reader.names.tolist(), dataset.reader.sizes.tolist(), strict=True
+        )
+    }
+    lines = []
+    try:
+        for line in index.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):  # cut off when the process was killed
+                break
+            record = json.loads(line)
+            name = record["split"], record["name"]
+            complete = ("decoded" in record or not pixels) and ("sha256" in record or not sha)
+            if complete and "problem" not in record and sizes.get(name) == record["size"]:
+                known.add(name)
+                tally.add(record)
+                lines.append(line)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{index}: not an index of images; name another file with --index"
+        ) from error
+    write_atomically(index, "".join(lines))
+    return known
+
+
+def judge_images(
+    tally: Tally, index: Path, pixels: bool, sha: bool, allowed: int
+) -> Iterator[Finding]:
+    """Findings about the examined files, for a run in which `allowed` training files may be unreadable."""
+    read = f"{sum(tally.count.values()):,} files, {'decoded' if pixels else 'headers read'}"
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in tally.kinds.most_common())
+    advice = "" if pixels else "--pixels decodes them too, which finds truncated images"
+    yield Finding("OK", "files", f"{read}: {kinds or 'none valid'}; index {index}", advice)
+    for split, problems in tally.problems.items():
+        harmless = split == "train" and len(problems) <= allowed
+        text = f"{len(problems):,} of {tally.count[split]:,} {split} images cannot be read"
+        remedy = "restore them from the original dataset"
+        if harmless:
+            remedy += (
+                f", or train with others of their class in their place (at most {allowed} files)"
+            )
+        elif split == "val":
+            remedy += ", or count them as wrong with TEST.SKIP_BAD=True"
+        else:
+            remedy += ", or remove them"
+        level = "WARN" if harmless else "FAIL"
+        yield Finding(level, "unreadable", text, remedy, problems)
+    if tally.misnamed:
+        text = f"{tally.misnamed:,} files have another format than their suffix"
+        yield Finding("OK", "names", text, "nothing to do: the content counts")
+    if tally.rotated:
+        text = f"EXIF rotates {tally.rotated:,} images"
+        remedy = "published results ignore it; DATA.EXIF=apply rotates them"
+        yield Finding("OK", "rotation", text, remedy)
+    if tally.animated:
+        text = f"{tally.animated:,} images have several frames: the first one is used"
+        yield Finding("OK", "animation", text)
+    if tally.odd:
+        text = f"{len(tally.odd):,} images are below {MIN_SIDE} pixels or more than {MAX_ASPECT} times as long as wide"
+        remedy = "look at them; they are used unchanged"
+        yield Finding("WARN", "odd shapes", text, remedy, tally.odd)
+    if tally.huge:
+        text = f"{len(tally.huge):,} images have more than {MAX_PIXELS / 1e6:.0f} million pixels"
+        remedy = "a worker needs 3 bytes per pixel; resize them if memory is short"
+        yield Finding("WARN", "huge images", text, remedy, tally.huge)
+    if sha:
+        yield from _duplicates(tally)
+
+
+def _duplicates(tally: Tally) -> Iterator[Finding]:
+    """Findings about identical files in both splits, or under two labels."""
+    leaked, ambiguous, repeated = [], [], 0
+    for paths in tally.owners.values():
+        if len(paths) > 1:
+            repeated += len(paths) - 1
+            parts = [path.split("/")[:2] for path in paths]
+            if len({split for split, _ in parts}) > 1:
+                leaked.append(" = ".join(paths[:2]))
+            if len({label for _, label in parts}) > 1:
+                ambiguous.append(" = ".join(paths[:2]))
+    if leaked:
+        text = f"{len(leaked):,} images are in train and in val"
+        remedy = "remove them from train, or the accuracy will be too high"
+        yield Finding("FAIL", "duplicates", text, remedy, leaked)
+    if ambiguous:
+        text = f"{len(ambiguous):,} images have two labels"
+        yield Finding("WARN", "duplicates", text, "keep the correct one", ambiguous)
+    if not leaked and not ambiguous:
+        text = f"{repeated:,} repeated files, none across splits or classes"
+        yield Finding("OK", "duplicates", text)

@@ -1,0 +1,292 @@
+"""A classifier ready for pictures, for the tools: model, preprocessing and class names from one set of flags.
+
+From a run or checkpoint (--resume), a file of weights (--pretrained FILE with --cfg or --model; a DAT's file needs
+neither), a Hugging Face folder (--pretrained FOLDER) or timm's own weights (--model NAME).
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+import config
+from analysis import imagenet
+from engine import build, checkpoint
+from engine.loop import autocast
+from engine.pretrained import load_pretrained, read_weights
+from models.identify import identify
+from utils.download import download
+from utils.errors import CheckpointError, ConfigError, DataError
+from utils.logging import logger
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+OWNED = ("num_classes", "img_size", "drop_path_rate")  # arguments that have keys of their own
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode and what its pictures and answers need.
+
+    classes: folder names or ids, in the order of the logits.
+    names: the same in words.
+    title: the model and its weights, for people.
+    """
+
+    cfg: CfgNode
+    model: nn.Module
+    device: torch.device
+    classes: list[str]
+    names: list[str]
+    title: str
+
+    @property
+    def transform(self) -> Callable[[Tensor], Tensor]:
+        """From a picture's pixels to the model's, as in an evaluation."""
+        return build.eval_transform(self.cfg, "own")
+
+    @property
+    def apply_exif(self) -> bool:
+        """Whether pictures are turned as their EXIF data asks for."""
+        return self.cfg.DATA.EXIF == "apply"
+
+    def autocast(self) -> torch.autocast:
+        """The precision of an evaluation."""
+        return autocast(self.device, getattr(torch, self.cfg.AMP_DTYPE))
+
+
+def log_to_stderr() -> None:
+    """Log what happens to stderr: stdout is for the answers."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which classifier."""
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--resume", default="", metavar="RUN", help="run (its best checkpoint) or checkpoint"
+    )
+    weights.add_argument(
+        "--pretrained",
+        default="",
+        metavar="FILE",
+        help="file of weights, Hugging Face folder, or https://…#sha256=…",
+    )
+    parser.add_argument("--ema", action="store_true", help="the average of the weights instead")
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument("--cfg", default="", help="configuration of the weights in --pretrained")
+    recipe.add_argument(
+        "--model",
+        default="",
+        metavar="NAME",
+        help="a model of timm's; without --pretrained its own weights are downloaded",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--amp-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: the configuration's; float32 without one",
+    )
+    parser.add_argument("--batch-size", type=int, default=0, help="default: TEST.BATCH_SIZE")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument(
+        "--opts", nargs="*", default=[], metavar="KEY VALUE", help="any key of the configuration"
+    )
+
+
+def load_classifier(args: argparse.Namespace, names: str = "lemma") -> Classifier:
+    """The classifier that the flags of `add_arguments` name.
+
+    names: "lemma", "definition", "wnid" or a text file, a name a line. Raises ConfigError, CheckpointError, DataError.
+    """
+    opts = [*args.opts]
+    if args.amp_dtype:
+        opts += ["AMP_DTYPE", args.amp_dtype]
+    if args.batch_size:
+        opts += ["TEST.BATCH_SIZE", str(args.batch_size)]
+    opts += ["DATA.NUM_WORKERS", str(args.workers)]
+    kind = args.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(kind)
+    described = None
+    if args.resume:
+        cfg, model, classes, title = _load_run(Path(args.resume), args.ema, opts, device)
+    elif args.pretrained and (folder := Path(args.pretrained) / "config.json").is_file():
+        cfg, model, classes, described, title = _load_folder(folder, opts, device)
+    elif args.pretrained:
+        cfg, model, classes, title = _load_file(args, opts, device)
+    elif args.model:
+        cfg, model, classes, title = _load_timm(args.model, opts, device)
+    else:
+        raise ConfigError("name the weights: --resume RUN, --pretrained FILE or --model NAME")
+    count = len(classes)
+    logger.info(f"{title}: {count} classes, {build.describe_preprocessing(cfg)}")
+    words = choose_names(classes, described, names)
+    return Classifier(cfg, model.eval(), device, classes, words, title)
+
+
+def choose_names(classes: list[str], described: dict[str, str] | None, source: str) -> list[str]:
+    """The names of `classes` that `source` asks for: those of a file, or of WordNet where they are wnids.
+
+    described: names that came with the weights. Raises DataError for a file of another length.
+    """
+    if source not in ("lemma", "definition", "wnid"):
+        try:
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--names {source}: cannot be read ({error})") from error
+        names = [line.strip() for line in lines if line.strip()]
+        if len(names) != len(classes):
+            raise DataError(
+                f"--names {source}: {len(names)} names, the model has {len(classes)} classes; expected a name a line"
+            )
+        return names
+    if source == "wnid":
+        return classes
+    if described is not None:
+        return [described.get(name, name) for name in classes]
+    info = ImageNetInfo("imagenet-22k")
+    try:
+        detailed = source == "definition"
+        return [info.label_name_to_description(name, detailed=detailed) for name in classes]
+    except KeyError:
+        return classes
+
+
+def default_classes(count: int) -> list[str]:
+    """The classes of weights that do not name theirs."""
+    if count == 1000:
+        logger.info("The weights name no classes: 1000 outputs are taken as ImageNet-1k's")
+        return imagenet.wnids()
+    logger.info(f"The weights name no classes: they are numbered from 0 to {count - 1}")
+    return [str(number) for number in range(count)]
+
+
+# --- Sources --------------------------------------------------------------------------------------
+
+
+def _load_run(path: Path, ema: bool, opts: list[str], device: torch.device) -> tuple:
+    step = checkpoint.resolve(path, best=True)
+    metadata = checkpoint.read_metadata(step)
+    cfg = config.load_values(metadata["config"], str(step / "state.json"), opts)
+    classes = metadata["classes"]
+    file = step / f"{'ema' if ema else 'model'}.safetensors"
+    if not file.exists():
+        raise CheckpointError(f"{step} has no EMA: its run had TRAIN.EMA_DECAY 0")
+    model = build.build_model(cfg, len(classes), device)
+    checkpoint.load_strictly(model, file)
+    return cfg, model, classes, f"{cfg.MODEL.NAME}, {file}"
+
+
+def _load_file(args: argparse.Namespace, opts: list[str], device: torch.device) -> tuple:
+    path = download(args.pretrained)
+    if args.cfg:
+        cfg = config.load(args.cfg, opts)
+    elif args.model:
+        cfg = _timm_config(args.model, opts)
+    else:
+        cfg = _identified_config(path, opts)
+    classes = build.class_list(cfg) or default_classes(cfg.MODEL.NUM_CLASSES or 1000)
+    model = build.build_model(cfg, len(classes), device)
+    if args.ema:
+        raise ConfigError("--ema belongs to --resume; a file is loaded as it is")
+    load_pretrained(model, path, strict=True)
+    return cfg, model, classes, f"{cfg.MODEL.NAME}, {path}"
+
+
+def _identified_config(path: Path, opts: list[str]) -> CfgNode:
+    """The shipped configuration of the DAT whose weights `path` holds."""
+    found = identify(read_weights(path))
+    file = CONFIGS / f"{found.variant}.yaml" if found else None
+    if file is None or not file.exists():
+        raise ConfigError(
+            f"{path} is no released DAT: say with --cfg or --model what it was made for"
+        )
+    logger.info(f"{path} is {found}: configured by {file}")
+    return config.load(str(file), opts)
+
+
+def _load_folder(file: Path, opts: list[str], device: torch.device) -> tuple:
+    """A folder as timm's `save_for_hf` and the Hugging Face hub have it: config.json and weights."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        settings = content.get("pretrained_cfg", content)
+        name = content["architecture"]
+        count = content.get("num_classes", settings.get("num_classes"))
+        args = {k: v for k, v in content.get("model_args", {}).items() if k not in OWNED}
+        classes = content.get("label_names", settings.get("label_names"))
+        described = content.get("label_descriptions", settings.get("label_descriptions"))
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{file}: no configuration of a timm model ({error!r})") from error
+    if isinstance(classes, dict):  # from index to name
+        classes = [classes[key] for key in sorted(classes, key=int)]
+    if count is None:
+        raise CheckpointError(f"{file}: does not say num_classes")
+    if classes is not None and len(classes) != count:
+        raise CheckpointError(f"{file}: {len(classes)} label_names for {count} classes")
+    cfg = _config_of(name, settings, {**args}, count, str(file), opts)
+    weights = [file.parent / n for n in ("model.safetensors", "pytorch_model.bin")]
+    weights = next((path for path in weights if path.exists()), None)
+    if weights is None:
+        raise CheckpointError(f"{file.parent} has neither model.safetensors nor pytorch_model.bin")
+    model = build.build_model(cfg, count, device)
+    load_pretrained(model, weights, strict=True)
+    return cfg, model, classes or default_classes(count), described, f"{name}, {file.parent}"
+
+
+def _load_timm(name: str, opts: list[str], device: torch.device) -> tuple:
+    cfg = _timm_config(name, opts)
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError) as error:  # no such weights, no network
+        raise CheckpointError(
+            f"--model {name}: its weights cannot be had ({error}); give them with --pretrained"
+        ) from error
+    classes = default_classes(model.num_classes)
+    return cfg, model.to(device), classes, f"{name}, timm's weights"
+
+
+def _timm_config(name: str, opts: list[str]) -> CfgNode:
+    settings = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    if settings is None:
+        raise ConfigError(
+            f"--model {name}: timm does not know how its pictures are prepared; use --cfg"
+        )
+    settings = settings.to_dict()
+    return _config_of(name, settings, {}, settings["num_classes"], f"--model {name}", opts)
+
+
+def _config_of(
+    name: str, settings: dict, args: dict, count: int, where: str, opts: list[str]
+) -> CfgNode:
+    """A configuration from what timm keeps beside a model; `where` names it in errors."""
+    size = settings.get("input_size", (3, 224, 224))
+    if size[1] != size[2]:
+        raise ConfigError(f"{where}: takes pictures of {size[2]}×{size[1]}, expected a square")
+    values = {
+        "AMP_DTYPE": "float32",
+        "MODEL": {"NAME": name, "NUM_CLASSES": count, "ARGS": args},
+        "DATA": {
+            "IMG_SIZE": size[1],
+            "MEAN": list(settings.get("mean", timm.data.IMAGENET_DEFAULT_MEAN)),
+            "STD": list(settings.get("std", timm.data.IMAGENET_DEFAULT_STD)),
+            "INTERPOLATION": settings.get("interpolation") or "bicubic",
+        },
+        "TEST": {
+            "CROP_MODE": settings.get("crop_mode") or "center",
+            "CROP_PCT": settings.get("crop_pct") or 0.875,
+        },
+    }
+    return config.load_values(values, where, opts)
