@@ -22,7 +22,7 @@ from analysis import imagenet
 from engine import build, checkpoint
 from engine.loop import autocast
 from engine.pretrained import load_pretrained, read_weights
-from models.convert import identify
+from models.identify import identify
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.logging import logger

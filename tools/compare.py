@@ -24,11 +24,11 @@ import torch
 from yacs.config import CfgNode
 
 import config
-import models
 from analysis.records import read_records
 from analysis.tables import format_run_differences, format_runs
 from engine import checkpoint
 from engine.build import build_model, resolve_amp_dtype
+from tools.benchmarks.macs import count_macs
 from tools.benchmarks.model import Subject, at_least, time_in_turns
 from utils.errors import CheckpointError, as_exit_code
 from utils.logging import logger
@@ -127,7 +127,7 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
     rows = []
     for name, subject in subjects.items():
         accuracies = [last_accuracies(run) for run in runs[name]]
-        macs = models.count_macs(subject.net, *subject.images.shape[2:])
+        macs = count_macs(subject.net, *subject.images.shape[2:])
         rows.append(
             [
                 name,

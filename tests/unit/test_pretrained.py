@@ -26,8 +26,9 @@ from engine import checkpoint
 from engine.optim import create_optimizer
 from engine.pretrained import load_pretrained, read_weights
 from engine.state import TrainState
-from models.convert import derived_buffers, identify, resize_table, to_official
+from models.convert import derived_buffers, resize_table, to_official
 from models.dat import VARIANTS
+from models.identify import identify
 from tools.checkpoint import main as tool
 from utils.errors import CheckpointError
 
@@ -438,8 +439,8 @@ def test_verify_names_the_damaged_ones(tmp_path, capsys):
 def test_conversion_changes_no_bit(args, tmp_path, monkeypatch):
     source = micro(**args)
     if args:  # there is no small variant of DAT++
-        monkeypatch.setattr("models.convert.skeletons", lambda: {"dat_micro": source})
-        monkeypatch.setattr("models.convert.Description.build", lambda found: source)
+        monkeypatch.setattr("models.identify.skeletons", lambda: {"dat_micro": source})
+        monkeypatch.setattr("models.identify.Description.build", lambda found: source)
     ours, released, back, again = (
         tmp_path / n for n in ("a.safetensors", "b.pth", "c.safetensors", "d.pth")
     )
