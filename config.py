@@ -376,7 +376,7 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
         return
     yield from _weight_conflicts(cfg.CHECKPOINT, mode, given)
     if mode == "train":
-        for name in given & {"TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT"}:
+        for name in sorted(given & {"TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT"}):
             yield name, "belongs to evaluation; add --eval"
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.errors import StorageError
+from utils.first_edition import translate_record
 from utils.logging import logger
-
-RENAMED = {"update": "step", "slots": "micro_batches"}  # names of the first edition
 
 
 def read_records(path: Path) -> Iterator[dict]:
@@ -26,7 +25,7 @@ def read_records(path: Path) -> Iterator[dict]:
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
-            record = {RENAMED.get(name, name): value for name, value in record.items()}
+            record = translate_record(record)
             if type(record.get("step")) is int:
                 yield record
                 continue

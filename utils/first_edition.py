@@ -26,6 +26,10 @@ METADATA = {
     "promise": "reproducibility",
     "processes": "world_size",
 }
+RECORDS = {
+    "update": "step",
+    "slots": "micro_batches",
+}  # of metrics.jsonl, timing.jsonl, skipped.jsonl
 # Tensors of our models' checkpoints, a part of their name.
 TENSORS = {".perception.": ".lpu.", "displacement_bias_table": "rpe_table"}
 # What keys that came later would have been.
@@ -70,6 +74,11 @@ def translate_metadata(metadata: dict, make: Callable[[dict], dict] = dict) -> d
             config[group] = values | config[group]
         translated["config"] = make(config)
     return make(translated)
+
+
+def translate_record(record: dict) -> dict:
+    """A line of a run's record files with today's fields; today's passes unchanged."""
+    return {RECORDS.get(name, name): value for name, value in record.items()}
 
 
 def translate_tensors(tensors: dict[str, object], known: Container[str]) -> dict[str, object]:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from utils.errors import StorageError
 from utils.files import write_atomically
+from utils.first_edition import translate_record
 
 logger = logging.getLogger("dat")
 
@@ -162,9 +163,6 @@ def _cut_records(path: Path, step: int, epoch: int) -> int:
     return kept[-1].step if kept else 0
 
 
-OLD_NAMES = {"update": "step", "slots": "micro_batches"}  # in record files of the first edition
-
-
 class _Record(NamedTuple):
     """A line of a record file under today's names, its step, and its epoch or 0."""
 
@@ -179,9 +177,8 @@ def _read_record(line: bytes) -> _Record | None:
         return None
     try:
         record = json.loads(line.decode())
-        if "update" in record:
-            record = {OLD_NAMES.get(name, name): value for name, value in record.items()}
-            line = (json.dumps(record) + "\n").encode()
+        if (translated := translate_record(record)) != record:
+            record, line = translated, (json.dumps(translated) + "\n").encode()
         return _Record(line, int(record["step"]), int(record.get("epoch", 0)))
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None

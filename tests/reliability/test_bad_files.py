@@ -1,4 +1,4 @@
-"""Damaged, odd and malicious files: training goes on and reports them, evaluation never guesses, nothing hangs.
+"""Damaged, odd and malicious files: training continues and reports them, evaluation never guesses, nothing hangs.
 
 python -m pytest tests/reliability/test_bad_files.py
 """

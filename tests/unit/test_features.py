@@ -65,7 +65,7 @@ def test_archives_and_loose_pictures_are_read_too(trees, tmp_path):
 
 
 def test_damaged_images_are_named_and_left_out(trees, tmp_path, capsys):
-    folder, _, flags = trees
+    _, _, flags = trees
     write_image_folder(tmp_path, classes=2, train=1, val=2)
     (tmp_path / "val" / "class_0" / "000.jpg").write_bytes(b"no picture")
     out = tmp_path / "val.npz"

@@ -1,7 +1,4 @@
-"""The clock of a step's phases and the bottleneck; what a run's timing.jsonl and log say of them.
-
-pytest tests/test_phases.py
-"""
+"""Step timer: seconds per phase, the bottleneck, and the lines in a run's timing.jsonl and log."""
 
 import json
 import re
@@ -21,7 +18,7 @@ from utils.step_timer import PHASES, StepTimer, bottleneck, shares
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock, of the process and of a CUDA stream, that stands still until it is told to go on."""
+    """A clock, of the process and of a CUDA stream, that only the test moves."""
     now = [100.0]
 
     class Event:

@@ -64,17 +64,14 @@ WORDS = {
 TRANSLATIONS = {
     *("config.py", "utils/first_edition.py", "engine/compat.py", "models/convert.py"),
     *("CHANGELOG.md", "docs/migrating.md", "tests/unit/test_words.py", "tests/unit/test_config.py"),
-    *(
-        "tests/unit/test_compat.py",
-        "tests/unit/test_logging.py",
-        "tests/runs/test_first_edition.py",
-    ),
+    *("tests/unit/test_compat.py", "tests/unit/test_logging.py", "tests/unit/test_tools.py"),
+    "tests/runs/test_first_edition.py",
 }
 # Old words that a file may hold in quotes: in the key of a micro-batch's random numbers, which fixes the bits of runs,
 # and in the records of old runs.
 SLOT_KEYS = ["utils/rng.py", "engine/loop.py", "tools/replay.py", "tests/reliability/cost.py"]
 SLOT_KEYS += ["tests/unit/test_samplers.py"]
-OLD_RECORDS = ["analysis/records.py", "utils/logging.py", "tests/unit/test_tools.py"]
+OLD_RECORDS = ["analysis/records.py", "utils/logging.py"]
 QUOTED = dict.fromkeys(SLOT_KEYS, ("slot",)) | dict.fromkeys(OLD_RECORDS, ("update", "slots"))
 
 SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cff", ".sh"}
