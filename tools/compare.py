@@ -99,7 +99,10 @@ def compare_runs(accuracies: dict[str, list[dict]]) -> list[str]:
 
 
 def compare(args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
-    """The rows of the table, and the lines about differences between runs. Raises ConfigError for an invalid configuration, or if the device is not available."""
+    """The rows of the table, and the lines about differences between runs.
+
+    Raises ConfigError for an invalid configuration, or if the device is not available.
+    """
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     cfgs = {

@@ -183,7 +183,7 @@ def test_damaged_files_are_our_own_error(layout, tmp_path):
     ("name", "released"),
     [*((name, False) for name in VARIANTS), ("dat_micro", True), ("dat_pp_small", True)],
 )
-def test_variants_are_shown_apart_by_their_tensors(name, released):
+def test_variants_are_identified_by_their_tensors(name, released):
     model = skeleton(name, num_classes=7)
     tensors = model.state_dict()
     found = identify(to_official(tensors, model) if released else tensors)
