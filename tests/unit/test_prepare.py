@@ -250,24 +250,26 @@ def test_it_resumes_after_the_last_complete_part(photos, tmp_path, to, capsys):
 def test_what_a_kill_left_behind_is_dropped(photos, tmp_path, to, monkeypatch, capsys):
     monkeypatch.setattr("tools.datasets.output.SHARD_BYTES", 2000)
     source = downloads.write_shards(photos, tmp_path / "source")
-    out, last = tmp_path / "out", source / "imagenet1k-train-0002.tar"
-    complete = cut(last, 0)
+    out, shards = tmp_path / "out", sorted(source.glob("imagenet1k-train-*.tar"))[1:]
+    complete = [cut(shard, 0) for shard in shards]
     fails(capsys, DataError.exit_code, "imagenet", source, out, "--to", to)
-    work, half = out / ".prepare", photos["train"][8].data[:100]
+    work, half = out / ".prepare", photos["train"][4].data[:100]
     with (work / "train.jsonl").open("a") as record:
-        record.write('{"part": "imagenet1k-train-0002.tar", "ima')
+        record.write('{"part": "imagenet1k-train-0001.tar", "ima')
     if to == "tree":
-        half_written = work / "train" / photos["train"][8].wnid / f"{photos['train'][8].name}.JPEG"
+        half_written = work / "train" / photos["train"][4].wnid / f"{photos['train'][4].name}.JPEG"
         half_written.write_bytes(half)
     elif to == "zip":
         with (work / "train.zip").open("ab") as file:
             file.write(half)
     else:
-        shards = sorted((work / "train.pack").glob("shard-*.bin"))
-        with shards[-1].open("ab") as file:
+        last = sorted((work / "train.pack").glob("shard-*.bin"))[-1]
+        with last.open("ab") as file:
             file.write(half)
         (work / "train.pack/shard-00099.bin").write_bytes(half)
-    last.write_bytes(complete)
+    shards[0].write_bytes(complete[0])
+    fails(capsys, DataError.exit_code, "imagenet", source, out, "--to", to)
+    shards[1].write_bytes(complete[1])
     run("imagenet", source, out, "--to", to)
     assert contents(out) == expected(photos)
     assert not list(out.glob("train.pack/shard-00099.bin"))
