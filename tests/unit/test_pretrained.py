@@ -391,7 +391,7 @@ def test_inspect_tells_what_a_run_and_a_file_hold(tmp_path, capsys):
         "dat_micro with 10 classes",
         "windows of 4",
         "32×32 pixels",
-        "our names",
+        "this project's names",
     ):
         assert part in told
     size = sum(p.numel() for p in micro().parameters())
@@ -415,7 +415,7 @@ def test_verify_names_the_damaged_ones(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     older, newer = (run / "checkpoints" / f"step-{step}" for step in (3, 5))
     assert tool(["verify", str(run)]) == 0
-    assert capsys.readouterr().out.count(": whole") == 2
+    assert capsys.readouterr().out.count(": valid") == 2
     (newer / "ema.safetensors").write_bytes(b"")
     assert tool(["verify", str(run)]) == 4
     told = capsys.readouterr()
@@ -481,7 +481,7 @@ def test_average_is_the_mean_in_float64(tmp_path, capsys):
     assert (
         tool(["average", paths[0], str(tmp_path / "other.safetensors"), str(out), "--force"]) == 4
     )
-    assert "is another model" in capsys.readouterr().err
+    assert "hold different models" in capsys.readouterr().err
 
 
 def test_counters_are_not_averaged(tmp_path):
