@@ -404,11 +404,11 @@ def test_inspect_tells_what_a_run_and_a_file_hold(tmp_path, capsys):
     )
     assert tool(["inspect", str(tmp_path / "w.pth")]) == 0
     told = capsys.readouterr().out
-    assert "released names" in told
+    assert "the authors' names" in told
     assert f"{size:,} in " in told
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pth")
     assert tool(["inspect", str(tmp_path / "w.pth")]) == 0
-    assert "none of the DAT variants" in capsys.readouterr().out
+    assert "not a DAT variant" in capsys.readouterr().out
 
 
 def test_verify_names_the_damaged_ones(tmp_path, capsys):
@@ -420,7 +420,7 @@ def test_verify_names_the_damaged_ones(tmp_path, capsys):
     assert tool(["verify", str(run)]) == 4
     told = capsys.readouterr()
     assert f"{newer}: ema.safetensors has 0 bytes" in told.out
-    assert f"{older}: whole" in told.out
+    assert f"{older}: valid" in told.out
     assert "1 of 2 checkpoints are damaged" in told.err
     assert tool(["verify", str(newer)]) == 4
     assert tool(["verify", str(older)]) == 0
