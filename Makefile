@@ -19,7 +19,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 
 demo: $(VENV)/installed
 	rm -rf $(RUN)
-	$(VENV)/bin/python tools/prepare.py output/digits
+	$(VENV)/bin/python tools/prepare.py digits output/digits
 	$(VENV)/bin/torchrun --standalone --nproc-per-node 2 main.py --cfg configs/digits.yaml --opts $(OPTS)
 	$(VENV)/bin/python main.py --cfg configs/digits.yaml --eval --resume $(RUN) --opts $(OPTS)
 	@echo "The run is in $(RUN); look at it with: $(VENV)/bin/tensorboard --logdir output"

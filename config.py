@@ -73,7 +73,8 @@ SCHEMA = (
     Key("SAVE_STEPS", 0, at_least(0), "steps from one checkpoint to the next; 0: by epochs alone"),
     Key("THREADS", 0, at_least(0), "CPU threads of a process; 0: cores / processes"),
     Key("DEVICE", "auto", one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda where there is one"),
-    Key("AMP_DTYPE", "float16", one_of("float32", "bfloat16", "float16"), "autocast type; float32: no autocast"),
+    Key("AMP_DTYPE", "auto", one_of("auto", "float32", "bfloat16", "float16"),
+        "autocast type, float32: none; auto: float16 on CUDA, bfloat16 on CPUs with instructions for it, else float32"),
 
     # ---- data ----
     Key("DATA.PATH", "imagenet", FILLED_PATH,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.attention import DeformableAttention, DeformableConvolution, GlobalAttention
 from models.dat import DAT
+from models.ops import convolve
 
 NEGLIGIBLE = 1e-30  # a shifted window leaves e^-100 to cells that only the shift brought into it
 
@@ -117,7 +118,7 @@ def convolution_attention(
     mixer: DeformableConvolution, x: Tensor, query: tuple[int, int]
 ) -> QueryAttention:
     """The points of a deformable convolution, whose weights ∝ modulation · norm of the kernel's slice."""
-    theta = mixer.positions(x)[0, *query].unflatten(0, (-1, 3, 3))  # (27 G / 9, 3, 3)
+    theta = convolve(mixer.positions, x)[0, *query].unflatten(0, (-1, 3, 3))  # (27 G / 9, 3, 3)
     groups = len(theta) // 3
     offsets = theta[: 2 * groups].flatten().view(groups, 3, 3, 2)
     heads = mixer.conv.groups

@@ -137,6 +137,13 @@ def device_name(device: torch.device) -> str:
     return f"{kind}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products; without them they take longer than float32's."""
+    cpu_info = Path("/proc/cpuinfo")
+    words = set(cpu_info.read_text().split()) if cpu_info.exists() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def revision() -> str:
     """The commit of this code, marked "-dirty" if files were changed; "unknown" outside a repository."""
     here = str(Path(__file__).parent)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
-from models.convert import Description, identify, to_ours, unwrap
+from models.convert import to_ours, unwrap
 from models.dat import DAT
+from models.identify import Description, identify
 from utils.errors import CheckpointError
 from utils.logging import logger
 from utils.text import join_some

@@ -40,6 +40,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         own_path = run_dir.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)
         build.log_start(cfg, sources, process)
+        cfg = build.resolve_amp_dtype(cfg, process.device)
 
         # --- Data ---------------------------------------------------------------------------------
         resumed = find_checkpoint(cfg, run_dir)
@@ -69,9 +70,8 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
 
         # --- After a step -------------------------------------------------------------------------
         sampler = build.train_sampler(cfg, train_set, recipe, process, start_step=0)
-        divergence = Divergence(
-            cfg.TRAIN.MAX_SKIPPED, run_dir.path, metadata, train_set, sampler, process
-        )
+        limit, path = cfg.TRAIN.MAX_SKIPPED, run_dir.path
+        divergence = Divergence(limit, path, metadata, train_set, sampler, process)
         after_step = AfterStep(
             state=state,
             metadata=metadata,

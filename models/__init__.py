@@ -1,24 +1,17 @@
-"""Which model is meant by a name? Importing this package registers the DAT variants with timm."""
+"""Models by name: importing this package registers the DAT variants with timm, `build` makes any model timm knows."""
 
-import copy
-import difflib
 import inspect
 import re
 import sys
 
 import timm
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from models.attention import NeighborhoodAttention
 from models.dat import DAT, VARIANTS, DATConfig, SamplingPoints
 from utils.errors import ConfigError
+from utils.text import nearest
 
-__all__ = ["SamplingPoints", "build", "count_macs"]
-
-# PyTorch's counter knows this product, but not in place.
-flop_registry[torch.ops.aten.baddbmm_] = flop_registry[torch.ops.aten.baddbmm]
+__all__ = ["SamplingPoints", "build"]
 
 
 def build(
@@ -51,27 +44,6 @@ def build(
         ) from error
 
 
-def count_macs(model: nn.Module, height: int, width: int, in_chans: int = 3) -> int:
-    """Multiply-adds of one image's forward pass: convolutions and matrix products, no bilinear reads.
-
-    Neighbourhood attention counts as its definition says, w² keys per query, not as it is computed.
-    """
-    masked = 0
-
-    def collect(module: NeighborhoodAttention, inputs: tuple, output: torch.Tensor):
-        nonlocal masked
-        masked += module.masked_macs(*output.shape[1:3])
-
-    model = copy.deepcopy(model).to("meta").eval()
-    for module in model.modules():
-        if isinstance(module, NeighborhoodAttention):
-            module.register_forward_hook(collect)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(torch.empty(1, in_chans, height, width, device="meta"))
-    return counter.get_total_flops() // 2 - masked
-
-
 def constructor_arguments(name: str, class_name: str) -> list[str]:
     """The arguments of the class that the timm model `name` is made of."""
     if name in VARIANTS:
@@ -79,9 +51,3 @@ def constructor_arguments(name: str, class_name: str) -> list[str]:
     else:
         classes = [getattr(sys.modules[timm.models.model_entrypoint(name).__module__], class_name)]
     return [argument for cls in classes for argument in inspect.signature(cls).parameters]
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """The end of an error message: the entry of `known` most like `word`, if any is."""
-    match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,26 +1,22 @@
-"""How does one position read the others? The spatial mixers, one class per letter.
+"""Spatial mixers, one class per letter: how one position of a map reads the others.
 
     L  windows                 Swin, arXiv 2103.14030
     S  shifted windows         the same
     N  neighbourhoods          NAT, arXiv 2204.07143
     D  deformable attention    DAT, arXiv 2201.00520; DAT++, arXiv 2309.01430
-    G  the whole map           ViT, arXiv 2010.11929
+    G  the complete map        ViT, arXiv 2010.11929
     P  the map, reduced        PVT, arXiv 2102.12122
     C  deformable convolution  DCNv2, arXiv 1811.11168
 
 Every mixer maps (B, H, W, C) to (B, H, W, C) for any H and W. Shapes in this file:
 
     B batch   H, W map   C channels   M heads   D = C / M channels of a head
-    n window height · width           K number of windows
+    n positions of a window   K number of windows
     G offset groups   Hk, Wk grid of keys   N = H · W queries   S = Hk · Wk keys
 
-Coordinates are (y, x), normalised so that -1 and 1 are the centres of the border cells.
+Coordinates are (y, x), normalised so that -1 and 1 are the centres of the border cells. The operations are those of
+models/ops.py, which knows how each is computed fast.
 """
-
-import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,110 +25,18 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
-from models.ops import (
-    allow_atomic_add,
-    bilinear_gather,
-    constant,
-    grid,
-    is_tracing,
-    map_extent,
-    rpe_bias,
-    sample,
-)
+from models import ops
+from models.cache import cached_tensor, grid, map_extent
 
-CPU_BYTES = 20 * 2**20
-
-Forward = Callable[[nn.Module, Tensor], Tensor]
+# --- Windows --------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q · kᵀ / √D + bias) · v with q (b, N, D), k and v (b, S, D), to (b, N, D); b = batch · windows · heads.
-
-    bias is (b', N, S): b' divides b, and the bias is repeated. It may be overwritten.
-    """
-    bias = bias.to(q.dtype)
-    if q.is_cuda:  # the kernel repeats the bias as it reads
-        q, k, v = (part.unflatten(0, (-1, bias.shape[0])) for part in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).flatten(0, 1)
-    # On a CPU a product that is added to the bias is faster than the fused kernel for windows of 49 positions. Scaled
-    # after the product, as released: bilinear reads have kinks, so rounding shows in the gradients of offsets.
-    if bias.shape[0] != q.shape[0]:
-        bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1)
-    scores = bias.baddbmm_(q, k.mT, alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(dim=-1), v)
-
-
-def split_heads(
-    x: Tensor, size: tuple[int, int], window: tuple[int, int], num_heads: int, parts: int = 1
-) -> tuple[Tensor, ...]:
-    """B maps of `size` (H, W) with parts · C channels, in any shape, to `parts` times (B · K · M, n, D).
-
-    Windows in reading order, head by head.
-    """
-    (height, width), (rows, columns) = size, window
-    dim = x.shape[-1] // (parts * num_heads)
-    x = x.view(-1, height // rows, rows, width // columns, columns, parts, num_heads, dim)
-    x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (parts, B, K's rows and columns, M, n's, D)
-    return x.reshape(parts, -1, rows * columns, dim).unbind(0)
-
-
-def merge_heads(
-    z: Tensor, size: tuple[int, int], window: tuple[int, int], num_heads: int
-) -> Tensor:
-    """The inverse: (B · K · M, n, D) to the maps' positions one after the other, (B · H · W, C)."""
-    (height, width), (rows, columns), dim = size, window, z.shape[-1]
-    z = z.view(-1, height // rows, width // columns, num_heads, rows, columns, dim)
-    return z.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, num_heads * dim)
-
-
-def attend_all(q: Tensor, kv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
-    """`attend` from every position of q (B, H, W, C) to all of kv (B, S, 2C), to (B · H · W, C)."""
-    size, keys = tuple(q.shape[1:3]), (1, kv.shape[1])
-    (q,) = split_heads(q, size, size, num_heads)
-    k, v = split_heads(kv, keys, keys, num_heads, parts=2)
-    return merge_heads(attend(q, k, v, bias), size, size, num_heads)
-
-
-def in_parts(forward: Forward) -> Forward:
-    """On a CPU, call `forward` with so many images at a time that its largest tensor has at most CPU_BYTES.
-
-    Larger ones leave the caches, and the allocator gives them back to the system after each use: page faults then cost
-    more than arithmetic. Modules with hooks inside see whole batches.
-    """
-
-    @functools.wraps(forward)
-    def wrapped(self: nn.Module, x: Tensor) -> Tensor:
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.children())
-        if x.device.type != "cpu" or hooked or is_tracing():
-            return forward(self, x)
-        parts = -(-self.largest(x) // CPU_BYTES)
-        if parts <= 1:
-            return forward(self, x)
-        return torch.cat([forward(self, part) for part in x.chunk(parts)])
-
-    return wrapped
-
-
-@register_notrace_module  # its padding depends on the map
-class Conv2d(nn.Conv2d):
-    """Convolution on (B, H, W, C); the last, partial patch of a patch embedding is filled with zeros."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, H', W', C'); H' = ⌈H / stride⌉ for patches and for kernels with padding k // 2."""
-        x = x.permute(0, 3, 1, 2)  # (B, C, H, W), in memory still channels-last
-        if self.padding == (0, 0):
-            x = F.pad(x, (0, -x.shape[3] % self.stride[1], 0, -x.shape[2] % self.stride[0]))
-        return super().forward(x).permute(0, 2, 3, 1)
-
-
-# ------------------------------------------------------------------------------------------ windows
-
-
-@register_notrace_module
+@ops.in_chunks(ops.window_bytes)
 class WindowAttention(nn.Module):
     """Attention inside w × w windows with a learned bias per relative position (L; S when shifted).
 
-    A map smaller than the window is one smaller window. Padded positions are never attended to.
+    z = softmax(q · kᵀ / √D + bias + mask) · v in every window. A map smaller than the window is one smaller window.
+    Padded positions are never attended to.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shifted: bool = False):
@@ -147,9 +51,9 @@ class WindowAttention(nn.Module):
         index = relative_position_index(window_size)
         self.register_buffer("relative_position_index", index, persistent=False)
 
-    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
+        # The windows' layout: extents, cyclic shift and padding along (y, x).
         height, width = x.shape[1:3]
         window = min(self.window_size, height), min(self.window_size, width)
         # A window that covers the map already connects all of it: nothing to shift.
@@ -159,32 +63,38 @@ class WindowAttention(nn.Module):
         )
         padding = -height % window[0], -width % window[1]
 
-        bias = self.bias(window)  # (M, n, n)
+        # What is added to the scores.
+        bias = self.bias(window)  # (M, n, n), the same in every window
         if any(shift) or any(padding):
-            mask = window_mask((height, width), window, shift, x.device)
+            mask = window_mask((height, width), window, shift, x.device)  # (K, n, n)
             bias = (bias + mask[:, None]).flatten(0, 1)  # (K · M, n, n)
+
+        # Zeros below and to the right, then up and left by the shift: what leaves the map comes back opposite.
         if any(padding):
             x = F.pad(x, (0, 0, 0, padding[1], 0, padding[0]))
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
+
+        # Attention in every window and head.
         size = tuple(x.shape[1:3])
-        q, k, v = split_heads(self.qkv(x.flatten(0, 2)), size, window, self.num_heads, parts=3)
-        z = merge_heads(attend(q, k, v, bias), size, window, self.num_heads)
+        qkv = self.qkv(x.flatten(0, 2))  # (B · H · W, 3C)
+        q, k, v = ops.split_heads(qkv, size, window, self.num_heads, parts=3)  # (B · K · M, n, D)
+        z = ops.attend(q, k, v, bias)  # (B · K · M, n, D)
+        z = ops.merge_heads(z, size, window, self.num_heads)  # (B · H · W, C)
         x = self.proj(z).view(x.shape)
+
+        # Shift and padding undone.
         if any(shift):
             x = x.roll(shift, (1, 2))
         return x[:, :height, :width] if any(padding) else x
-
-    def largest(self, x: Tensor) -> int:
-        """Bytes of queries, keys and values, or of the scores."""
-        return x.nbytes * max(3, self.num_heads * self.window_size**2 // x.shape[-1])
 
     def bias(self, window: tuple[int, int]) -> Tensor:
         """The bias (M, n, n) of a window no larger than the table's."""
         rows, columns = window
         size = self.window_size
-        index = self.relative_position_index
+        index = self.relative_position_index  # (w², w²)
         if window != (size, size):
+            # The first rows and columns of the full window have the same distances.
             index = index.view(size, size, size, size)[:rows, :columns, :rows, :columns]
             index = index.reshape(rows * columns, rows * columns)
         return F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1)
@@ -198,7 +108,7 @@ def relative_position_index(size: int) -> Tensor:
     return index.reshape(size * size, size * size)
 
 
-@constant
+@cached_tensor
 def window_mask(
     size: tuple[int, int],
     window: tuple[int, int],
@@ -214,30 +124,28 @@ def window_mask(
     for length, extent, offset in zip(size, window, shift, strict=True):
         padded = length + -length % extent
         index = torch.arange(padded, device=device)
+        # Along one axis after the shift: 0 up to the last window, which holds 1 and, rolled in from the other end, 2.
         region.append((index >= padded - extent).long() + (index >= padded - offset).long())
         real.append(((index + offset) % padded) < length)
-    regions = windows(3 * region[0][:, None] + region[1], window)  # (K, n)
-    reals = windows(real[0][:, None] & real[1], window)
+    regions = to_windows(3 * region[0][:, None] + region[1], window)  # (K, n)
+    reals = to_windows(real[0][:, None] & real[1], window)
     mask = -100.0 * (regions[:, :, None] != regions[:, None, :])
     return mask.masked_fill(reals[:, :, None] & ~reals[:, None, :], -torch.inf)
 
 
-def windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     """(H, W) to (K, n), windows in reading order."""
-    return split_heads(x[..., None], tuple(x.shape), window, num_heads=1)[0].squeeze(-1)
+    return ops.split_heads(x[..., None], tuple(x.shape), window, num_heads=1)[0].squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------- neighbourhoods
+# --- Neighbourhoods -------------------------------------------------------------------------------
 
 
-@register_notrace_module
+@ops.in_chunks(ops.neighborhood_bytes)
 class NeighborhoodAttention(nn.Module):
     """Attention of every query to the w × w window centred on it, with a learned bias per relative position (N).
 
-    At a border the window moves inward, so that it always holds w² keys; on a map smaller than w it holds the map. The
-    map is cut into w × w tiles of queries; the windows of a tile lie within 2w − 1 rows and columns, which are read
-    once and masked per query, so that dense matrix products do the work. An axis of up to 2w positions is not cut:
-    reading all of it costs less than gathering parts of it.
+    At a border the window moves inward, so that it always holds w² keys; on a map smaller than w it holds the map.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int):
@@ -249,95 +157,21 @@ class NeighborhoodAttention(nn.Module):
         table = torch.zeros(num_heads, 2 * window_size - 1, 2 * window_size - 1)
         self.rpb = nn.Parameter(trunc_normal_(table, std=0.02))
 
-    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        height, width, channels = x.shape[1:]
-        tiles = neighbourhoods(height, width, self.window_size, x.device)
-        bias = self.bias(tiles.relative)
-        if tiles.region == (height, width):
-            q, k, v = split_heads(
-                self.qkv(x.flatten(0, 2)), tiles.region, tiles.region, self.num_heads, parts=3
-            )
-            z = merge_heads(attend(q, k, v, bias), tiles.region, tiles.region, self.num_heads)
-            return self.proj(z).view(x.shape)
-        q, kv = self.qkv(x).split((channels, 2 * channels), dim=-1)
-        q = F.pad(q, (0, 0, 0, -width % tiles.tile[1], 0, -height % tiles.tile[0]))
-        padded = tuple(q.shape[1:3])
-        (q,) = split_heads(q, padded, tiles.tile, self.num_heads)
-        kv = kv.index_select(1, tiles.rows).index_select(2, tiles.columns)
-        k, v = split_heads(kv, tuple(kv.shape[1:3]), tiles.region, self.num_heads, parts=2)
-        z = merge_heads(attend(q, k, v, bias), padded, tiles.tile, self.num_heads)
-        return self.proj(z.view(-1, *padded, channels)[:, :height, :width])
-
-    def largest(self, x: Tensor) -> int:
-        """Bytes of the scores, or of the keys and values of all regions."""
-        tiles = neighbourhoods(*x.shape[1:3], self.window_size, x.device)
-        scores = len(x) * self.num_heads * tiles.relative.numel() * x.element_size()
-        repeats = len(tiles.rows) * len(tiles.columns) / (x.shape[1] * x.shape[2])
-        return max(scores, int(2 * repeats * x.nbytes))
-
-    def masked_macs(self, height: int, width: int) -> int:
-        """Multiply-adds per image that `forward` spends on keys outside the queries' windows."""
-        device = self.rpb.device
-        computed = neighbourhoods(height, width, self.window_size, device).relative.numel()
-        size = min(self.window_size, height) * min(self.window_size, width)
-        return 2 * self.proj.in_features * (computed - height * width * size)
-
-    def bias(self, relative: Tensor) -> Tensor:
-        """The bias (K · M, n, keys of a region), −∞ outside a query's window."""
-        table = F.pad(self.rpb, (0, 1, 0, 1), value=-torch.inf).flatten(1)
-        bias = table.index_select(1, relative.flatten()).unflatten(1, relative.shape)
-        return bias.transpose(0, 1).flatten(0, 1)
+        # z_i = softmax over the keys j around i of (q_i · k_j / √D + rpb[j − i + w − 1]), times v_j
+        return self.proj(ops.attend_neighborhoods(self.qkv(x), self.rpb))
 
 
-class Neighbourhoods(NamedTuple):
-    """A map cut into K tiles of n queries: which keys a tile reads, and what its queries make of them."""
-
-    tile: tuple[int, int]
-    region: tuple[int, int]  # keys that a tile reads
-    rows: Tensor  # of the regions, one after the other
-    columns: Tensor
-    relative: Tensor  # (K, n, keys of a region) entry of the bias table, which has a border of −∞
-
-
-@constant
-def neighbourhoods(height: int, width: int, window: int, device: torch.device) -> Neighbourhoods:
-    """The tiles of a map."""
-    rows, columns = (neighbourhood(length, window, device) for length in (height, width))
-    index = rows.relative[:, None, :, None, :, None] * (2 * window)
-    index = index + columns.relative[None, :, None, :, None, :]
-    return Neighbourhoods(
-        tile=(rows.relative.shape[1], columns.relative.shape[1]),
-        region=(rows.keys.shape[1], columns.keys.shape[1]),
-        rows=rows.keys.flatten(),
-        columns=columns.keys.flatten(),
-        relative=index.flatten(4, 5).flatten(2, 3).flatten(0, 1),
-    )
-
-
-class Neighbourhood(NamedTuple):
-    """Along one axis cut into T tiles of t queries: which keys a tile reads, and what its queries make of them."""
-
-    keys: Tensor  # (T, R) positions
-    relative: Tensor  # (T, t, R) key − query + w − 1, or 2w − 1 where the key is outside the query's window
-
-
-def neighbourhood(length: int, window: int, device: torch.device) -> Neighbourhood:
-    """The tiles of an axis of `length` positions."""
-    tile = length if length <= 2 * window else window  # queries of a tile
-    reach = min(window, length)  # keys of a query
-    region = min(tile + reach - 1, length)
-    first = torch.arange(0, length, tile, device=device)[:, None]
-    keys = (first - window // 2).clamp(0, length - region) + torch.arange(region, device=device)
-    queries = (first + torch.arange(tile, device=device)).clamp(max=length - 1)
-    start = (queries - window // 2).clamp(0, length - reach)[:, :, None]
-    inside = (keys[:, None] >= start) & (keys[:, None] < start + reach)
-    relative = torch.where(inside, keys[:, None] - queries[:, :, None] + window - 1, 2 * window - 1)
-    return Neighbourhood(keys, relative)
-
-
-# ------------------------------------------------------------------------------- deformable attention
+# --- Deformable attention -------------------------------------------------------------------------
+# What the two papers do differently is where things are. Along an axis with n reference points or N queries, i from 0:
+#
+#                      DAT                            DAT++
+#   reference points   2 (i + ½) / n − 1              2 (i + ½) / (n − 1) − 1, the last lies beyond 1, as released
+#   queries            2 (i + ½) / N − 1              2 i / (N − 1) − 1
+#   offsets            2 / n · tanh(θ)                θ
+#   reads outside      are zeros                      are clamped to the border
+#   offset kernel k    padded by k // 2               padded by k // 2, or not at all where k is the stride
 
 
 class DATGeometry:
@@ -362,7 +196,7 @@ class DATGeometry:
 
     @classmethod
     def place(cls, reference: Tensor, theta: Tensor) -> Tensor:
-        """SamplingPoints positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
+        """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets θ (B, G, Hk, Wk, 2)."""
         cells = map_extent(*reference.shape[:2], theta.device)
         return torch.addcdiv(reference, theta.tanh(), cells, value=cls.range_factor)
 
@@ -377,7 +211,7 @@ class DATPlusPlusGeometry:
 
     @staticmethod
     def reference(index: Tensor, size: int) -> Tensor:
-        """Reference points along one axis of the sampling grid; the last lies beyond 1, as released."""
+        """Reference points along one axis of the sampling grid."""
         return (index + 0.5) / max(size - 1, 1) * 2 - 1
 
     @staticmethod
@@ -387,7 +221,7 @@ class DATPlusPlusGeometry:
 
     @staticmethod
     def place(reference: Tensor, theta: Tensor) -> Tensor:
-        """SamplingPoints positions for the reference points (Hk, Wk, 2) and predicted offsets (B, G, Hk, Wk, 2)."""
+        """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets θ (B, G, Hk, Wk, 2)."""
         return (reference + theta).clamp(-1, 1)
 
 
@@ -395,12 +229,16 @@ Geometry = type[DATGeometry] | type[DATPlusPlusGeometry]
 
 
 class SamplingPositions(nn.Module):
-    """Where each group reads: reference points plus offsets predicted from that group's channels of q."""
+    """Where each group reads: reference points plus offsets θ predicted from that group's channels of q.
+
+    θ = 1×1 conv(GELU(LN(depthwise conv(q)))), the offset network; all groups share it.
+    """
 
     def __init__(self, dim: int, groups: int, kernel: int, stride: int, geometry: Geometry):
         super().__init__()
         channels = dim // groups
         self.groups = groups
+        self.stride = stride
         self.geometry = geometry
         self.dwconv = nn.Conv2d(
             channels, channels, kernel, stride, geometry.padding(kernel, stride), groups=channels
@@ -411,32 +249,19 @@ class SamplingPositions(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """q (B, H, W, C) to positions (B, G, Hk, Wk, 2), float32."""
-        with full_precision(q.device):  # coordinates are never computed in half precision
-            # All groups share the kernel: repeating it spares rearranging q into groups.
-            theta = F.conv2d(
-                q.permute(0, 3, 1, 2).to(self.dwconv.weight.dtype),
-                self.dwconv.weight.repeat(self.groups, 1, 1, 1),
-                self.dwconv.bias.repeat(self.groups),
-                self.dwconv.stride,
-                self.dwconv.padding,
-                groups=q.shape[-1],
-            ).permute(0, 2, 3, 1)  # (B, Hk, Wk, C)
-            theta = self.proj(self.act(self.norm(theta.unflatten(-1, (self.groups, -1)))))
+        with ops.full_precision(q.device):  # coordinates are never computed in half precision
+            q = q.to(self.norm.weight.dtype)
+            theta = ops.convolve_groups(self.dwconv, q, self.groups)  # (B, Hk, Wk, G, C/G)
+            theta = self.proj(self.act(self.norm(theta)))  # (B, Hk, Wk, G, 2)
         theta = theta.permute(0, 3, 1, 2, 4)  # (B, G, Hk, Wk, 2)
         return self.geometry.place(self.reference(theta.shape[2:4]), theta)
 
     def reference(self, size: tuple[int, int]) -> Tensor:
         """The reference points, (Hk, Wk, 2)."""
-        return grid(self.geometry.reference, tuple(size), self.dwconv.weight.device)
+        return grid(self.geometry.reference, tuple(size), self.norm.weight.device)
 
 
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """No autocast, on devices that know it (the meta device does not)."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
-
-
-@register_notrace_module
+@ops.in_chunks(ops.deformable_bytes)
 class DeformableAttention(nn.Module):
     """Attention to keys and values read at positions that follow from the queries (D).
 
@@ -465,29 +290,23 @@ class DeformableAttention(nn.Module):
         table = torch.zeros(num_heads, 2 * table_size[0] - 1, 2 * table_size[1] - 1)
         self.rpe_table = nn.Parameter(trunc_normal_(table, std=0.01))
 
-    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        q = self.q(x)
-        positions = self.positions(q)
-        queries = grid(self.geometry.query, tuple(x.shape[1:3]), x.device)
-        bias = rpe_bias(self.rpe_table, queries, positions)
-        z = attend_all(q, self.kv(sample(x, positions)), self.num_heads, bias)
+        q = self.q(x)  # (B, H, W, C)
+        positions = self.positions(q)  # (B, G, Hk, Wk, 2)
+        queries = grid(self.geometry.query, tuple(x.shape[1:3]), x.device)  # (H, W, 2)
+        bias = ops.rpe_bias(self.rpe_table, queries, positions)  # (B · M, N, S)
+        kv = self.kv(ops.sample(x, positions))  # k̃, ṽ: (B, S, 2C)
+        z = ops.attend_all(q, kv, self.num_heads, bias)  # (B · H · W, C)
         return self.proj(z).view(x.shape)
 
-    def largest(self, x: Tensor) -> int:
-        """Bytes of the bias, which is float32."""
-        batch, height, width = x.shape[:3]
-        stride = self.positions.dwconv.stride[0]
-        return 4 * batch * self.num_heads * (height * width // stride) ** 2
+
+# --- The complete map -----------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------ the whole map
-
-
-@register_notrace_module
+@register_notrace_module  # its padding depends on the map
 class GlobalAttention(nn.Module):
-    """Attention of every query to the whole map (G), or to the map reduced r × r times by a convolution (P).
+    """Attention of every query to the complete map (G), or to the map reduced r × r times by a convolution (P).
 
     Alone it would not know where anything is. ViT and PVT add a position embedding outside of the mixer; here both have
     the displacement bias of D, with a table of the same size, so that G and D differ only in what is read.
@@ -498,8 +317,8 @@ class GlobalAttention(nn.Module):
         self.num_heads = num_heads
         self.reduce = nn.Identity()
         if reduction > 1:
-            conv = Conv2d(dim, dim, reduction, reduction)
-            self.reduce = nn.Sequential(conv, nn.LayerNorm(dim))
+            conv = nn.Conv2d(dim, dim, reduction, reduction)
+            self.reduce = ConvStack(conv, nn.LayerNorm(dim))
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -509,69 +328,67 @@ class GlobalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         reduced = self.reduce(x)  # (B, Hk, Wk, C)
-        queries = grid(DATGeometry.query, tuple(x.shape[1:3]), x.device)
-        keys = grid(DATGeometry.reference, tuple(reduced.shape[1:3]), x.device)
-        bias = rpe_bias(self.rpe_table, queries, keys[None, None])
-        kv = self.kv(reduced.flatten(1, 2))
-        return self.proj(attend_all(self.q(x), kv, self.num_heads, bias)).view(x.shape)
+        queries = grid(DATGeometry.query, tuple(x.shape[1:3]), x.device)  # (H, W, 2)
+        keys = grid(DATGeometry.reference, tuple(reduced.shape[1:3]), x.device)  # (Hk, Wk, 2)
+        # One image and one group of keys: the bias (M, N, S) serves all images.
+        bias = ops.rpe_bias(self.rpe_table, queries, keys[None, None])
+        kv = self.kv(reduced.flatten(1, 2))  # (B, S, 2C)
+        return self.proj(ops.attend_all(self.q(x), kv, self.num_heads, bias)).view(x.shape)
 
 
-# --------------------------------------------------------------------------- deformable convolution
+# --- Deformable convolution -----------------------------------------------------------------------
 
 
-@register_notrace_module
+@ops.in_chunks(ops.deform_conv_bytes)
 class DeformableConvolution(nn.Module):
     """3×3 convolution reading at nine predicted positions, each with a predicted weight, and a projection (C).
 
-    The heads are the convolution's groups, so that it costs about what attention does. As published, offsets begin at
-    0 and weights, a sigmoid, at one half.
+    z = Σ over nine taps of W_tap · x̃(tap + offset) · weight. The heads are the convolution's groups, so that it costs
+    about what attention does. As published, offsets begin at 0 and weights, a sigmoid, at one half.
     """
 
     def __init__(self, dim: int, num_heads: int, groups: int):
         super().__init__()
-        self.positions = Conv2d(dim, 27 * groups, 3, padding=1)  # nine times (y, x), nine weights
+        # Nine times (y, x), then nine weights, for every group.
+        self.positions = nn.Conv2d(dim, 27 * groups, 3, padding=1)
         nn.init.zeros_(self.positions.weight)
         nn.init.zeros_(self.positions.bias)
         self.conv = DeformConv2d(dim, dim, 3, padding=1, groups=num_heads)
         self.proj = nn.Linear(dim, dim)
 
-    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         # In the weights' precision: coordinates are never computed in half precision.
-        theta = self.positions(x).to(self.conv.weight.dtype)
+        theta = ops.convolve(self.positions, x).to(self.conv.weight.dtype)  # (B, H, W, 27 G)
         offsets, weights = theta.tensor_split((2 * theta.shape[-1] // 3,), dim=-1)
-        convolve = self.by_torchvision if allow_atomic_add(x.device) else self.by_rows
-        return self.proj(convolve(x.to(theta.dtype), offsets, weights.sigmoid()))
-
-    def by_torchvision(self, x: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-        """The convolution of x (B, H, W, C) with offsets (B, H, W, 18 G) and weights (B, H, W, 9 G)."""
-        x, offsets, weights = (part.permute(0, 3, 1, 2) for part in (x, offsets, weights))
-        return self.conv(x, offsets, weights).permute(0, 2, 3, 1)
-
-    def by_rows(self, x: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-        """The same; on a CPU a tenth of the time."""
-        heads, (batch, height, width, channels) = self.conv.groups, x.shape
-        groups = weights.shape[-1] // 9
-        points = nine_cells(height, width, x.device) + offsets.unflatten(-1, (groups, 9, 2))
-        points = points.transpose(3, 4).reshape(batch, -1, groups, 2)  # (B, H · W · 9, G, 2)
-        weights = weights.unflatten(-1, (groups, 9)).transpose(3, 4).reshape(batch, -1, groups, 1)
-        read = bilinear_gather(x, points, weights)
-        read = read.view(-1, 9, heads, channels // heads).transpose(1, 2)  # (B · H · W, M, 9, D)
-        read = read.flatten(2).transpose(0, 1)  # (M, B · H · W, 9 D)
-        kernel = self.conv.weight.unflatten(0, (heads, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)
-        z = torch.bmm(read, kernel).transpose(0, 1)  # (B · H · W, M, D)
-        return z.reshape(x.shape) + self.conv.bias
-
-    def largest(self, x: Tensor) -> int:
-        """Bytes of the readings."""
-        return 9 * x.numel() * self.conv.weight.element_size()
+        z = ops.deform_conv(self.conv, x.to(theta.dtype), offsets, weights.sigmoid())
+        return self.proj(z)
 
 
-@constant
-def nine_cells(height: int, width: int, device: torch.device) -> Tensor:
-    """The 3 × 3 cells around every cell, (H, W, 1, 9, 2)."""
-    around = torch.arange(-1.0, 2, device=device)
-    y, x = (torch.arange(length, device=device)[:, None] + around for length in (height, width))
-    cells = torch.broadcast_tensors(y[:, None, :, None], x[None, :, None, :])  # (H, W, 3, 3) each
-    return torch.stack(cells, dim=-1).flatten(2, 3)[:, :, None]
+# --- Convolutions of a map ------------------------------------------------------------------------
+
+
+@register_notrace_module  # its padding depends on the map
+class ConvStack(nn.Sequential):
+    """Plain layers one after another on maps (B, H, W, C), with convolutions among them.
+
+    A convolution without padding cuts the map into patches, of which the last, partial ones are filled with zeros.
+    """
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+        # By place, for whatever takes a convolution's place later.
+        self.patches = [patch_of(layer) for layer in self]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, H', W', C'); a stride s makes ⌈H / s⌉ of H with patches, and with padding k // 2."""
+        for layer, patch in zip(self, self.patches, strict=True):
+            x = layer(x) if patch is None else ops.convolve(layer, x, patch)
+        return x
+
+
+def patch_of(layer: nn.Module) -> tuple[int, int] | None:
+    """The sides of a convolution's patches, (1, 1) if it pads by itself; None for other layers."""
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    return layer.stride if layer.padding == (0, 0) else (1, 1)

@@ -1,20 +1,19 @@
-"""Which DAT is in a file, and what do its authors call it? Released DAT and DAT++ checkpoints, to ours and back.
+"""Conversion of checkpoints: names of the released DAT and DAT++ code to ours and back, and files of other trainers.
 
-The tables below are the whole correspondence. A released 1×1 convolution is our Linear; released keys and values have a
-projection each, ours is one.
+The tables below are the complete correspondence. A released 1×1 convolution is our Linear; released keys and values
+have a projection each, ours is one.
 """
 
-import functools
 import math
 import re
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import relative_position_index, window_mask
+from utils import first_edition
 
 
 class Entry(NamedTuple):
@@ -50,7 +49,7 @@ MLP_PLUS_PLUS = [
     Entry("local.conv", ("dwc",)),
     Entry("fc2", ("linear2.0",), pointwise=True),
 ]
-# Derived by every model itself: they carry nothing that was learned.
+# Buffers of the released code that every model derives itself: they hold nothing that was learned.
 DERIVED = re.compile(r"stages\.\d+\.attns\.\d+\.(relative_position_index|attn_mask)")
 # Tables whose size follows the window and those whose size follows the image.
 WINDOW_TABLES = ("relative_position_bias_table", "rpb")
@@ -58,7 +57,7 @@ IMAGE_TABLES = ("rpe_table",)
 TABLES = WINDOW_TABLES + IMAGE_TABLES
 
 
-# -------------------------------------------------------------------------------------------- names
+# --- Names ----------------------------------------------------------------------------------------
 
 
 def correspondence(model: nn.Module) -> list[Entry]:
@@ -130,7 +129,7 @@ def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
 
 
 def derived_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What released files hold beside the weights, under released names: every window's index and mask."""
+    """What released files hold besides the weights, under released names: every window's index and mask."""
     tensors = {}
     for i, letters in enumerate(model.config.stages):
         reduction = model.feature_info[i]["reduction"]
@@ -149,7 +148,7 @@ def derived_buffers(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-# -------------------------------------------------------------------------------------------- files
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def unwrap(file: dict, *, ema: bool = False) -> dict[str, Tensor]:
@@ -181,8 +180,10 @@ def is_official(state_dict: dict[str, Tensor]) -> bool:
 
 
 def to_ours(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`state_dict`, released or ours, under our names."""
-    return from_official(state_dict, model) if is_official(state_dict) else state_dict
+    """`state_dict`, released, ours or of our first edition, under our names."""
+    if is_official(state_dict):
+        return from_official(state_dict, model)
+    return first_edition.translate_tensors(state_dict, model.state_dict())
 
 
 def checkpoint_filter_fn(file: dict, model: nn.Module) -> dict[str, Tensor]:
@@ -190,7 +191,7 @@ def checkpoint_filter_fn(file: dict, model: nn.Module) -> dict[str, Tensor]:
     return resize_tables(to_ours(unwrap(file), model), model)
 
 
-# ------------------------------------------------------------------------------------------- tables
+# --- Tables ---------------------------------------------------------------------------------------
 
 
 def resize_tables(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -220,96 +221,3 @@ def to_grid(table: Tensor) -> Tensor | None:
     if table.ndim == 2 and (side := math.isqrt(len(table))) ** 2 == len(table):
         return table.t().unflatten(1, (side, side))
     return table if table.ndim == 3 else None
-
-
-# ------------------------------------------------------------------------------------- telling apart
-
-
-class Description(NamedTuple):
-    """What the tensors of a file tell of the DAT that they are."""
-
-    variants: tuple[str, ...]  # several where the image size is the only difference
-    num_classes: int  # 0: no classifier
-    window_size: int
-    img_size: tuple[int, int]  # height and width that the displacement tables are made for
-    released: bool  # under released names
-
-    @property
-    def variant(self) -> str:
-        """The variant; of several, the one for the smallest images."""
-        return self.variants[0]
-
-    def __str__(self) -> str:
-        return (
-            f"{' or '.join(self.variants)} with {self.num_classes} classes, windows of {self.window_size} "
-            f"and tables for {self.img_size[0]}×{self.img_size[1]} pixels"
-        )
-
-    def build(self) -> nn.Module:
-        """The model on the meta device: names and shapes without values."""
-        with torch.device("meta"):
-            return timm.create_model(
-                self.variant,
-                num_classes=self.num_classes,
-                img_size=self.img_size,
-                window_size=self.window_size,
-            )
-
-
-def identify(tensors: dict[str, Tensor]) -> Description | None:
-    """Which DAT `tensors` are, ours or released; None for other networks and for a DAT of no variant's layout.
-
-    Everything in the stages but the sizes of tables must be as the variant has it. Among variants that are alike in
-    this, the window decides.
-    """
-    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    fitting = {
-        name: model
-        for name, model in skeletons().items()
-        if outline(to_ours(shapes, model)) == outline(model.state_dict())
-    }
-    if not fitting:
-        return None
-    model = next(iter(fitting.values()))
-    state = to_ours(shapes, model)
-    window = window_size(state)
-    same_window = [n for n, m in fitting.items() if window_size(m.state_dict()) == window]
-    classifier = state.get("head.fc.weight", ())
-    return Description(
-        variants=tuple(same_window or fitting),
-        num_classes=len(classifier),
-        window_size=window,
-        img_size=rpe_img_size(state, model),
-        released=is_official(tensors),
-    )
-
-
-@functools.cache
-def skeletons() -> dict[str, nn.Module]:
-    """Every variant on the meta device."""
-    with torch.device("meta"):  # asked of timm, because models/dat.py imports this file
-        return {name: timm.create_model(name) for name in timm.list_models(module="dat")}
-
-
-def outline(state_dict: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in the stages; of tables, which are resized, the number of heads alone."""
-    shapes = {}
-    for name, tensor in state_dict.items():
-        if name.startswith("stages."):
-            grid = to_grid(tensor) if name.endswith(TABLES) else None
-            shapes[name] = tuple(tensor.shape) if grid is None else (len(grid),)
-    return shapes
-
-
-def window_size(state_dict: dict[str, Tensor]) -> int:
-    """The side of the windows or neighbourhoods that the first table is for."""
-    table = next(value for name, value in state_dict.items() if name.endswith(WINDOW_TABLES))
-    return (to_grid(table).shape[1] + 1) // 2
-
-
-def rpe_img_size(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[int, int]:
-    """The image size that the displacement tables are made for, in whole cells of the first stage that has them."""
-    name = next(name for name in state_dict if name.endswith(IMAGE_TABLES))
-    reduction = model.feature_info[int(name.split(".")[1])]["reduction"]
-    extents = to_grid(state_dict[name]).shape[1:]
-    return tuple((extent + 1) // 2 * reduction for extent in extents)

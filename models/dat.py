@@ -1,11 +1,20 @@
-"""What is a DAT? The networks of DAT (CVPR 2022, arXiv 2201.00520) and DAT++ (arXiv 2309.01430), and their variants.
+"""DAT and DAT++ in one file, as timm keeps an architecture: configuration, networks, variants.
 
+DAT: CVPR 2022, arXiv 2201.00520. DAT++: arXiv 2309.01430.
 Four stages of blocks; before each stage a convolution halves the map. Inside, tensors are channels-last:
 
     images (B, 3, H, W) → stem (B, H/4, W/4, C) → stage i (B, H/4/2ⁱ, W/4/2ⁱ, Cᵢ) → norm → mean → logits (B, classes)
 
-Sizes are rounded up. What DAT++ changes around the attention hangs on `plus_plus`: make_stem, make_downsample,
-LocalPerceptionUnit. Inside, it is attention.py's DATPlusPlusGeometry instead of DATGeometry.
+Sizes are rounded up. What the second paper changes:
+
+                     DAT                        DAT++ (`plus_plus`)                             where
+    stem             4×4 patches                3×3 convolutions of stride 2                    make_stem
+    between stages   2×2 patches                3×3 convolution of stride 2                     make_downsample
+    block            mixer, MLP                 x + depthwise 3×3(x) first                      LocalPerceptionUnit
+    MLP              fc2(GELU(fc1(x)))          the same unit on the hidden layer, before GELU  Mlp
+    mixers           windows L, S; deformable   neighbourhoods N instead of windows             VARIANTS
+    deformable       a key per position         fewer keys: the offset convolution has strides  VARIANTS
+    coordinates      DATGeometry                DATPlusPlusGeometry                             attention.py
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +23,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple
 from timm.models import (
@@ -22,13 +30,13 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    register_notrace_module,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from models import ops
 from models.attention import (
-    Conv2d,
+    ConvStack,
     DATGeometry,
     DATPlusPlusGeometry,
     DeformableAttention,
@@ -36,10 +44,8 @@ from models.attention import (
     GlobalAttention,
     NeighborhoodAttention,
     WindowAttention,
-    in_parts,
 )
 from models.convert import checkpoint_filter_fn
-from models.ops import is_tracing
 from utils.errors import ConfigError
 
 
@@ -135,83 +141,39 @@ MIXERS = {
 }
 
 
+# --- Blocks ---------------------------------------------------------------------------------------
+
+
 class LocalPerceptionUnit(nn.Module):
     """x + depthwise 3×3(x): a block of DAT++ starts with it."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        return x + self.conv(x)
+        return x + ops.convolve(self.conv, x)
 
 
-class GELULinearFunction(torch.autograd.Function):
-    """linear(GELU(x)) that keeps x for the backward pass and computes the GELU again, instead of keeping both."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """x (…, in), weight (out, in), bias (out) to (…, out)."""
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of x, weight and bias from that of the output."""
-        x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_weight = rows.t() @ F.gelu(x).flatten(0, -2)
-        grad_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x)
-        return grad_x, grad_weight, rows.sum(0)
-
-
-class GELULinear(nn.Linear):
-    """The activation and second layer of an MLP."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in_features) to (…, out_features)."""
-        return GELULinearFunction.apply(x, self.weight, self.bias)
-
-
-@register_notrace_module  # in_parts depends on the batch
+@ops.in_chunks(ops.mlp_bytes)
 class Mlp(nn.Module):
-    """The MLP of a block; DAT++ has a depthwise 3×3 convolution beside the identity, before the activation."""
+    """The MLP of a block, fc2(GELU(fc1(x))); DAT++ has a local perception unit before the activation."""
 
-    def __init__(self, dim: int, hidden_dim: int, plus_plus: bool):
+    def __init__(self, dim: int, expansion: int, plus_plus: bool):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.local = LocalPerceptionUnit(hidden_dim) if plus_plus else None
-        self.fc2 = GELULinear(hidden_dim, dim)
+        self.expansion = expansion
+        self.fc1 = nn.Linear(dim, expansion * dim)
+        self.local = LocalPerceptionUnit(expansion * dim) if plus_plus else None
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(expansion * dim, dim)
 
-    @in_parts
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        hidden = self.fc1(x.flatten(0, 2))
+        hidden = self.fc1(x.flatten(0, 2))  # (B · H · W, 4C)
         if self.local is not None:
             hidden = self.local(hidden.view(*x.shape[:3], -1)).flatten(0, 2)
-        return self.fc2(hidden).view(x.shape)
-
-    def largest(self, x: Tensor) -> int:
-        """Bytes of the hidden layer."""
-        return x.nbytes // self.fc1.in_features * self.fc1.out_features
-
-
-class _IndexAddScaled(torch.autograd.Function):
-    """x with scale · added at the images `chosen`. Unlike index_add it does not keep `added` for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, chosen: Tensor, added: Tensor, scale: float) -> Tensor:
-        """x (B, …), chosen (b), added (b, …) to (B, …)."""
-        ctx.save_for_backward(chosen)
-        ctx.scale, ctx.dtype = scale, added.dtype
-        return x.index_add(0, chosen, added.to(x.dtype), alpha=scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        """The gradients of x and added from that of the output."""
-        (chosen,) = ctx.saved_tensors
-        return grad, None, grad.index_select(0, chosen).mul_(ctx.scale).to(ctx.dtype), None
+        return ops.gelu_linear(self.act, self.fc2, hidden).view(x.shape)
 
 
 class StochasticDepth(nn.Module):
@@ -231,15 +193,7 @@ class StochasticDepth(nn.Module):
             return x + branch(x)
         keep_prob = 1 - self.drop_prob
         kept = torch.empty(len(x)).bernoulli_(keep_prob)  # on the host, which needs the count
-        if is_tracing():
-            return x + branch(x) * (kept.to(x) / keep_prob).view(-1, *[1] * (x.ndim - 1))
-        if kept.all():
-            return torch.add(x, branch(x), alpha=1 / keep_prob)
-        # If none is kept, one is computed all the same and added 0 times: every weight needs a gradient.
-        scale = 1 / keep_prob if kept.any() else 0.0
-        chosen = kept.nonzero().flatten() if scale else torch.tensor([0])
-        chosen = chosen.to(x.device, non_blocking=True)
-        return _IndexAddScaled.apply(x, chosen, branch(x.index_select(0, chosen)), scale)
+        return ops.add_kept(x, branch, kept, keep_prob)
 
 
 class Block(nn.Module):
@@ -251,7 +205,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim, plus_plus)
+        self.mlp = Mlp(dim, 4, plus_plus)
         self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,23 +230,23 @@ class Stage(nn.Module):
         return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
 
 
-def make_stem(in_chans: int, dim: int, patch_size: int, plus_plus: bool) -> nn.Sequential:
-    """DAT: one patch embedding. DAT++: overlapping 3×3 convolutions, each halving the map."""
+def make_stem(in_chans: int, dim: int, patch_size: int, plus_plus: bool) -> ConvStack:
+    """DAT: one patch embedding. DAT++: overlapping 3×3 convolutions, each halving the map and doubling the width."""
     if not plus_plus:
-        return nn.Sequential(Conv2d(in_chans, dim, patch_size, patch_size), nn.LayerNorm(dim))
+        return ConvStack(nn.Conv2d(in_chans, dim, patch_size, patch_size), nn.LayerNorm(dim))
     layers = []
     while patch_size > 1:
-        width = dim * 2 // patch_size
-        layers += [Conv2d(in_chans, width, 3, 2, padding=1), nn.LayerNorm(width), nn.GELU()]
+        width = dim * 2 // patch_size  # dim at the last convolution
+        layers += [nn.Conv2d(in_chans, width, 3, 2, padding=1), nn.LayerNorm(width), nn.GELU()]
         in_chans, patch_size = width, patch_size // 2
-    return nn.Sequential(*layers[:-1])
+    return ConvStack(*layers[:-1])  # no activation after the last norm
 
 
-def make_downsample(dim: int, out_dim: int, plus_plus: bool) -> nn.Sequential:
+def make_downsample(dim: int, out_dim: int, plus_plus: bool) -> ConvStack:
     """Between stages: 2×2 patches (DAT) or an overlapping 3×3 convolution (DAT++), stride 2, without bias."""
     kernel, padding = (3, 1) if plus_plus else (2, 0)
-    conv = Conv2d(dim, out_dim, kernel, stride=2, padding=padding, bias=False)
-    return nn.Sequential(conv, nn.LayerNorm(out_dim))
+    conv = nn.Conv2d(dim, out_dim, kernel, stride=2, padding=padding, bias=False)
+    return ConvStack(conv, nn.LayerNorm(out_dim))
 
 
 class SamplingPoints(NamedTuple):

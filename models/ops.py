@@ -1,63 +1,207 @@
-"""How is a map read between its cells? Bilinear readings at any positions, and the constants that they need.
+"""Operations of the models, each with one plain reference, and the choice among its kernels.
 
-Shapes in this file:
+Nothing else picks a kernel. Where a device or a situation has a faster way than the reference, it is in
+models/kernels.py and gives the same values and gradients. Shapes in this file:
 
-    B batch   H, W map   C channels   M heads   G groups, each of which reads its own channels or heads
-    N queries   Hk, Wk grid of positions   S = Hk · Wk keys
+    B batch   H, W map   C channels   M heads   D = C / M channels of a head   n positions of a window
+    G groups, each of which reads its own channels or heads   N queries   Hk, Wk grid of positions   S = Hk · Wk keys
 
 Coordinates are (y, x), normalised so that -1 and 1 are the centres of the border cells.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
 
-# ---------------------------------------------------------------------------------------- constants
+from models.cache import is_tracing
+from models.kernels import (
+    GELULinear,
+    IndexAddScaled,
+    bias_by_rows,
+    deform_conv_by_rows,
+    neighborhood_tiles,
+    sample_by_rows,
+)
+
+# --- What decides ---------------------------------------------------------------------------------
 
 
-def is_tracing() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace follow what is computed."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def allow_atomic_add(device: torch.device) -> bool:
+    """Whether to use kernels whose gradient is summed in no fixed order: on a GPU that need not repeat its bits."""
+    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
 
 
-def constant(function: Callable) -> Callable:
-    """Remember the tensors that `function` makes of sizes and a device: every forward pass needs the same few.
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether calling `module` does what `cls` does and nothing else, so that a kernel may read its parameters instead.
 
-    They are shared: nobody may change them in place.
+    Adapters (LoRA), quantisation, parametrizations and hooks put something else in its place or around it.
     """
-    remembered = functools.lru_cache(maxsize=256)(function)
-
-    @functools.wraps(function)
-    def wrapped(*args):
-        if is_tracing():  # as operations on sizes, of which some may change
-            return function(*args)
-        # For training too, where they may be kept for the backward pass.
-        with torch.inference_mode(False):
-            return remembered(*args)
-
-    return wrapped
+    return type(module) is cls and "forward" not in vars(module) and not has_hooks(module)
 
 
-@constant
-def grid(
-    axis: Callable[[Tensor, int], Tensor], size: tuple[int, int], device: torch.device
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at the calls of `module`."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """No autocast, on devices that have it (the meta device has not)."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+# --- A batch in chunks ----------------------------------------------------------------------------
+
+# Larger tensors leave a CPU's caches, and the allocator gives them back to the system after each use: page faults then
+# cost more than arithmetic.
+CPU_BYTES = 20 * 2**20
+
+
+def in_chunks(largest: Callable[[nn.Module, Tensor], int]) -> Callable[[type], type]:
+    """Class decorator: on a CPU, `forward` takes so many images at a time that its largest tensor has CPU_BYTES.
+
+    `largest(module, x)` is the size in bytes of that tensor for x (B, H, W, C). Modules with hooks inside see complete
+    batches. To FX the module is one node, because the number of chunks depends on the input.
+    """
+
+    def decorate(cls: type) -> type:
+        forward = cls.forward
+
+        @functools.wraps(forward)
+        def forward_in_chunks(self: nn.Module, x: Tensor) -> Tensor:
+            if x.device.type != "cpu" or is_tracing():
+                return forward(self, x)
+            chunks = -(-largest(self, x) // CPU_BYTES)
+            if chunks <= 1 or any(has_hooks(module) for module in self.modules()):
+                return forward(self, x)
+            return torch.cat([forward(self, part) for part in x.chunk(chunks)])
+
+        cls.forward = forward_in_chunks
+        return register_notrace_module(cls)
+
+    return decorate
+
+
+def window_bytes(module: nn.Module, x: Tensor) -> int:
+    """Window attention: the queries, keys and values, or the scores."""
+    return x.nbytes * max(3, module.num_heads * module.window_size**2 // x.shape[-1])
+
+
+def neighborhood_bytes(module: nn.Module, x: Tensor) -> int:
+    """Neighbourhood attention: the scores, or the keys and values of all regions."""
+    tiles = neighborhood_tiles(*x.shape[1:3], module.window_size, x.device)
+    scores = len(x) * module.num_heads * tiles.relative.numel() * x.element_size()
+    repeats = len(tiles.rows) * len(tiles.columns) / (x.shape[1] * x.shape[2])
+    return max(scores, int(2 * repeats * x.nbytes))
+
+
+def deformable_bytes(module: nn.Module, x: Tensor) -> int:
+    """Deformable attention: the bias, which is float32."""
+    batch, height, width = x.shape[:3]
+    return 4 * batch * module.num_heads * (height * width // module.positions.stride) ** 2
+
+
+def deform_conv_bytes(module: nn.Module, x: Tensor) -> int:
+    """Deformable convolution: what the nine positions read."""
+    return 9 * x.numel() * module.conv.weight.element_size()
+
+
+def mlp_bytes(module: nn.Module, x: Tensor) -> int:
+    """MLP: the hidden layer."""
+    return x.nbytes * module.expansion
+
+
+# --- Attention ------------------------------------------------------------------------------------
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q · kᵀ / √D + bias) · v with q (b, N, D), k and v (b, S, D), to (b, N, D); b = batch · windows · heads.
+
+    bias is (b', N, S): b' divides b, and the bias is repeated. It may be overwritten.
+    """
+    bias = bias.to(q.dtype)
+    if q.is_cuda:  # the fused kernel repeats the bias as it reads
+        q, k, v = (part.unflatten(0, (-1, bias.shape[0])) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).flatten(0, 1)
+    # On a CPU a product that is added to the bias is faster than the fused kernel for windows of 49 positions. Scaled
+    # after the product, as released: bilinear reads have kinks, so rounding shows in the gradients of offsets.
+    if bias.shape[0] != q.shape[0]:
+        bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1)
+    scores = bias.baddbmm_(q, k.mT, alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(dim=-1), v)
+
+
+def split_heads(
+    x: Tensor, size: tuple[int, int], window: tuple[int, int], num_heads: int, parts: int = 1
+) -> tuple[Tensor, ...]:
+    """B maps of `size` (H, W) with parts · C channels, in any shape, to `parts` times (B · K · M, n, D).
+
+    The K windows are in reading order, each head by head.
+    """
+    (height, width), (rows, columns) = size, window
+    dim = x.shape[-1] // (parts * num_heads)
+    x = x.view(-1, height // rows, rows, width // columns, columns, parts, num_heads, dim)
+    x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (parts, B, K's rows and columns, M, n's, D)
+    return x.reshape(parts, -1, rows * columns, dim).unbind(0)
+
+
+def merge_heads(
+    z: Tensor, size: tuple[int, int], window: tuple[int, int], num_heads: int
 ) -> Tensor:
-    """The points (H, W, 2) of `size` = (H, W), float32, where `axis(index, length)` places those of one axis."""
-    y, x = (axis(torch.arange(n, device=device, dtype=torch.float32), n) for n in size)
-    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+    """The inverse: (B · K · M, n, D) to the maps' positions one after the other, (B · H · W, C)."""
+    (height, width), (rows, columns), dim = size, window, z.shape[-1]
+    z = z.view(-1, height // rows, width // columns, num_heads, rows, columns, dim)
+    return z.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, num_heads * dim)
 
 
-@constant
-def map_extent(height: int, width: int, device: torch.device) -> Tensor:
-    """(height, width), float32."""
-    return torch.tensor((height, width), device=device, dtype=torch.float32)
+def attend_all(q: Tensor, kv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
+    """`attend` from every position of q (B, H, W, C) to all of kv (B, S, 2C), to (B · H · W, C)."""
+    size, keys = tuple(q.shape[1:3]), (1, kv.shape[1])
+    (q,) = split_heads(q, size, size, num_heads)
+    k, v = split_heads(kv, keys, keys, num_heads, parts=2)
+    return merge_heads(attend(q, k, v, bias), size, size, num_heads)
 
 
-# ----------------------------------------------------------------------------------------- readings
+def attend_neighborhoods(qkv: Tensor, rpb: Tensor) -> Tensor:
+    """`attend` from every position to the w × w window around it, (B, H, W, 3C) to (B, H, W, C).
+
+    The bias of query i and key j is rpb (M, 2w − 1, 2w − 1) at their distance, j − i + w − 1. At a border the window
+    moves inward; on a map smaller than w it is the map.
+    """
+    (height, width, channels), num_heads = qkv.shape[1:], len(rpb)
+    tiles = neighborhood_tiles(height, width, (rpb.shape[-1] + 1) // 2, qkv.device)
+    table = F.pad(rpb, (0, 1, 0, 1), value=-torch.inf).flatten(1)  # −∞: outside of the window
+    bias = table.index_select(1, tiles.relative.flatten()).unflatten(1, tiles.relative.shape)
+    bias = bias.transpose(0, 1).flatten(0, 1)  # (K · M, n, keys of a region)
+    # The reference: one tile, which reads the complete map.
+    if tiles.region == (height, width):
+        q, k, v = split_heads(qkv, tiles.region, tiles.region, num_heads, parts=3)
+        z = merge_heads(attend(q, k, v, bias), tiles.region, tiles.region, num_heads)
+        return z.view(-1, height, width, channels // 3)
+    # Tiles of queries; a key of a map is in the regions of several tiles.
+    q, kv = qkv.split((channels // 3, 2 * channels // 3), dim=-1)
+    q = F.pad(q, (0, 0, 0, -width % tiles.tile[1], 0, -height % tiles.tile[0]))
+    padded = tuple(q.shape[1:3])
+    (q,) = split_heads(q, padded, tiles.tile, num_heads)
+    kv = kv.index_select(1, tiles.rows).index_select(2, tiles.columns)
+    k, v = split_heads(kv, tuple(kv.shape[1:3]), tiles.region, num_heads, parts=2)
+    z = merge_heads(attend(q, k, v, bias), padded, tiles.tile, num_heads)
+    return z.view(-1, *padded, channels // 3)[:, :height, :width]
+
+
+# --- Bilinear reads -------------------------------------------------------------------------------
 
 
 def sample(x: Tensor, positions: Tensor) -> Tensor:
@@ -69,13 +213,8 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
     return read(x.to(positions.dtype), positions)
 
 
-def allow_atomic_add(device: torch.device) -> bool:
-    """Whether to use kernels whose gradient is summed in no fixed order: on a GPU that need not repeat its bits."""
-    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
-
-
 def sample_by_grid(x: Tensor, positions: Tensor) -> Tensor:
-    """`sample` in few kernels."""
+    """The reference of `sample`."""
     batch, groups = positions.shape[:2]
     image = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (B, G, C/G, H, W)
     points = positions.flatten(0, 1).flip(-1)  # (x, y)
@@ -83,79 +222,10 @@ def sample_by_grid(x: Tensor, positions: Tensor) -> Tensor:
     return read.flatten(2).unflatten(0, (batch, groups)).flatten(1, 2).transpose(1, 2).contiguous()
 
 
-def sample_by_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """`sample` without rearranging anything."""
-    half = (map_extent(*x.shape[1:3], x.device) - 1) / 2
-    return bilinear_gather(x, (positions.flatten(2, 3).transpose(1, 2) + 1) * half)
-
-
-def bilinear_gather(x: Tensor, points: Tensor, weights: Tensor | None = None) -> Tensor:
-    """x (B, H, W, C) read at `points` (B, S, G, 2), counted in cells, times `weights` (B, S, G, 1), to (B, S, C).
-
-    A bilinear reading is the weighted sum of four rows of x.
-    """
-    batch, height, width, channels = x.shape
-    readings, groups = points.shape[1:3]
-    rows = row_numbers(batch, height, width, groups, readings, x.device)
-    points = points.clamp(rows.before, rows.after)  # a border of zeros lies around the map
-    # Of the four cells around a point, the first.
-    corner = points.detach().floor().minimum(rows.last)
-    beyond = (points - corner).unsqueeze(-1)  # (B, S, G, 2, 1)
-    along_y, along_x = torch.addcmul(rows.first, beyond, rows.sign).unbind(-2)  # (B, S, G, 4)
-    share = along_y * along_x
-    if weights is not None:
-        share = share * weights
-    # NaN has no cell: it passes on in the shares.
-    taps = (corner.nan_to_num().long() * rows.steps).sum(-1, keepdim=True) + rows.taps
-    table = F.pad(x, (0, 0, 1, 1, 1, 1)).view(-1, channels // groups)
-    read = F.embedding_bag(
-        taps.flatten(), table, rows.offsets, per_sample_weights=share.flatten(), mode="sum"
-    )
-    return read.view(batch, -1, channels)
-
-
-class RowNumbers(NamedTuple):
-    """What `bilinear_gather` needs to know of maps (B, H, W, G · c) with a border of one cell, as rows of c values."""
-
-    before: Tensor  # (2) the border
-    last: Tensor
-    after: Tensor
-    first: Tensor  # (2, 4) a tap's share along y and x: this
-    sign: Tensor  # and this times the way beyond the first cell
-    steps: Tensor  # (2) rows from a cell to the next along y and x
-    taps: Tensor  # (B, 1, G, 4) rows of the four cells that begin with cell (0, 0)
-    offsets: Tensor  # (B · S · G) where the four taps of a reading begin
-
-
-@constant
-def row_numbers(
-    batch: int, height: int, width: int, groups: int, readings: int, device: torch.device
-) -> RowNumbers:
-    """For S = `readings` of each group."""
-    last = map_extent(height, width, device) - 1
-    along_y = (width + 2) * groups
-    images = torch.arange(batch, device=device) * ((height + 2) * along_y) + along_y + groups
-    cells = torch.tensor((0, groups, along_y, along_y + groups), device=device)
-    taps = images[:, None, None] + torch.arange(groups, device=device)[:, None] + cells
-    return RowNumbers(
-        before=torch.full_like(last, -1),
-        last=last,
-        after=last + 1,
-        first=torch.tensor(((1.0, 1, 0, 0), (1, 0, 1, 0)), device=device),
-        sign=torch.tensor(((-1.0, -1, 1, 1), (-1, 1, -1, 1)), device=device),
-        steps=torch.tensor((along_y, groups), device=device),
-        taps=taps[:, None],
-        offsets=torch.arange(0, 4 * batch * readings * groups, 4, device=device),
-    )
-
-
-# -------------------------------------------------------------------------------------------- biases
-
-
 def rpe_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
     """The heads' tables (M, …) read at half the displacement from every query to every key, (B · M, N, S), float32.
 
-    Queries stand at (H, W, 2), keys at (B, G, Hk, Wk, 2).
+    Queries are at (H, W, 2), keys at (B, G, Hk, Wk, 2).
     """
     batch, groups = positions.shape[:2]
     keys = positions.reshape(batch * groups, 1, -1, 2)
@@ -169,9 +239,77 @@ def rpe_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
     return bias.flatten(0, 1)
 
 
-def bias_by_rows(tables: Tensor, displacement: Tensor) -> Tensor:
-    """The tables (M, …) read at (B, G, N, S, 2), to (B · M, N, S), with a gradient that is summed in a fixed order."""
-    batch, _, queries, keys, _ = displacement.shape
-    maps = tables.permute(1, 2, 0).expand(batch, -1, -1, -1)
-    bias = sample_by_rows(maps, displacement)  # (B, N · S, M)
-    return bias.transpose(1, 2).reshape(-1, queries, keys)
+def deform_conv(conv: DeformConv2d, x: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """The 3×3 `conv` of x (B, H, W, C), every tap moved by an offset and multiplied by a weight, to (B, H, W, C).
+
+    For G groups of channels: offsets (B, H, W, 18 G) are nine times (y, x) in cells, weights (B, H, W, 9 G).
+    """
+    if is_plain(conv, DeformConv2d) and not allow_atomic_add(x.device):
+        return deform_conv_by_rows(conv, x, offsets, weights)
+    return deform_conv_by_module(conv, x, offsets, weights)
+
+
+def deform_conv_by_module(conv: nn.Module, x: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """The reference of `deform_conv`."""
+    x, offsets, weights = (part.permute(0, 3, 1, 2) for part in (x, offsets, weights))
+    return conv(x, offsets, weights).permute(0, 2, 3, 1)
+
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+
+def convolve(conv: nn.Module, x: Tensor, patch: tuple[int, int] = (1, 1)) -> Tensor:
+    """The convolution `conv` of a map (B, H, W, C), to (B, H', W', C'); a channels-last map stays so in memory.
+
+    Zeros below and to the right make H and W multiples of `patch`.
+    """
+    x = x.permute(0, 3, 1, 2)
+    if patch != (1, 1):
+        below, right = -x.shape[2] % patch[0], -x.shape[3] % patch[1]
+        if below or right:  # padding by nothing would copy
+            x = F.pad(x, (0, right, 0, below))
+    return conv(x).permute(0, 2, 3, 1)
+
+
+def convolve_groups(conv: nn.Module, x: Tensor, groups: int) -> Tensor:
+    """The depthwise convolution `conv` of c channels, shared by all groups: (B, H, W, G · c) to (B, H', W', G, c)."""
+    if groups > 1 and is_plain(conv, nn.Conv2d) and conv.bias is not None:
+        # Repeating the kernel spares rearranging x into groups.
+        weight, bias = conv.weight.repeat(groups, 1, 1, 1), conv.bias.repeat(groups)
+        x = x.permute(0, 3, 1, 2)
+        theta = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, x.shape[1])
+        return theta.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
+    # The reference: every group is an image.
+    images = x.unflatten(-1, (groups, -1)).movedim(3, 1).flatten(0, 1)  # (B·G, H, W, c)
+    return convolve(conv, images).unflatten(0, (-1, groups)).movedim(1, 3)
+
+
+# --- Parts of a block -----------------------------------------------------------------------------
+
+
+def gelu_linear(act: nn.Module, fc: nn.Module, x: Tensor) -> Tensor:
+    """fc(act(x)), where the layers are as a rule a GELU and a linear layer; (…, in) to (…, out)."""
+    if not torch.is_grad_enabled() or is_tracing():  # nothing is kept, or the tracer decides
+        return fc(act(x))
+    plain = is_plain(act, nn.GELU) and is_plain(fc, nn.Linear)
+    if plain and act.approximate == "none" and fc.bias is not None:
+        return GELULinear.apply(x, fc.weight, fc.bias)
+    return fc(act(x))
+
+
+def add_kept(
+    x: Tensor, branch: Callable[[Tensor], Tensor], kept: Tensor, keep_prob: float
+) -> Tensor:
+    """x + branch(x) · kept / keep_prob, image by image; `kept` (B) of zeros and ones is on the host.
+
+    `branch` maps (b, …) to the same shape, image by image.
+    """
+    if is_tracing():  # the reference
+        return x + branch(x) * (kept.to(x) / keep_prob).view(-1, *[1] * (x.ndim - 1))
+    if kept.all():
+        return torch.add(x, branch(x), alpha=1 / keep_prob)
+    # If none is kept, one is computed all the same and added 0 times: every weight needs a gradient.
+    scale = 1 / keep_prob if kept.any() else 0.0
+    chosen = kept.nonzero().flatten() if scale else torch.tensor([0])
+    chosen = chosen.to(x.device, non_blocking=True)
+    return IndexAddScaled.apply(x, chosen, branch(x.index_select(0, chosen)), scale)

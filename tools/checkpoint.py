@@ -28,7 +28,8 @@ from torch import Tensor
 from analysis.records import read_records
 from engine import checkpoint
 from engine.pretrained import read_weights, refuse_nonfinite
-from models.convert import DERIVED, derived_buffers, identify, to_official, to_ours
+from models.convert import DERIVED, derived_buffers, to_official, to_ours
+from models.identify import identify
 from utils.errors import CheckpointError, ConfigError, as_exit_code
 from utils.files import write_atomically
 from utils.text import join_some

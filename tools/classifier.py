@@ -22,7 +22,7 @@ from analysis import imagenet
 from engine import build, checkpoint
 from engine.loop import autocast
 from engine.pretrained import load_pretrained, read_weights
-from models.convert import identify
+from models.identify import identify
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.logging import logger
@@ -134,7 +134,9 @@ def load_classifier(args: argparse.Namespace, names: str = "lemma") -> Classifie
     count = len(classes)
     logger.info(f"{title}: {count} classes, {build.describe_preprocessing(cfg)}")
     words = choose_names(classes, described, names)
-    return Classifier(cfg, model.eval(), device, classes, words, title)
+    return Classifier(
+        build.resolve_amp_dtype(cfg, device), model.eval(), device, classes, words, title
+    )
 
 
 def choose_names(classes: list[str], described: dict[str, str] | None, source: str) -> list[str]:

@@ -24,11 +24,11 @@ import torch
 from yacs.config import CfgNode
 
 import config
-import models
 from analysis.records import read_records
 from analysis.tables import format_run_differences, format_runs
 from engine import checkpoint
-from engine.build import build_model
+from engine.build import build_model, resolve_amp_dtype
+from tools.benchmarks.macs import count_macs
 from tools.benchmarks.model import Subject, at_least, time_in_turns
 from utils.errors import CheckpointError, as_exit_code
 from utils.logging import logger
@@ -104,7 +104,10 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
     """The rows of the table. Raises ConfigError for an invalid configuration, or if the device is not available."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    cfgs = {path: config.load(path, ["MODEL.DROP_PATH_RATE", "0"]) for path in args.cfg}
+    cfgs = {
+        path: resolve_amp_dtype(config.load(path, ["MODEL.DROP_PATH_RATE", "0"]), device)
+        for path in args.cfg
+    }
     runs = {name: find_finished(cfg, args.runs) for name, cfg in cfgs.items()}
     subjects = {
         name: Subject(
@@ -124,7 +127,7 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
     rows = []
     for name, subject in subjects.items():
         accuracies = [last_accuracies(run) for run in runs[name]]
-        macs = models.count_macs(subject.net, *subject.images.shape[2:])
+        macs = count_macs(subject.net, *subject.images.shape[2:])
         rows.append(
             [
                 name,

@@ -374,7 +374,7 @@ def test_what_differs_from_the_run_is_listed_and_recorded(run, tmp_path, capsys)
     _, images, argv = run
     other = shutil.copytree(images, tmp_path / "data")
     next((other / "val").rglob("*.jpg")).unlink()
-    argv = [*argv[:-3], "--eval", "--out", str(tmp_path / "out"), "--amp-dtype", "float32"]
+    argv = [*argv[:-3], "--eval", "--out", str(tmp_path / "out"), "--amp-dtype", "bfloat16"]
     argv[argv.index("--data-path") + 1] = str(other)
     capsys.readouterr()
     changed = ("--opts", "TEST.CROP_MODE", "center", "DATA.MEAN", "[0.5,0.5,0.5]")

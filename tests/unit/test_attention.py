@@ -10,7 +10,7 @@ import torch
 
 from analysis.attention import NEGLIGIBLE, query_attention, record_attention
 from models.dat import MIXERS, DATConfig
-from models.ops import sample
+from models.ops import convolve, sample
 
 CONFIG = DATConfig(
     dims=(24,) * 4, num_heads=(4,) * 4, offset_groups=(2,) * 4, sr_ratios=(3,) * 4, window_size=4
@@ -83,7 +83,8 @@ def test_a_convolution_samples_at_the_recorded_points(query):
     positions = (attention.points - 0.5) / centres * 2 - 1  # ±1 at the border cells' centres
     source = sample(x, positions[None])[0].unflatten(-1, (4, -1))  # (9, M, D)
     kernel = mixer.conv.weight.flatten(2).unflatten(0, (4, -1))  # (M, D, D, 9)
-    modulation = mixer.positions(x)[0, *query, 36:].sigmoid().view(2, 9).repeat_interleave(2, 0)
+    theta = convolve(mixer.positions, x)[0, *query]
+    modulation = theta[36:].sigmoid().view(2, 9).repeat_interleave(2, 0)
     z = torch.einsum("moik,mk,kmi->mo", kernel, modulation, source).flatten() + mixer.conv.bias
     torch.testing.assert_close(mixer.proj(z), mixer(x)[0, *query], atol=1e-4, rtol=1e-4)
     strength = (kernel * modulation[:, None, None]).norm(dim=(1, 2))

@@ -15,6 +15,7 @@ import config
 import main
 import models
 from engine import checkpoint
+from tools.benchmarks.macs import count_macs
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -53,7 +54,7 @@ def size(path: Path) -> tuple[int, int]:
     cfg = parse(path)
     with torch.device("meta"):
         model = build(cfg)
-    macs = models.count_macs(model, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE)
+    macs = count_macs(model, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE)
     return sum(p.numel() for p in model.parameters()), macs
 
 

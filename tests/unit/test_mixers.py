@@ -1,6 +1,6 @@
 """The rivals: every spatial mixer against an implementation that is not ours, and in the backbone like any other.
 
-pytest tests/test_mixers.py
+pytest tests/unit/test_mixers.py
 """
 
 import itertools
@@ -16,13 +16,16 @@ from timm.models.swin_transformer import SwinTransformerBlock
 import models
 from models.attention import DeformableConvolution, GlobalAttention, WindowAttention
 from models.dat import MIXERS
+from models.kernels import deform_conv_by_rows
+from models.ops import convolve, deform_conv_by_module
+from tools.benchmarks.macs import count_macs
 from utils.errors import ConfigError
 
 RIVALS = pytest.mark.parametrize("letter", "GPC")
 
 
 def randomised(layer: torch.nn.Module) -> torch.nn.Module:
-    """`layer` in float64 with every parameter drawn anew, so that none is hidden by being 0 or 1."""
+    """`layer` in float64 with every parameter drawn again, so that none is hidden by being 0 or 1."""
     torch.manual_seed(0)
     for parameter in layer.double().parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -113,7 +116,7 @@ def test_deformable_convolution_equals_nine_bilinear_readings(num_heads, groups,
     """The layer reads rows; here `grid_sample` reads and one product per tap sums. Torchvision's agrees with both."""
     layer = randomised(DeformableConvolution(8, num_heads, groups))
     x = features(2, *size, 8)
-    theta = layer.positions(x)
+    theta = convolve(layer.positions, x)
     offsets = theta[..., : 18 * groups].unflatten(-1, (groups, 9, 2))
     masks = theta[..., 18 * groups :].unflatten(-1, (groups, 9)).sigmoid()
     cell = torch.stack(torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij"), dim=-1)
@@ -132,7 +135,8 @@ def test_deformable_convolution_equals_nine_bilinear_readings(num_heads, groups,
         out = out + F.conv2d(torch.cat(read, 1), kernel, groups=num_heads).permute(0, 2, 3, 1)
     torch.testing.assert_close(layer(x), layer.proj(out + layer.conv.bias))
     parts = theta[..., : 18 * groups], masks.flatten(-2)
-    torch.testing.assert_close(layer.by_rows(x, *parts), layer.by_torchvision(x, *parts))
+    one, other = (f(layer.conv, x, *parts) for f in (deform_conv_by_rows, deform_conv_by_module))
+    torch.testing.assert_close(one, other)
 
 
 def test_deformable_convolution_begins_as_half_a_convolution():
@@ -217,7 +221,7 @@ def test_macs_of_a_deformable_convolution_are_those_of_a_convolution():
 
     positions, convolution, projection = 9 * 8 * 27, 9 * 8 * 8 // 2, 8 * 8
     expected = 5 * 7 * (positions + convolution + projection)
-    assert models.count_macs(Images(), 5, 7, in_chans=8) == expected
+    assert count_macs(Images(), 5, 7, in_chans=8) == expected
 
 
 @pytest.mark.parametrize(

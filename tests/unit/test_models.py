@@ -1,8 +1,9 @@
 """Models: shapes, sizes and initial values, the mixers against loops, any input size, timm's contract, names.
 
-pytest tests/test_models.py
+pytest tests/unit/test_models.py
 """
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models._features_fx import create_feature_extractor
 from timm.models._manipulate import group_parameters
 
@@ -24,6 +25,7 @@ from models.attention import (
     window_mask,
 )
 from models.convert import checkpoint_filter_fn, from_official, to_official
+from tools.benchmarks.macs import count_macs
 from utils.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -59,7 +61,7 @@ def test_parameters_and_macs_are_the_published_ones(name):
     parameters, gmacs = SIZES[name]
     assert sum(p.numel() for p in model.parameters()) == parameters
     if "tiny" in name or "384" in name:  # the others differ from these in width and depth only
-        assert models.count_macs(model, size, size) / 1e9 == pytest.approx(gmacs, rel=1e-3)
+        assert count_macs(model, size, size) / 1e9 == pytest.approx(gmacs, rel=1e-3)
 
 
 def test_micro_is_small_and_deformable_in_three_stages():
@@ -213,6 +215,69 @@ def test_offset_length_is_in_pixels_of_the_image():
     assert sampling.offset_length().item() == pytest.approx(13 * 16)
 
 
+# ---------------------------------------------------------------------- other people's modules
+
+
+class Adapter(torch.nn.Module):
+    """What a LoRA or quantisation library puts in a layer's place: it has the layer's call and nothing else of it."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.base = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x)
+
+
+ALL_MIXERS = {"stages": ("LS", "ND", "DC", "GP"), "offset_groups": (1, 2, 2, 1)}
+EACH_PAPER = pytest.mark.parametrize("plus_plus", [False, True], ids=["dat", "dat++"])
+
+
+def plain_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    """Every linear layer and convolution with its parent and its name there."""
+    kinds = torch.nn.Linear, torch.nn.Conv2d
+    parents = list(model.modules())
+    return [(p, n, c) for p in parents for n, c in p.named_children() if isinstance(c, kinds)]
+
+
+def answer(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Logits and gradients."""
+    model.zero_grad()
+    logits = model(torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(1)))
+    logits.square().sum().backward()
+    return [logits, *(p.grad for p in model.parameters())]
+
+
+@EACH_PAPER
+@pytest.mark.parametrize("replace", [Adapter, copy.deepcopy], ids=["adapter", "equal layer"])
+def test_layers_may_be_replaced(replace, plus_plus):
+    model = micro(plus_plus=plus_plus, **ALL_MIXERS)
+    expected = answer(model)
+    for parent, name, layer in plain_layers(model):
+        assert type(layer) in (torch.nn.Linear, torch.nn.Conv2d)
+        setattr(parent, name, replace(layer))
+    torch.testing.assert_close(answer(model), expected)
+
+
+@EACH_PAPER
+def test_hooks_see_every_layer_as_its_class_computes(plus_plus, monkeypatch):
+    model = micro(plus_plus=plus_plus, **ALL_MIXERS)
+    # Offsets of 0 read at the centres of cells, where the derivative has a kink.
+    torch.nn.init.normal_(model.stages[2].blocks[1].attn.positions.weight, std=0.1)
+    expected, seen = answer(model), set()
+    monkeypatch.setattr("models.ops.CPU_BYTES", 1)
+
+    def check(module, inputs, output):
+        torch.testing.assert_close(type(module).forward(module, *inputs), output)
+        seen.add(module)
+
+    layers = [m for m in model.modules() if not list(m.children())]
+    for layer in layers:
+        layer.register_forward_hook(check)
+    torch.testing.assert_close(answer(model), expected)
+    assert seen == set(layers)
+
+
 # ------------------------------------------------------------------------------------- any input
 
 
@@ -345,6 +410,21 @@ def test_wrapped_checkpoints_open(prefix):
     if "backbone" in prefix:
         file["model"]["module.neck.weight"] = torch.zeros(1)
     model.load_state_dict(checkpoint_filter_fn(file, model))
+
+
+def test_weights_of_the_first_edition_are_read():
+    step = GOLDEN / "first_edition/run/checkpoints/step-3"
+    weights = load_file(step / "model.safetensors")
+    model = micro(
+        stages=("N", "PD", "G", "D"),
+        dims=(8,) * 4,
+        num_heads=(1, 2, 2, 2),
+        offset_groups=(1, 1, 2, 2),
+        plus_plus=True,
+        num_classes=len(weights["head.fc.weight"]),
+    )
+    assert {n for n in weights if "perception" in n or "displacement" in n}
+    model.load_state_dict(checkpoint_filter_fn({"model": weights}, model))
 
 
 def test_timm_loads_a_released_file(tmp_path):

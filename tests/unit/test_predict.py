@@ -74,7 +74,7 @@ def test_files_of_weights_and_hugging_face_folders_predict_the_same(run, tmp_pat
         safe_serialization=True,
         data_config={"crop_mode": "squash", "crop_pct": 1.0, "input_size": (3, 32, 32)},
     )
-    flags = ("--pretrained", tmp_path / "hf", "--amp-dtype", "bfloat16", "--batch-size", "4")
+    flags = ("--pretrained", tmp_path / "hf", "--batch-size", "4")
     text = predictions(tmp_path, images / "val", *flags)
     assert read_csv(text) == expected
     assert {row["name1"] for row in csv.DictReader(io.StringIO(text))} <= {*names, "a cat"}

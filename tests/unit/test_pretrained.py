@@ -26,8 +26,9 @@ from engine import checkpoint
 from engine.optim import create_optimizer
 from engine.pretrained import load_pretrained, read_weights
 from engine.state import TrainState
-from models.convert import derived_buffers, identify, resize_table, to_official
+from models.convert import derived_buffers, resize_table, to_official
 from models.dat import VARIANTS
+from models.identify import identify
 from tools.checkpoint import main as tool
 from utils.errors import CheckpointError
 
@@ -382,10 +383,10 @@ def make_run(folder: Path, steps: tuple[int, ...] = (3, 5)) -> Path:
     return folder
 
 
-def test_inspect_tells_what_a_run_and_a_file_hold(tmp_path, capsys):
+def test_inspect_shows_what_a_run_and_a_file_hold(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     assert tool(["inspect", str(run)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in (
         "step-3",
         "dat_micro with 10 classes",
@@ -393,19 +394,19 @@ def test_inspect_tells_what_a_run_and_a_file_hold(tmp_path, capsys):
         "32×32 pixels",
         "this project's names",
     ):
-        assert part in told
+        assert part in printed
     size = sum(p.numel() for p in micro().parameters())
     for part in (f"{size:,} in ", "50.000 % top-1", "step 3", "43.000 % top-1, 93.000 % top-5"):
-        assert part in told
+        assert part in printed
     source = micro()
     torch.save(
         {"model": to_official(source.state_dict(), source) | derived_buffers(source)},
         tmp_path / "w.pth",
     )
     assert tool(["inspect", str(tmp_path / "w.pth")]) == 0
-    told = capsys.readouterr().out
-    assert "the authors' names" in told
-    assert f"{size:,} in " in told
+    printed = capsys.readouterr().out
+    assert "the authors' names" in printed
+    assert f"{size:,} in " in printed
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pth")
     assert tool(["inspect", str(tmp_path / "w.pth")]) == 0
     assert "not a DAT variant" in capsys.readouterr().out
@@ -418,10 +419,10 @@ def test_verify_names_the_damaged_ones(tmp_path, capsys):
     assert capsys.readouterr().out.count(": valid") == 2
     (newer / "ema.safetensors").write_bytes(b"")
     assert tool(["verify", str(run)]) == 4
-    told = capsys.readouterr()
-    assert f"{newer}: ema.safetensors has 0 bytes" in told.out
-    assert f"{older}: valid" in told.out
-    assert "1 of 2 checkpoints are damaged" in told.err
+    printed = capsys.readouterr()
+    assert f"{newer}: ema.safetensors has 0 bytes" in printed.out
+    assert f"{older}: valid" in printed.out
+    assert "1 of 2 checkpoints are damaged" in printed.err
     assert tool(["verify", str(newer)]) == 4
     assert tool(["verify", str(older)]) == 0
     (older / "manifest.json").unlink()
@@ -438,8 +439,8 @@ def test_verify_names_the_damaged_ones(tmp_path, capsys):
 def test_conversion_changes_no_bit(args, tmp_path, monkeypatch):
     source = micro(**args)
     if args:  # there is no small variant of DAT++
-        monkeypatch.setattr("models.convert.skeletons", lambda: {"dat_micro": source})
-        monkeypatch.setattr("models.convert.Description.build", lambda found: source)
+        monkeypatch.setattr("models.identify.skeletons", lambda: {"dat_micro": source})
+        monkeypatch.setattr("models.identify.Description.build", lambda found: source)
     ours, released, back, again = (
         tmp_path / n for n in ("a.safetensors", "b.pth", "c.safetensors", "d.pth")
     )
@@ -481,7 +482,10 @@ def test_average_is_the_mean_in_float64(tmp_path, capsys):
     assert (
         tool(["average", paths[0], str(tmp_path / "other.safetensors"), str(out), "--force"]) == 4
     )
-    assert "hold different models" in capsys.readouterr().err
+    assert (
+        "hold different models; these tensors differ: head.fc.bias, head.fc.weight"
+        in capsys.readouterr().err
+    )
 
 
 def test_counters_are_not_averaged(tmp_path):

@@ -8,10 +8,10 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from models import attention, dat
-from models.attention import attend
-from models.dat import GELULinear, StochasticDepth
-from models.ops import bias_by_rows, rpe_bias, sample, sample_by_grid, sample_by_rows
+from models import ops
+from models.dat import StochasticDepth
+from models.kernels import bias_by_rows, sample_by_rows
+from models.ops import attend, gelu_linear, rpe_bias, sample, sample_by_grid
 from tools.benchmarks.model import Subject
 
 BOTH = pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
@@ -102,18 +102,20 @@ def test_attention_equals_the_fused_kernel(repeats):
 
 def test_the_gelu_that_is_computed_again_is_the_same():
     torch.manual_seed(0)
-    layer = GELULinear(6, 4).double()
+    act, layer = torch.nn.GELU(), torch.nn.Linear(6, 4).double()
     x = torch.randn(2, 3, 6, dtype=torch.float64)
-
-    def again(x, weight, bias):
-        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x)
 
     def plain(x, weight, bias):
         return F.linear(F.gelu(x), weight, bias)
 
+    x.requires_grad_()
+    y = gelu_linear(act, layer, x)
+    assert "GELULinear" in y.grad_fn.name()
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)  # as in gradients
     inputs = x, layer.weight, layer.bias
-    for own, other in zip(gradients(again, *inputs), gradients(plain, *inputs), strict=True):
-        torch.testing.assert_close(own, other)
+    own = [y, *torch.autograd.grad((y * weights).sum(), inputs)]
+    for one, other in zip(own, gradients(plain, *inputs), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("drop_prob", [0.02, 0.5, 0.98])  # often all, some, often none
@@ -134,9 +136,9 @@ def test_dropped_images_are_not_computed_and_nothing_else_changes(drop_prob, mon
         run = functools.partial(
             gradients, functools.partial(add, seed), x, layer.weight, layer.bias
         )
-        monkeypatch.setattr(dat, "is_tracing", lambda: False)
+        monkeypatch.setattr(ops, "is_tracing", lambda: False)
         found = run()
-        monkeypatch.setattr(dat, "is_tracing", lambda: True)  # computes all and multiplies by 0
+        monkeypatch.setattr(ops, "is_tracing", lambda: True)  # computes all and multiplies by 0
         for own, other in zip(found, run(), strict=True):
             torch.testing.assert_close(own, other)
         kept = (found[0] != x).flatten(1).any(1).sum()
@@ -157,8 +159,8 @@ def test_parts_of_a_batch_are_the_same_as_all_of_it(name, monkeypatch):
     mlp, calls = model.stages[0].blocks[0].mlp, []
     forward = mlp.fc2.forward
     monkeypatch.setattr(mlp.fc2, "forward", lambda x: calls.append(len(x)) or forward(x))
-    two_images = 2 * mlp.largest(torch.empty(1, 16, 16, 8, dtype=torch.float64))
-    monkeypatch.setattr(attention, "CPU_BYTES", two_images)
+    two_images = 2 * ops.mlp_bytes(mlp, torch.empty(1, 16, 16, 8, dtype=torch.float64))
+    monkeypatch.setattr(ops, "CPU_BYTES", two_images)
     for own, other in zip(gradients(model, images), whole, strict=True):
         torch.testing.assert_close(own, other)
     assert calls == [2 * 256, 2 * 256, 256]

@@ -1,6 +1,6 @@
 """What timm's own model tests ask of a model, asked of every variant; export, compilation, copies.
 
-pytest tests/test_timm_contract.py
+pytest tests/unit/test_timm_contract.py
 """
 
 import copy
@@ -348,11 +348,13 @@ def test_compiled_in_one_graph(architecture):
 
 @BOTH
 @pytest.mark.filterwarnings("ignore")  # constants of the traced size, and jit's age
-def test_traced_for_one_size(architecture):
+def test_traced_for_one_size(architecture, tmp_path):
     model = small(architecture)
     traced = torch.jit.trace(model, torch.randn(2, 3, 32, 32), check_trace=False)
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(traced(images), model(images))
+    traced.save(tmp_path / "dat.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "dat.pt")(images), model(images))
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"features_only": True}])

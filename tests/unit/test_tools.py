@@ -16,7 +16,6 @@ from engine.state import TrainState
 from tools import checkpoint as checkpoint_tool
 from tools import compare, curves
 from utils.errors import StorageError
-from utils.logging import logger
 
 GOOD = [
     {"step": 1, "train/loss": 2.0, "train/lr": 0.1},
@@ -51,8 +50,7 @@ def run(tmp_path):
     return folder
 
 
-def test_damaged_records_are_reported_and_skipped(run, caplog, monkeypatch):
-    monkeypatch.setattr(logger, "propagate", True)  # a run before may have switched it off
+def test_damaged_records_are_reported_and_skipped(run, caplog):
     file = run / "metrics.jsonl"
     assert list(read_records(file)) == GOOD
     places = [message.partition(": ")[0] for message in caplog.messages]

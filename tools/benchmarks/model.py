@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from engine.loop import autocast
+from tools.benchmarks.macs import count_macs
 from utils.errors import ConfigError
 
 KINDS = {  # kinds of ATen operations; the first pattern that matches counts
@@ -225,7 +226,7 @@ def measure_size(name: str, subject: Subject, args: argparse.Namespace) -> dict:
         peak = process.submit(peak_mib, name, args).result()
     return {
         "parameters": sum(p.numel() for p in subject.net.parameters()),
-        "gmacs": models.count_macs(subject.net, args.size, args.size) / 1e9,
+        "gmacs": count_macs(subject.net, args.size, args.size) / 1e9,
         "activation_mib_per_image": subject.activation_mib(),
         "peak_mib": peak,
         "aten_operations": subject.count_operations(),

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 from engine.loop import autocast
 from engine.optim import create_optimizer
+from tools.benchmarks.macs import count_macs
 from tools.benchmarks.model import at_least, format_spread, ratios, spread
 from utils.errors import ConfigError
 
@@ -169,7 +170,7 @@ def estimate(args: argparse.Namespace) -> list[dict]:
     """`estimate_needs` of 8, 64 and 512 accelerators, from the model's own bytes and multiply-adds."""
     model = build(args)
     gradient_bytes = 4 * sum(p.numel() for p in model.parameters())
-    macs = models.count_macs(model, args.size, args.size)
+    macs = count_macs(model, args.size, args.size)
     return [estimate_needs(n, gradient_bytes, macs, args) for n in (8, 64, 512)]
 
 
