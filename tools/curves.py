@@ -85,7 +85,8 @@ def draw(run: Path, out: Path) -> None:
     if accuracies:
         best = max(accuracies)
         ax.axhline(best, color="0.6", linewidth=0.8, linestyle=":")
-        ax.annotate(f"{best:.2f}", (0, best), va="bottom", color="0.4")
+        place = ("axes fraction", "data")
+        ax.annotate(f"{best:.2f}", (0.01, best), xycoords=place, va="bottom", color="0.4")
     ax.set_title("Validation accuracy (%)")
 
     ax = axes[1, 0]
