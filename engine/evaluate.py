@@ -168,8 +168,10 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
         sized = build.at_size(cfg, size)
         opener = suite.OpenDataset(
             dataset=functools.partial(build.open_set, sized),
+            val=functools.partial(build.open_split, sized, "val"),
             pixels=functools.partial(build.describe_pixels, sized),
             val_subset=cfg.DATA.VAL_SUBSET,
+            holdout=cfg.DATA.HOLDOUT,
         )
         passes = suite.open_sets(found, classes, opener)
         val_data = next((one.dataset.fingerprint for one in passes if one.group == "val"), None)
@@ -227,6 +229,7 @@ def build_evaluation(
         names=imagenet.describe(classes),
         sets={},
         pixels={
+            **build.describe_pixels(cfg, "own"),
             "mean": cfg.DATA.MEAN,
             "std": cfg.DATA.STD,
             "exif": cfg.DATA.EXIF,
