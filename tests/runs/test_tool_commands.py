@@ -1,6 +1,6 @@
 """tools/*.py: each command starts from any folder and shows its help.
 
-pytest tests/runs/test_tools.py
+pytest tests/runs/test_tool_commands.py
 """
 
 import os
