@@ -1,4 +1,4 @@
-"""Which models does torch.hub find in this folder? Every variant of models/dat.py, with timm's keyword arguments.
+"""torch.hub entries: every variant of models/dat.py, with timm's keyword arguments.
 
 torch.hub.load("FOLDER", "dat_tiny", source="local", weights="dat_tiny_in1k_224.pth")
 """

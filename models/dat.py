@@ -1,6 +1,7 @@
 """DAT and DAT++ in one file, as timm keeps an architecture: configuration, networks, variants.
 
 DAT: CVPR 2022, arXiv 2201.00520. DAT++: arXiv 2309.01430.
+
 Four stages of blocks; before each stage a convolution halves the map. Inside, tensors are channels-last:
 
     images (B, 3, H, W) → stem (B, H/4, W/4, C) → stage i (B, H/4/2ⁱ, W/4/2ⁱ, Cᵢ) → norm → mean → logits (B, classes)
@@ -48,13 +49,16 @@ from models.attention import (
 from models.convert import checkpoint_filter_fn
 from utils.errors import ConfigError
 
+# --- Configuration --------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class DATConfig:
     """The shape of a network; lists have one entry per stage."""
 
-    # One letter per block, see attention.py.
+    # One letter per block, see models/attention.py.
     stages: Sequence[str] = ("LS", "LS", "LDLDLD", "LD")
+    # Channels, and heads that share them.
     dims: Sequence[int] = (96, 192, 384, 768)
     num_heads: Sequence[int] = (3, 6, 12, 24)
     # Deformable attention and convolution: offset groups.
@@ -64,12 +68,13 @@ class DATConfig:
     offset_strides: Sequence[int] = (1, 1, 1, 1)
     # Spatial reduction (P): positions per key, along each axis.
     sr_ratios: Sequence[int] = (8, 4, 2, 1)
+    # Positions along a side of a window or neighbourhood.
     window_size: int = 7
     # Pixels per position of the first stage; a power of two.
     patch_size: int = 4
     # Image size that the displacement tables are made for; None: the model's `img_size`.
     rpe_img_size: int | None = None
-    # DAT++ instead of DAT.
+    # DAT++ instead of DAT: stem, downsampling, blocks and coordinates; the mixers are those of `stages`.
     plus_plus: bool = False
 
     def __post_init__(self):
@@ -91,6 +96,9 @@ class DATConfig:
                 raise ConfigError(f"stage {stage}: {heads} heads do not divide dim {dim}")
             if set(letters) & set("DC") and heads % groups:
                 raise ConfigError(f"stage {stage}: {groups} groups do not divide {heads} heads")
+
+
+# --- Mixers by letter -----------------------------------------------------------------------------
 
 
 def make_window(config: DATConfig, stage: int, size: tuple[int, int], shifted: bool) -> nn.Module:
@@ -171,8 +179,9 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         hidden = self.fc1(x.flatten(0, 2))  # (B · H · W, 4C)
-        if self.local is not None:
+        if self.local is not None:  # a convolution needs the map
             hidden = self.local(hidden.view(*x.shape[:3], -1)).flatten(0, 2)
+        # fc2(GELU(hidden)); as one operation it keeps half as much for the backward pass.
         return ops.gelu_linear(self.act, self.fc2, hidden).view(x.shape)
 
 
@@ -192,7 +201,8 @@ class StochasticDepth(nn.Module):
         if not self.training or not self.drop_prob:
             return x + branch(x)
         keep_prob = 1 - self.drop_prob
-        kept = torch.empty(len(x)).bernoulli_(keep_prob)  # on the host, which needs the count
+        # One draw per image, on the host, because the number of kept images is a size.
+        kept = torch.empty(len(x)).bernoulli_(keep_prob)
         return ops.add_kept(x, branch, kept, keep_prob)
 
 
@@ -211,8 +221,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         x = self.lpu(x)
+        # The branches get the kept images alone, so that dropped ones cost nothing.
         x = self.drop_path(x, lambda kept: self.attn(self.norm1(kept)))
         return self.drop_path(x, lambda kept: self.mlp(self.norm2(kept)))
+
+
+# --- Stages ---------------------------------------------------------------------------------------
 
 
 class Stage(nn.Module):
@@ -235,8 +249,9 @@ def make_stem(in_chans: int, dim: int, patch_size: int, plus_plus: bool) -> Conv
     if not plus_plus:
         return ConvStack(nn.Conv2d(in_chans, dim, patch_size, patch_size), nn.LayerNorm(dim))
     layers = []
+    # Every convolution halves the map; the widths end at dim: dim / 2, dim for patches of 4.
     while patch_size > 1:
-        width = dim * 2 // patch_size  # dim at the last convolution
+        width = dim * 2 // patch_size
         layers += [nn.Conv2d(in_chans, width, 3, 2, padding=1), nn.LayerNorm(width), nn.GELU()]
         in_chans, patch_size = width, patch_size // 2
     return ConvStack(*layers[:-1])  # no activation after the last norm
@@ -247,6 +262,9 @@ def make_downsample(dim: int, out_dim: int, plus_plus: bool) -> ConvStack:
     kernel, padding = (3, 1) if plus_plus else (2, 0)
     conv = nn.Conv2d(dim, out_dim, kernel, stride=2, padding=padding, bias=False)
     return ConvStack(conv, nn.LayerNorm(out_dim))
+
+
+# --- Network --------------------------------------------------------------------------------------
 
 
 class SamplingPoints(NamedTuple):
@@ -261,6 +279,7 @@ class SamplingPoints(NamedTuple):
 
     def offset_length(self) -> Tensor:
         """Length of every offset in pixels of the input image, (B, G, Hk, Wk)."""
+        # Coordinates go from -1 to 1 between the centres of the border cells: (cells − 1) / 2 cells per unit.
         pixels = (self.positions.new_tensor(self.map_size) - 1) / 2 * self.reduction
         return ((self.positions - self.reference) * pixels).norm(dim=-1)
 
@@ -287,17 +306,20 @@ class DAT(nn.Module):
         config = DATConfig(**architecture)
         self.config = config
         self.img_size = to_2tuple(config.rpe_img_size or img_size)
+        # Attributes that timm reads.
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = config.dims[-1]
         self.output_fmt = "NHWC"
 
         dims = config.dims
+        # The probability of being dropped grows from 0 in the first block to the full rate in the last.
         drop_path = calculate_drop_path_rates(drop_path_rate, [len(s) for s in config.stages], True)
         self.stem = make_stem(in_chans, dims[0], config.patch_size, config.plus_plus)
         self.stages = nn.Sequential()
         self.feature_info = []
         for i, letters in enumerate(config.stages):
+            # Stage i works on a map of 1 / reduction of the image, which sets the size of its bias tables.
             reduction = config.patch_size * 2**i
             size = tuple(-(-extent // reduction) for extent in self.img_size)
             downsample = (
@@ -308,6 +330,7 @@ class DAT(nn.Module):
                 for letter, rate in zip(letters, drop_path[i], strict=True)
             ]
             self.stages.append(Stage(downsample, blocks))
+            # For timm's feature extraction: channels and reduction of what `stages.i` returns.
             info = {"num_chs": dims[i], "reduction": reduction, "module": f"stages.{i}"}
             self.feature_info.append(info)
         self.norm = nn.LayerNorm(dims[-1])
@@ -321,7 +344,9 @@ class DAT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the normalised last map (B, ⌈H/32⌉, ⌈W/32⌉, C)."""
-        return self.norm(self.stages(self.stem(x.permute(0, 2, 3, 1))))
+        x = self.stem(x.permute(0, 2, 3, 1))  # (B, H/4, W/4, C)
+        x = self.stages(x)  # (B, H/32, W/32, 8C)
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map to logits, or to the pooled features (B, C) that the classifier reads."""
@@ -340,12 +365,14 @@ class DAT(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it can be 'NCHW' or 'NHWC'")
         last = len(self.stages) - 1
+        # Indices may be negative or a number of last stages; timm's own function reads them.
         take, max_index = feature_take_indices(len(self.stages), indices)
         intermediates = []
         x = self.stem(x.permute(0, 2, 3, 1))
         for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
+                # The norm is that of the last stage: its channels are the only ones that fit.
                 intermediates.append(self.norm(x) if norm and i == last else x)
         if output_fmt == "NCHW":
             intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
@@ -372,7 +399,9 @@ class DAT(nn.Module):
         """Where every deformable layer reads for the images (B, in_chans, H, W), in the order of the layers."""
         found = []
 
+        # Hooks on the modules that compute positions, so that the forward pass is the ordinary one.
         def collect(stage: int, block: int, module: nn.Module, inputs: tuple, positions: Tensor):
+            # With zero offsets the points are where `place` leaves them: DAT++ clamps those beyond the border.
             reference = module.reference(positions.shape[2:4])
             reference = module.geometry.place(reference, torch.zeros_like(reference))
             map_size, reduction = tuple(inputs[0].shape[1:3]), self.feature_info[stage]["reduction"]
@@ -402,6 +431,7 @@ class DAT(nn.Module):
         self.head.reset(num_classes, global_pool)
 
     def __prepare_scriptable__(self):
+        # torch.jit.script calls this; without it, it would fail somewhere inside with a message about types.
         raise NotImplementedError(
             "a DAT cannot be scripted, because windows and padding follow the size of every input: use "
             "torch.export.export(model, (images,)), or torch.jit.trace(model, images) for images of one size"
@@ -425,6 +455,7 @@ class DAT(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns that order the parameters by depth, for layer-wise decay."""
+        # With None a pattern's groups are its numbers: every block is a layer, in order.
         blocks = [
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
@@ -433,8 +464,10 @@ class DAT(nn.Module):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
 
-# ----------------------------------------------------------------------------------------- variants
+# --- Variants -------------------------------------------------------------------------------------
 
+# What differs from DATConfig's defaults. DAT: windows alone in the first two stages, whose maps are large; then
+# windows and deformable attention take turns. Small and base differ from tiny in the third stage's depth.
 TINY = {"stages": ("LS", "LS", "LD" * 3, "LD")}
 SMALL = {"stages": ("LS", "LS", "LD" * 9, "LD")}
 BASE = {
@@ -443,6 +476,8 @@ BASE = {
     "num_heads": (4, 8, 16, 32),
     "offset_groups": (1, 1, 4, 8),
 }
+# DAT++: neighbourhoods and deformable attention take turns, the last stage is deformable alone. Strides give 7 × 7 keys
+# in every stage.
 PP_TINY = {
     "stages": ("ND", "ND" * 2, "ND" * 9, "DD"),
     "dims": (64, 128, 256, 512),
@@ -450,6 +485,14 @@ PP_TINY = {
     "offset_groups": (1, 2, 4, 8),
     "offset_strides": (8, 4, 2, 1),
     "plus_plus": True,
+}
+# 8 × 8 keys on maps of 32, 16 and 8 positions.
+PP_NANO = {
+    **PP_TINY,
+    "stages": ("ND", "ND", "NDND", "DD"),
+    "dims": (48, 96, 192, 384),
+    "offset_kernels": (7, 5, 3, 3),
+    "offset_strides": (4, 2, 1, 1),
 }
 PP_SMALL = {
     **PP_TINY,
@@ -464,37 +507,58 @@ PP_BASE = {
     "offset_groups": (2, 4, 8, 16),
 }
 
+# For 32×32 images: patches of 2 pixels give maps of 16, 8, 4 and 2 positions.
+MICRO = {
+    "stages": ("LS", "LD", "LDLD", "LD"),
+    "dims": (32, 64, 128, 256),
+    "num_heads": (1, 2, 4, 8),
+    "offset_groups": (1, 1, 2, 4),
+    "offset_kernels": (5, 5, 3, 3),
+    "window_size": 4,
+    "patch_size": 2,
+}
+# 4 × 4 keys on maps of 16, 8 and 4 positions.
+PP_MICRO = {
+    **MICRO,
+    "stages": ("ND", "ND", "NDND", "DD"),
+    "offset_strides": (4, 2, 1, 1),
+    "window_size": 5,
+    "plus_plus": True,
+}
+
 VARIANTS = {
-    "dat_micro": {
-        "stages": ("LS", "LD", "LDLD", "LD"),
-        "dims": (32, 64, 128, 256),
-        "num_heads": (1, 2, 4, 8),
-        "offset_groups": (1, 1, 2, 4),
-        "offset_kernels": (5, 5, 3, 3),
-        "window_size": 4,
-        "patch_size": 2,
-    },
+    "dat_micro": MICRO,
     "dat_tiny": TINY,
     "dat_small": SMALL,
     "dat_base": BASE,
     "dat_base_384": {**BASE, "window_size": 12},
+    "dat_pp_micro": PP_MICRO,
+    "dat_pp_nano": PP_NANO,
     "dat_pp_tiny": PP_TINY,
     "dat_pp_small": PP_SMALL,
     "dat_pp_base": PP_BASE,
     "dat_pp_base_384": {**PP_BASE, "rpe_img_size": 224},
 }
-IMG_SIZES = {"dat_micro": 32, "dat_base_384": 384, "dat_pp_base_384": 384}
+# Image sizes other than 224.
+IMG_SIZES = {
+    "dat_micro": 32,
+    "dat_base_384": 384,
+    "dat_pp_micro": 32,
+    "dat_pp_nano": 128,
+    "dat_pp_base_384": 384,
+}
 
 
 def pretrained_cfg(name: str) -> dict:
     """What timm keeps beside a model: how its images are prepared and where its ends are."""
     size = IMG_SIZES.get(name, 224)
+    # The last map is smaller than the first by 8.
     pool_size = size // 8 // VARIANTS[name].get("patch_size", DATConfig.patch_size)
     return {
         "input_size": (3, size, size),
         "pool_size": (pool_size, pool_size),
-        "num_classes": 10 if name == "dat_micro" else 1000,
-        "crop_pct": 0.875 if size == 224 else 1.0,
+        "num_classes": 10 if size == 32 else 1000,
+        "crop_pct": 0.875 if size in (128, 224) else 1.0,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
@@ -503,6 +567,7 @@ def pretrained_cfg(name: str) -> dict:
     }
 
 
+# timm finds the settings of a module's models under this name.
 default_cfgs = generate_default_cfgs({name: pretrained_cfg(name) for name in VARIANTS})
 
 
@@ -520,7 +585,7 @@ def create(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
 
 @register_model
 def dat_micro(pretrained: bool = False, **kwargs) -> DAT:
-    """DAT for 32×32 images (CIFAR, digits)."""
+    """DAT for 32×32 images (CIFAR, digits). Not published: a size of this project."""
     return create("dat_micro", pretrained, **kwargs)
 
 
@@ -546,6 +611,18 @@ def dat_base(pretrained: bool = False, **kwargs) -> DAT:
 def dat_base_384(pretrained: bool = False, **kwargs) -> DAT:
     """DAT-B for 384×384 images, windows of 12: 84.8 % ImageNet top-1 as published."""
     return create("dat_base_384", pretrained, **kwargs)
+
+
+@register_model
+def dat_pp_micro(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT++ for 32×32 images (CIFAR, digits). Not published: a size of this project."""
+    return create("dat_pp_micro", pretrained, **kwargs)
+
+
+@register_model
+def dat_pp_nano(pretrained: bool = False, **kwargs) -> DAT:
+    """DAT++ for 128×128 images, small enough to train without a GPU. Not published: a size of this project."""
+    return create("dat_pp_nano", pretrained, **kwargs)
 
 
 @register_model

@@ -64,10 +64,19 @@ def test_parameters_and_macs_are_the_published_ones(name):
         assert count_macs(model, size, size) / 1e9 == pytest.approx(gmacs, rel=1e-3)
 
 
-def test_micro_is_small_and_deformable_in_three_stages():
-    model = micro()
-    assert 2e6 < sum(p.numel() for p in model.parameters()) < 3e6
-    assert [s.stage for s in model.sampling_positions(torch.zeros(1, 3, 32, 32))] == [1, 2, 2, 3]
+@pytest.mark.parametrize(
+    ("name", "millions", "keys"),
+    [
+        ("dat_micro", 2.7, {1: 8, 2: 4, 3: 2}),
+        ("dat_pp_micro", 3.0, {0: 4, 1: 4, 2: 4, 3: 2}),
+        ("dat_pp_nano", 7.0, {0: 8, 1: 8, 2: 8, 3: 4}),
+    ],
+)
+def test_sizes_of_this_project_are_small_and_deformable(name, millions, keys):
+    model = timm.create_model(name).eval()
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    samplings = model.sampling_positions(torch.zeros(1, *model.pretrained_cfg["input_size"]))
+    assert {s.stage: s.positions.shape[2] for s in samplings} == keys
 
 
 @BOTH
