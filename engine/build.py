@@ -343,10 +343,10 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
         start=cfg.TRAIN.WARMUP_LR * scale,
         end=cfg.TRAIN.MIN_LR * scale,
     )
+    warmup = f"{schedule.start:.3g} (warm-up), " if schedule.warmup else ""
     logger.info(
         f"Step: {own * process.world_size} micro-batches of {cfg.DATA.BATCH_SIZE} images, {own} on each of "
-        f"{process.world_size} process(es); learning rate {schedule.start:.3g} (warm-up), "
-        f"{schedule.base:.3g} (highest), {schedule.end:.3g} (last)"
+        f"{process.world_size} process(es); learning rate {warmup}{schedule.base:.3g} (peak), {schedule.end:.3g} (last)"
     )
     return Recipe(
         seed=cfg.SEED,
@@ -449,6 +449,6 @@ def log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
     settings: dict[str, list[str]] = {}
     for name, source in sources.items():
         value = functools.reduce(getattr, name.split("."), cfg)
-        settings.setdefault(source.partition(":")[0], []).append(f"{name} {value}")
+        settings.setdefault(source.partition(":")[0], []).append(f"{name} {value or repr(value)}")
     for source, values in settings.items():
         logger.info(f"{source}: {', '.join(values)}")

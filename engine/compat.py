@@ -74,7 +74,7 @@ def check_resume(path: Path, metadata: dict, accept: str) -> None:
             f"--accept {','.join(unknown)}: a checkpoint has no such name{''.join(f'; {r}' for r in renamed)}; "
             f"expected names that differ here: {', '.join(refused) or 'none does'}"
         )
-    for name in (name for name in changed if name not in refused):
+    for name in (n for n in changed if n not in refused and n != "CHECKPOINT.ACCEPT"):
         logger.warning(f"Changed since the checkpoint: {_describe_change(name, before, now)}")
     if refused:
         kind = DataError if {"data", "val_data"}.intersection(refused) else CheckpointError

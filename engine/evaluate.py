@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 import data
+import models
 from analysis import imagenet
 from analysis.collector import Collector
 from analysis.predictions import Evaluation
@@ -57,6 +58,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
     sources: where values that are no defaults come from. given: keys set on the command line. Raises CheckpointError
     for weights that do not fit in full.
     """
+    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
     with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         build.log_start(cfg, sources, process)
@@ -96,7 +98,11 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
     """
     run, file = cfg.CHECKPOINT.RESUME, cfg.CHECKPOINT.PRETRAINED
     own = build.run_path(cfg)
-    if not run and "CHECKPOINT.PRETRAINED" not in given and (own / "checkpoints").is_dir():
+    if (
+        not run
+        and "CHECKPOINT.PRETRAINED" not in given
+        and checkpoint.list_checkpoints(own / "checkpoints")
+    ):
         run = own
     if run:
         path = checkpoint.resolve(Path(run), best=True)
@@ -127,7 +133,7 @@ def changes_since_training(cfg: CfgNode, weights: Weights, val_data: str | None)
     now |= {"val_data": val_data} if val_data is not None else {}
     changes = compat.list_evaluation_changes(checkpoint.read_metadata(weights.path), now)
     for change in changes:
-        logger.warning(f"Not as the run evaluated itself: {change}")
+        logger.warning(f"Differs from the run's own evaluation: {change}")
     return changes
 
 
@@ -305,6 +311,7 @@ def log_accuracy(result: Accuracy, name: str) -> None:
 
 def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Print how many images a second the model classifies, on random images; needs no data."""
+    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
     with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         build.log_start(cfg, sources, process)

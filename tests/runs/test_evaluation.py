@@ -381,8 +381,8 @@ def test_what_differs_from_the_run_is_listed_and_recorded(run, tmp_path, capsys)
     assert main.main([*argv, *changed]) == 0
     text = capsys.readouterr().out
     for name in ("TEST.CROP_MODE was squash, is center", "DATA.MEAN", "AMP_DTYPE", "val_data"):
-        assert f"Not as the run evaluated itself: {name}" in text
-    assert text.index("Not as the run") < text.index("val: 15 images")
+        assert f"Differs from the run's own evaluation: {name}" in text
+    assert text.index("Differs from the run") < text.index("val: 15 images")
     (folder, _) = sorted((tmp_path / "out").iterdir())
     changes = read_evaluation(folder).environment["changes"]
     assert {change.split(" was ")[0] for change in changes} == {

@@ -16,7 +16,8 @@ from timm.models import save_for_hf
 
 import main
 from engine import checkpoint
-from tools import classifier, predict
+from tools import predict
+from tools.common import classifier
 
 SHARED = ["file", "c1", "p1", "c2", "p2", "c3", "p3", "c4", "p4", "entropy"]
 

@@ -27,7 +27,7 @@ from utils.download import download
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.logging import logger
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 OWNED = ("num_classes", "img_size", "drop_path_rate")  # arguments that have keys of their own
 
 
