@@ -1,7 +1,7 @@
 # make demo        train and evaluate a small DAT on handwritten digits, from nothing
 # make test-fast   the unit tests; a minute on 2 cores
 # make test        also training runs, faults, and parity with the released code; 5 minutes
-# make test-all    also the slow tests and the short scorecard; half an hour
+# make test-all    also the slow tests; quarter of an hour
 # make scorecard   what a run survives, in its short form; 6 minutes
 # make lint        style
 PYTHON ?= python3
@@ -32,7 +32,6 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(PYTEST) -m "slow or not slow"
-	$(VENV)/bin/python tests/reliability/scorecard.py --short
 
 scorecard: $(VENV)/installed
 	$(VENV)/bin/python tests/reliability/scorecard.py --short
