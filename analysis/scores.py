@@ -363,7 +363,7 @@ def _differences(a: Evaluation, b: Evaluation, sets: list[str]) -> list[str]:
     settings = [("", a.pixels | a.logits, b.pixels | b.logits)]
     settings += [(f"{name}: ", a.sets[name].pixels, b.sets[name].pixels) for name in sets]
     return [
-        f"{where}{key} is {one.get(key)} in {a.title} and {other.get(key)} in {b.title}"
+        f"{where}{key} is {one.get(key)} in {a.folder} and {other.get(key)} in {b.folder}"
         for where, one, other in settings
         for key in sorted(one.keys() | other.keys())
         if one.get(key) != other.get(key)

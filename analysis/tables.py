@@ -16,7 +16,8 @@ FOOT = "Intervals are of 95 % and about other images; other trainings differ by 
 def format_scores(scores: Scores, details: bool) -> str:
     """What `score_evaluation` returns; `details` adds the worst classes and confusions of every set."""
     lines = [f"# {scores['suite']['model']}", "", *markdown([scores["suite"]]).splitlines()]
-    lines += ["", "## Calibration and selective prediction", "", *_calibration(scores["sets"])]
+    if scores["sets"]:
+        lines += ["", "## Calibration and selective prediction", "", *_calibration(scores["sets"])]
     if scores["temperature"]:
         lines += ["", "## Temperature scaling", "", *_temperature(scores["temperature"])]
     if details:
@@ -122,7 +123,7 @@ def _differing_images(images: list[Scores], first: str, second: str) -> list[str
 def _calibration(sets: Scores) -> list[str]:
     header = ["set", "confidence %", "ECE % [95 %]", "adaptive ECE %", "Brier", "entropy"]
     header += ["AURC % [95 %]", "mean over classes % [95 %]"]
-    coverages = list(next(iter(sets.values()))["risk"]) if sets else []
+    coverages = next(iter(sets.values()))["risk"]
     header += [f"risk % at {coverage} % coverage" for coverage in coverages]
     body = [
         [

@@ -309,7 +309,7 @@ def test_settings_that_differ_are_listed(tmp_path, folder):
     add_set(second, "val", *random_logits(200, 8, 1), pixels=CENTER | {"img_size": 384})
     notes = scores.compare_evaluations([folder, second])["notes"]
     assert [note.partition(" is ")[0] for note in notes] == ["dtype", "val: img_size"]
-    assert "224 in dat, step 10, ema and 384 in swin, step 10, ema" in notes[1]
+    assert f"224 in {folder} and 384 in {second}" in notes[1]
 
 
 def test_corruptions_are_compared_by_their_mean(tmp_path):
