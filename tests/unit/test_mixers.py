@@ -25,7 +25,7 @@ RIVALS = pytest.mark.parametrize("letter", "GPC")
 
 
 def randomised(layer: torch.nn.Module) -> torch.nn.Module:
-    """`layer` in float64 with every parameter drawn anew, so that none is hidden by being 0 or 1."""
+    """`layer` in float64 with every parameter drawn again, so that none is hidden by being 0 or 1."""
     torch.manual_seed(0)
     for parameter in layer.double().parameters():
         torch.nn.init.normal_(parameter, std=0.3)
