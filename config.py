@@ -73,22 +73,23 @@ SCHEMA = (
     Key("SAVE_STEPS", 0, at_least(0), "steps from one checkpoint to the next; 0: by epochs alone"),
     Key("THREADS", 0, at_least(0), "CPU threads of a process; 0: cores / processes"),
     Key("DEVICE", "auto", one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda where there is one"),
-    Key("AMP_DTYPE", "float16", one_of("float32", "bfloat16", "float16"), "autocast type; float32: no autocast"),
+    Key("AMP_DTYPE", "auto", one_of("auto", "float32", "bfloat16", "float16"),
+        "autocast type, float32: none; auto: float16 on CUDA, bfloat16 on CPUs with instructions for it, else float32"),
 
     # ---- data ----
     Key("DATA.PATH", "imagenet", FILLED_PATH,
         "dataset: folder with train and val, each a folder, .pack, .zip or .tar of class folders"),
     Key("DATA.HOLDOUT", 0.0, SHARE_BELOW_1,
-        "share of each training class to validate on, chosen by a hash of the file name; 0: the val split"),
+        "fraction of each training class to validate on, chosen by a hash of the file name; 0: the val split"),
     Key("DATA.CLASS_LIST", "", PATH, "text file, a class name a line; empty: the training set's class folders"),
     Key("DATA.VAL_SUBSET", False, ANY, "the validation set may lack classes"),
     Key("DATA.BATCH_SIZE", 128, at_least(1), "images of a micro-batch: what a process forwards at once"),
     Key("DATA.IMG_SIZE", 224, at_least(32), "pixels of the model's input, height and width"),
     Key("DATA.INTERPOLATION", "bicubic", one_of("nearest", "bilinear", "bicubic", "lanczos"), "for resizing"),
-    Key("DATA.MEAN", [0.485, 0.456, 0.406], COLOURS, "of the red, green and blue values, scaled to 0 … 1"),
+    Key("DATA.MEAN", [0.485, 0.456, 0.406], COLOURS, "mean of the red, green and blue values, scaled to 0 … 1"),
     Key("DATA.STD", [0.229, 0.224, 0.225], SPREADS, "standard deviations of the same values"),
     Key("DATA.NUM_WORKERS", 8, at_least(0), "loader processes of each process; 0: load in the process itself"),
-    Key("DATA.EXIF", "ignore", one_of("ignore", "apply"), "the rotation it asks for; published results ignore it"),
+    Key("DATA.EXIF", "ignore", one_of("ignore", "apply"), "what to do with the EXIF orientation; published: ignore"),
     Key("DATA.VERIFY", "", PATH, "index of tools/doctor.py --sha, compared with every image read; empty: sizes alone"),
     Key("DATA.MAX_BAD_SAMPLES", -1, at_least(-1),
         "unreadable training files replaced before the run ends; -1: 0.01 % of the images, at least 10"),
@@ -97,12 +98,12 @@ SCHEMA = (
     Key("MODEL.NAME", "dat_tiny", NAME, "any name that timm knows, ours included"),
     Key("MODEL.ARGS", {}, ANY, "further arguments of the model's constructor"),
     Key("MODEL.NUM_CLASSES", 0, CLASSES, "size of the head; 0: as many as the class list has"),
-    Key("MODEL.DROP_PATH_RATE", 0.2, SHARE_BELOW_1, "share of residual branches skipped in the last block"),
-    Key("MODEL.LABEL_SMOOTHING", 0.1, SHARE_BELOW_1, "share of the target spread over all classes"),
+    Key("MODEL.DROP_PATH_RATE", 0.2, SHARE_BELOW_1, "fraction of residual branches skipped in the last block"),
+    Key("MODEL.LABEL_SMOOTHING", 0.1, SHARE_BELOW_1, "fraction of the target spread over all classes"),
     Key("MODEL.GRAD_CHECKPOINTING", False, ANY, "recompute activations in the backward pass to save memory"),
 
     # ---- augmentation ----
-    Key("AUG.SCALE", [0.08, 1.0], AREAS, "share of the image's area that the random crop keeps"),
+    Key("AUG.SCALE", [0.08, 1.0], AREAS, "fraction of the image's area that the random crop keeps"),
     Key("AUG.RATIO", [3 / 4, 4 / 3], RATIOS, "width / height of the random crop"),
     Key("AUG.PADDING", 0, at_least(0), "pixels; above 0: pad and crop at random (CIFAR) instead of SCALE and RATIO"),
     Key("AUG.HFLIP", 0.5, SHARE, "probability of a horizontal flip"),
@@ -119,9 +120,9 @@ SCHEMA = (
 
     # ---- training; the learning rates are for a global batch of LR_BASE_SIZE and scale with it ----
     Key("TRAIN.EPOCHS", 300, at_least(1), "passes over the training set"),
-    Key("TRAIN.WARMUP_EPOCHS", 20, at_least(0), "of them with a rising learning rate"),
+    Key("TRAIN.WARMUP_EPOCHS", 20, at_least(0), "epochs of linear warm-up, part of EPOCHS"),
     Key("TRAIN.GLOBAL_BATCH_SIZE", 4096, between(1, 1_000_000), "images of a step, over all processes"),
-    Key("TRAIN.BASE_LR", 5e-4, POSITIVE, "highest learning rate, per LR_BASE_SIZE images"),
+    Key("TRAIN.BASE_LR", 5e-4, POSITIVE, "peak learning rate, per LR_BASE_SIZE images"),
     Key("TRAIN.WARMUP_LR", 5e-7, at_least(0), "first learning rate, per LR_BASE_SIZE images"),
     Key("TRAIN.MIN_LR", 5e-6, at_least(0), "last learning rate, per LR_BASE_SIZE images"),
     Key("TRAIN.LR_BASE_SIZE", 512, at_least(1), "global batch that the learning rates are for"),
@@ -129,7 +130,7 @@ SCHEMA = (
     Key("TRAIN.CLIP_GRAD", 5.0, at_least(0), "largest norm of the gradient; 0: not clipped"),
     Key("TRAIN.ADAM_BETAS", [0.9, 0.999], BETAS, "AdamW's"),
     Key("TRAIN.ADAM_EPS", 1e-8, POSITIVE, "AdamW's"),
-    Key("TRAIN.EMA_DECAY", 0.0, DECAY, "share of the averaged weights kept by a step; 0: no average"),
+    Key("TRAIN.EMA_DECAY", 0.0, DECAY, "fraction of the averaged weights kept by a step; 0: no average"),
     Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
     Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
     Key("TRAIN.HANG_SECONDS", 300.0, at_least(0),
@@ -152,7 +153,7 @@ SCHEMA = (
     Key("TEST.SKIP_BAD", False, ANY, "an unreadable image counts as wrong instead of ending the evaluation"),
     Key("TEST.BATCH_SIZE", 0, at_least(0), "images forwarded at once; 0: DATA.BATCH_SIZE"),
     Key("TEST.SETS", "", PATH, "folder of ImageNet's test sets, evaluated beside val; docs/evaluation.md lists them"),
-    Key("TEST.ONLY", "", SET_NAMES, "of them val, v2, a, r, sketch, c, c-extra, objectnet; empty: all that are there"),
+    Key("TEST.ONLY", "", SET_NAMES, "which of val, v2, a, r, sketch, c, c-extra, objectnet; empty: all that are there"),
     Key("TEST.SIZES", "", SIZES, "image sizes to evaluate at, such as 192,224,256; empty: DATA.IMG_SIZE"),
     Key("TEST.OUT", "", PATH, "folder of the predictions; empty: eval in the run's own folder"),
     Key("TEST.SAVE_LOGITS", False, ANY, "keep the logits of every image too, as float16"),
@@ -188,6 +189,7 @@ OWNED_ARGS = {
 
 # What other programs and the first edition call it, where the nearest name would mislead.
 _ACCUMULATION = "TRAIN.GLOBAL_BATCH_SIZE; the steps of accumulation follow from it"
+_IN_PLACE = "DATA.PATH alone; archives are read in place, the system caches them"
 _TORCHRUN = "torchrun [--nproc-per-node N] main.py …, which sets ranks itself"
 FOREIGN = {
     **first_edition.KEYS,
@@ -201,12 +203,29 @@ FOREIGN = {
     "MODEL.DROP_RATE": "MODEL.ARGS.drop_rate",
     "TRAIN.LR": "TRAIN.BASE_LR, per TRAIN.LR_BASE_SIZE images",
     "TRAIN.ACCUMULATION_STEPS": _ACCUMULATION,
+    "DATA.ZIP_MODE": _IN_PLACE,
+    "DATA.CACHE_MODE": _IN_PLACE,
+    "DATA.PIN_MEMORY": "nothing in its place: memory is pinned for CUDA",
+    "FUSED_WINDOW_PROCESS": "nothing in its place: kernels are chosen by device",
     "TRAIN.USE_CHECKPOINT": "MODEL.GRAD_CHECKPOINTING",
     "TRAIN.OPTIMIZER": "TRAIN.ADAM_BETAS and TRAIN.ADAM_EPS; the optimizer is AdamW",
     "TRAIN.LR_SCHEDULER": "TRAIN.EPOCHS, WARMUP_EPOCHS and MIN_LR; the schedule is a cosine per step",
-    "TEST.CROP": "TEST.CROP_PCT; 1.0 means no crop",
+    "TEST.CROP": "TEST.CROP_MODE center, and TEST.CROP_PCT 1.0 for no crop",
     "--accumulation-steps": _ACCUMULATION,
     "--grad-accum-steps": _ACCUMULATION,
+    "--zip": _IN_PLACE,
+    "--cache-mode": _IN_PLACE,
+    "--model": "--opts MODEL.NAME, any name that timm knows",
+    "--model-kwargs": "--opts MODEL.ARGS.<name> VALUE",
+    "--drop_path": "--opts MODEL.DROP_PATH_RATE",
+    "--drop-path": "--opts MODEL.DROP_PATH_RATE",
+    "--smoothing": "--opts MODEL.LABEL_SMOOTHING",
+    "--aa": "--opts AUG.AUTO_AUGMENT",
+    "--opt": "--opts TRAIN.ADAM_BETAS and TRAIN.ADAM_EPS; the optimizer is AdamW",
+    "--sched": "--opts TRAIN.EPOCHS, TRAIN.WARMUP_EPOCHS and TRAIN.MIN_LR; the schedule is a cosine",
+    "--initial-checkpoint": "--pretrained",
+    "--experiment": "--tag",
+    "--class-map": "--opts DATA.CLASS_LIST",
     "--use-checkpoint": "--opts MODEL.GRAD_CHECKPOINTING True",
     "--skip-bad": "--opts TEST.SKIP_BAD True",
     "--logits": "--opts TEST.SAVE_LOGITS True",
@@ -241,9 +260,8 @@ class Command:
 
     mode: str  # "train", "eval" or "throughput"
     cfg: CfgNode  # frozen
-    sources: dict[
-        str, str
-    ]  # key that is no default -> "configs/dat_tiny.yaml:12", "--opts" or "--batch-size"
+    # Key that is no default -> "configs/dat_tiny.yaml:12", "--opts" or "--batch-size".
+    sources: dict[str, str]
     given: frozenset[str]  # keys set on the command line itself
 
 
@@ -344,9 +362,8 @@ def check_world_size(cfg: CfgNode, world_size: int) -> None:
     if micro_batches % world_size == 0:
         return
     start = f"start {_nearest_divisors(micro_batches, world_size)} processes"
-    if (
-        cfg.TRAIN.EXACT_WORLD_SIZE
-    ):  # the micro-batches are a power of two, and so is what divides them
+    # The micro-batches are a power of two, and so is what divides them.
+    if cfg.TRAIN.EXACT_WORLD_SIZE:
         raise ConfigError(
             "TRAIN.EXACT_WORLD_SIZE takes 1, 2, 4 … processes, at most as many as the micro-batches of a step, "
             f"got {world_size} for {micro_batches} micro-batches; {start}"
@@ -487,8 +504,8 @@ def _parser() -> argparse.ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--cfg", metavar="FILE", help="YAML file of what differs from the defaults")
-    parser.add_argument("--eval", action="store_true", help="evaluate and leave; never trains")
-    parser.add_argument("--throughput", action="store_true", help="time the model and leave")
+    parser.add_argument("--eval", action="store_true", help="evaluate and exit; never trains")
+    parser.add_argument("--throughput", action="store_true", help="time the model and exit")
     for flag, name in FLAGS.items():
         names = ["-j", flag] if flag == "--workers" else [flag]
         default = f", default {KEYS[name].default}" if KEYS[name].default != "" else ""
@@ -540,7 +557,7 @@ def _flag_advice(flag: str) -> tuple[str, list[str]]:
     if keys and flag.replace("_", "-") not in FLAGS:
         return f"use --opts {' or '.join(keys)}", keys
     flags = [*FLAGS, "--cfg", "--eval", "--throughput", "--opts", "--help"]
-    if close := difflib.get_close_matches(flag, flags, n=1):
+    if close := difflib.get_close_matches(flag, flags, n=1, cutoff=0.7):
         return f"did you mean {close[0]}?", [FLAGS.get(close[0], "")]
     return "main.py --help lists every flag", []
 

@@ -187,27 +187,24 @@ class Collector:
 def format_rows(predictions: Predictions, competing: int) -> str:
     """The CSV of `predictions`, among whose classes `competing` compete."""
     header = column_names(competing, predictions.full1 is not None)
+    columns = [predictions.file, predictions.label.tolist(), predictions.rank.tolist()]
+    columns += [_digits(predictions.p)]
+    for place in range(predictions.top.shape[1]):
+        columns += [predictions.top[:, place].tolist(), _digits(predictions.top_p[:, place])]
+    columns += [_digits(predictions.nll), _digits(predictions.brier), _digits(predictions.entropy)]
+    if predictions.full1 is not None:
+        columns += [predictions.full1.tolist()]
+    empty = [""] * (len(header) - 3)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    empty = [""] * (len(header) - 3)
-    pairs = np.stack([predictions.top, predictions.top_p], 2).reshape(len(predictions), -1)
-    pair_format = ["%d", "%.6g"] * predictions.top.shape[1]
-    for row, readable in enumerate(predictions.readable.tolist()):
-        start = [predictions.file[row], predictions.label[row], predictions.rank[row]]
-        if not readable:
-            writer.writerow(start + empty)
-            continue
-        shown = [
-            style % value for style, value in zip(pair_format, pairs[row].tolist(), strict=True)
-        ]
-        end = [
-            f"{column[row]:.6g}"
-            for column in (predictions.nll, predictions.brier, predictions.entropy)
-        ]
-        full = [] if predictions.full1 is None else [predictions.full1[row]]
-        writer.writerow([*start, f"{predictions.p[row]:.6g}", *shown, *end, *full])
+    for row in zip(*columns, strict=True):
+        writer.writerow(row if row[2] else [*row[:3], *empty])  # rank 0: unreadable
     return text.getvalue()
+
+
+def _digits(values: np.ndarray) -> list[str]:
+    return [f"{value:.6g}" for value in values.tolist()]
 
 
 def write_set(

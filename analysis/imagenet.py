@@ -48,7 +48,12 @@ ALEXNET_CLEAN_ERROR = 0.435
 
 def wnids() -> list[str]:
     """The 1000 wnids, sorted."""
-    return ImageNetInfo().label_names()
+    return pkgutil.get_data("timm.data", "_info/imagenet_synsets.txt").decode().split()
+
+
+def are_imagenet(classes: Sequence[str]) -> bool:
+    """Whether `classes` are ImageNet-1k's, in any order."""
+    return len(classes) == 1000 and set(classes) == set(wnids())
 
 
 def subset_wnids(letter: str) -> list[str]:

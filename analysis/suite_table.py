@@ -128,7 +128,7 @@ def reassess(evaluation: Evaluation, val: Predictions) -> np.ndarray | None:
 
     None where the classes or the file names are not ImageNet's, or no image has labels.
     """
-    if sorted(evaluation.classes) != sorted(imagenet.wnids()):
+    if not imagenet.are_imagenet(evaluation.classes):
         return None
     if any(imagenet.val_number(file) is None for file in val.file):
         return None
@@ -174,7 +174,7 @@ def _corruptions(evaluation: Evaluation, cells: Sequence[str], clean: float | No
         "note": record.note,
     }
     complete = [n for n in imagenet.CORRUPTIONS if n in known and None not in known[n]]
-    if sorted(evaluation.classes) != sorted(imagenet.wnids()) or not complete:
+    if not imagenet.are_imagenet(evaluation.classes) or not complete:
         return result
     reference = np.array([imagenet.ALEXNET_ERRORS[n] for n in complete])
     table = np.array([known[n] for n in complete]) / 100

@@ -30,6 +30,7 @@ from data.listing import (
     suffix_of,
 )
 from data.pack import read_index, shard_name
+from data.raw_forms import describe_raw_form
 from utils.errors import DataError
 from utils.text import join_some
 
@@ -68,7 +69,7 @@ class Reader:
             found = f"{loose} images and no class folder" if loose else "no image"
             raise DataError(
                 f"{path}: holds {found}, expected <class>/<image>; "
-                "sort the images into one folder per class"
+                f"{describe_raw_form(path.parent) or 'sort the images into one folder per class'}"
             )
         self.path = str(path)
         self.names = names
@@ -248,7 +249,10 @@ def open_split(root: str | Path, split: str) -> Reader:
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; {LAYOUT}")
+        raise DataError(
+            f"{root}: no such folder. Name yours with --data-path, link it here (ln -s FOLDER {root}), or make one "
+            f"from downloaded files with tools/prepare.py (docs/data.md); {LAYOUT}"
+        )
     for name in (split, "validation") if split == "val" else (split,):
         for suffix, kind, exists in (
             (".pack", PackReader, Path.is_dir),
@@ -260,7 +264,8 @@ def open_split(root: str | Path, split: str) -> Reader:
             if exists(path):
                 return kind(path)
     found = join_some(sorted(path.name for path in root.iterdir()), 8) or "nothing"
-    raise DataError(f"{root}: has no {split} split, found {found}; {LAYOUT}")
+    remedy = describe_raw_form(root) or LAYOUT
+    raise DataError(f"{root}: has no {split} split, found {found}; {remedy}")
 
 
 def _class_ranges(names: np.ndarray) -> dict[str, tuple[int, int]]:

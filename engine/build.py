@@ -49,6 +49,22 @@ def run_path(cfg: CfgNode) -> Path:
     return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
 
 
+def resolve_amp_dtype(cfg: CfgNode, device: torch.device) -> CfgNode:
+    """`cfg` with the type that AMP_DTYPE auto means on `device`; warns of one that a CPU computes slowly."""
+    cuda = device.type == "cuda"
+    bfloat16 = not cuda and compat.cpu_multiplies_bfloat16()
+    if cfg.AMP_DTYPE != "auto":
+        if cfg.AMP_DTYPE == "float16" and not cuda:
+            logger.warning("float16 is slow on CPUs; --amp-dtype auto chooses what is fast")
+        return cfg
+    resolved = cfg.clone()
+    resolved.defrost()
+    resolved.AMP_DTYPE = "float16" if cuda else "bfloat16" if bfloat16 else "float32"
+    resolved.freeze()
+    logger.info(f"AMP_DTYPE auto: {resolved.AMP_DTYPE}")
+    return resolved
+
+
 def at_size(cfg: CfgNode, size: int) -> CfgNode:
     """`cfg` for images of another size; a DAT's tables keep the size that it was trained at."""
     if size == cfg.DATA.IMG_SIZE:
@@ -327,10 +343,10 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
         start=cfg.TRAIN.WARMUP_LR * scale,
         end=cfg.TRAIN.MIN_LR * scale,
     )
+    warmup = f"{schedule.start:.3g} (warm-up), " if schedule.warmup else ""
     logger.info(
         f"Step: {own * process.world_size} micro-batches of {cfg.DATA.BATCH_SIZE} images, {own} on each of "
-        f"{process.world_size} process(es); learning rate {schedule.start:.3g} (warm-up), "
-        f"{schedule.base:.3g} (highest), {schedule.end:.3g} (last)"
+        f"{process.world_size} process(es); learning rate {warmup}{schedule.base:.3g} (peak), {schedule.end:.3g} (last)"
     )
     return Recipe(
         seed=cfg.SEED,
@@ -430,11 +446,9 @@ def log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
         f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each, "
         f"torch {torch.__version__}, timm {timm.__version__}, code {__version__} {compat.revision()}"
     )
-    if cfg.AMP_DTYPE == "float16" and process.device.type == "cpu":
-        logger.warning("float16 is slow on CPUs; --amp-dtype bfloat16 or float32 is not")
     settings: dict[str, list[str]] = {}
     for name, source in sources.items():
         value = functools.reduce(getattr, name.split("."), cfg)
-        settings.setdefault(source.partition(":")[0], []).append(f"{name} {value}")
+        settings.setdefault(source.partition(":")[0], []).append(f"{name} {value or repr(value)}")
     for source, values in settings.items():
         logger.info(f"{source}: {', '.join(values)}")

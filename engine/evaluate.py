@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 import data
+import models
 from analysis import imagenet
 from analysis.collector import Collector
 from analysis.predictions import Evaluation
@@ -57,9 +58,11 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
     sources: where values that are no defaults come from. given: keys set on the command line. Raises CheckpointError
     for weights that do not fit in full.
     """
+    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
     with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         build.log_start(cfg, sources, process)
+        cfg = build.resolve_amp_dtype(cfg, process.device)
         weights = choose_weights(cfg, given)
         if cfg.TEST.SETS or cfg.TEST.OUT or cfg.TEST.SIZES or cfg.TEST.SAVE_LOGITS:
             record = evaluate_sets(cfg, weights, process, has_val="DATA.PATH" in sources)
@@ -95,7 +98,11 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
     """
     run, file = cfg.CHECKPOINT.RESUME, cfg.CHECKPOINT.PRETRAINED
     own = build.run_path(cfg)
-    if not run and "CHECKPOINT.PRETRAINED" not in given and (own / "checkpoints").is_dir():
+    if (
+        not run
+        and "CHECKPOINT.PRETRAINED" not in given
+        and checkpoint.list_checkpoints(own / "checkpoints")
+    ):
         run = own
     if run:
         path = checkpoint.resolve(Path(run), best=True)
@@ -126,7 +133,7 @@ def changes_since_training(cfg: CfgNode, weights: Weights, val_data: str | None)
     now |= {"val_data": val_data} if val_data is not None else {}
     changes = compat.list_evaluation_changes(checkpoint.read_metadata(weights.path), now)
     for change in changes:
-        logger.warning(f"Not as the run evaluated itself: {change}")
+        logger.warning(f"Differs from the run's own evaluation: {change}")
     return changes
 
 
@@ -167,8 +174,10 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
         sized = build.at_size(cfg, size)
         opener = suite.OpenDataset(
             dataset=functools.partial(build.open_set, sized),
+            val=functools.partial(build.open_split, sized, "val"),
             pixels=functools.partial(build.describe_pixels, sized),
             val_subset=cfg.DATA.VAL_SUBSET,
+            holdout=cfg.DATA.HOLDOUT,
         )
         passes = suite.open_sets(found, classes, opener)
         val_data = next((one.dataset.fingerprint for one in passes if one.group == "val"), None)
@@ -226,6 +235,7 @@ def build_evaluation(
         names=imagenet.describe(classes),
         sets={},
         pixels={
+            **build.describe_pixels(cfg, "own"),
             "mean": cfg.DATA.MEAN,
             "std": cfg.DATA.STD,
             "exif": cfg.DATA.EXIF,
@@ -301,9 +311,11 @@ def log_accuracy(result: Accuracy, name: str) -> None:
 
 def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Print how many images a second the model classifies, on random images; needs no data."""
+    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
     with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         build.log_start(cfg, sources, process)
+        cfg = build.resolve_amp_dtype(cfg, process.device)
         model = build.build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process.device).eval()
         size, batch = cfg.DATA.IMG_SIZE, cfg.DATA.BATCH_SIZE
         images = torch.randn(batch, 3, size, size, device=process.device)

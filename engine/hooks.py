@@ -43,9 +43,8 @@ class AfterStep:
             self.divergence.record(self.state, self.writer)
             self.divergence.raise_if_lost(self.state)
         self.end_if_requested()
-        inside = (
-            self.state.step % self.steps_per_epoch > 0
-        )  # an epoch's end is saved after validation
+        # An epoch's end is saved after its validation.
+        inside = self.state.step % self.steps_per_epoch > 0
         if self.save_steps and inside and self.state.step % self.save_steps == 0:
             self.save()
 

@@ -59,7 +59,8 @@ class Report:
         parts = [f"{len(self.matched)} tensors matched ({self.share('matched'):.2%} of parameters)"]
         for word in ("resized", "missing", "unexpected", "misshapen", "new"):
             names = getattr(self, word)
-            shares = f"{len(names)} {word} ({self.share(word):.2%})"
+            title = "with other shapes" if word == "misshapen" else word
+            shares = f"{len(names)} {title} ({self.share(word):.2%})"
             if word == "misshapen":
                 shapes = {n: [list(t[n].shape) for t in (self._file, self._model)] for n in names}
                 names = [f"{n} is {file} instead of {model}" for n, (file, model) in shapes.items()]

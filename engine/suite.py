@@ -197,13 +197,17 @@ class OpenDataset(NamedTuple):
     """How to open a split with an evaluation's settings.
 
     dataset: (root, split, classes, crop, allow_missing) to ImageDataset; `crop` is a key of CROPS.
+    val: classes to the ImageDataset of val, or of what is held out of train.
     pixels: `crop` to what changes pixels, for the record.
     val_subset: whether sets of own classes may lack some.
+    holdout: the share that is held out of train in the place of val; 0: none.
     """
 
     dataset: Callable[..., ImageDataset]
+    val: Callable[[list[str]], ImageDataset]
     pixels: Callable[[str], dict]
     val_subset: bool
+    holdout: float
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ def open_sets(found: list[Found], classes: list[str], opener: OpenDataset) -> li
 
     Raises DataError where folders do not have a set's classes, and for ImageNet's sets with other classes.
     """
-    if sorted(classes) != sorted(imagenet.wnids()):
+    if not imagenet.are_imagenet(classes):
         refused = [row.test_set for row in found if row.test_set.imagenet_only]
         if refused:
             raise DataError(
@@ -242,11 +246,13 @@ def _open(found: Found, classes: list[str], opener: OpenDataset) -> Iterator[Pas
     if group == "objectnet":
         yield _open_objectnet(found, classes, opener)
         return
+    if group == "val":
+        yield _open_val(found, classes, opener)
+        return
     folders = classes
     if group == "v2":
         folders = _numbered_folders(open_split(root, split).folders, classes, root / split)
-    subset = opener.val_subset if group == "val" else bool(test_set.letter)
-    dataset = opener.dataset(root, split, folders, "own", subset)
+    dataset = opener.dataset(root, split, folders, "own", bool(test_set.letter))
     view = View(test_set.name)
     if test_set.letter:
         own = imagenet.subset_wnids(test_set.letter)
@@ -258,15 +264,23 @@ def _open(found: Found, classes: list[str], opener: OpenDataset) -> Iterator[Pas
                 f"(missing {missing}; others {others})"
             )
         view = replace(view, kept=_indices(own, classes))
-    views = [view]
-    if group == "val" and sorted(classes) == sorted(imagenet.wnids()):
+    yield Pass(title, group, dataset, (view,), opener.pixels("own"))
+
+
+def _open_val(found: Found, classes: list[str], opener: OpenDataset) -> Pass:
+    """val, and with ImageNet's classes the clean partners of A and R: their classes in val, masked like them."""
+    dataset = opener.val(classes)
+    note = f"held out of train, DATA.HOLDOUT {opener.holdout:g}" if opener.holdout else ""
+    views = [View(found.test_set.name)]
+    if imagenet.are_imagenet(classes):
         _check_names(dataset, opener.val_subset)
         for letter in "ar":
             kept = _indices(imagenet.subset_wnids(letter), classes)
             images = np.flatnonzero(np.isin(dataset.labels, kept))
-            views.append(View(f"{letter}-clean", images, kept))
-    views = tuple(view for view in views if view.images is None or len(view.images))
-    yield Pass(title, group, dataset, views, opener.pixels("own"))
+            if len(images):
+                views.append(View(f"{letter}-clean", images, kept))
+    pixels = opener.pixels("own")
+    return Pass(found.test_set.title, "val", dataset, tuple(views), pixels, note)
 
 
 def _check_names(dataset: ImageDataset, val_subset: bool) -> None:

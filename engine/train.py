@@ -6,6 +6,7 @@ import torch
 from yacs.config import CfgNode
 
 import data
+import models
 from engine import build, checkpoint, compat
 from engine.checkpoint import Saver
 from engine.evaluate import log_accuracy, score
@@ -30,6 +31,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
 
     sources: where the values of `cfg` that are no defaults come from, for the log.
     """
+    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
     with (
         init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process,
         RunDir(build.run_path(cfg), process).lock() as run_dir,
@@ -40,6 +42,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         own_path = run_dir.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)
         build.log_start(cfg, sources, process)
+        cfg = build.resolve_amp_dtype(cfg, process.device)
 
         # --- Data ---------------------------------------------------------------------------------
         resumed = find_checkpoint(cfg, run_dir)
@@ -69,9 +72,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
 
         # --- After a step -------------------------------------------------------------------------
         sampler = build.train_sampler(cfg, train_set, recipe, process, start_step=0)
-        divergence = Divergence(
-            cfg.TRAIN.MAX_SKIPPED, run_dir.path, metadata, train_set, sampler, process
-        )
+        limit = cfg.TRAIN.MAX_SKIPPED
         after_step = AfterStep(
             state=state,
             metadata=metadata,
@@ -80,7 +81,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
             save_steps=cfg.SAVE_STEPS,
             steps_per_epoch=steps_per_epoch,
             stop=stop,
-            divergence=divergence,
+            divergence=Divergence(limit, run_dir.path, metadata, train_set, sampler, process),
             watchdog=watchdog,
             writer=writer,
             process=process,
@@ -103,8 +104,8 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
                 continue
             end_epoch(cfg, loader, after_step)
         after_step.finish()
-        logger.info(f"Max accuracy: {state.best['acc1']:.2f}% at step {state.best['step']}")
-        logger.info(f"The run is complete: {run_dir.path}")
+        best = f"{state.best['acc1']:.2f}% at step {state.best['step']}"
+        logger.info(f"Max accuracy: {best}. The run is complete: {run_dir.path}")
 
 
 # --- Resume ---------------------------------------------------------------------------------------

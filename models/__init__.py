@@ -1,5 +1,6 @@
 """Models by name: importing this package registers the DAT variants with timm, `build` makes any model timm knows."""
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -11,7 +12,7 @@ from models.dat import DAT, VARIANTS, DATConfig, SamplingPoints
 from utils.errors import ConfigError
 from utils.text import nearest
 
-__all__ = ["SamplingPoints", "build"]
+__all__ = ["SamplingPoints", "build", "check"]
 
 
 def build(
@@ -22,8 +23,7 @@ def build(
     `img_size` is passed on where a model depends on it. Unknown names and arguments raise
     ConfigError with the nearest.
     """
-    if not timm.is_model(name):
-        raise ConfigError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
+    check(name, args)
     settings = timm.get_pretrained_cfg(name)
     if name in VARIANTS or (settings and settings.fixed_input_size):
         args["img_size"] = img_size
@@ -42,6 +42,23 @@ def build(
         raise ConfigError(
             f"{name} takes no argument {argument!r}{nearest(argument, known)}"
         ) from error
+
+
+def check(name: str, args: dict[str, object]) -> None:
+    """Raise ConfigError for a name that timm does not know, and for arguments that a DAT cannot be built from.
+
+    The arguments of timm's models are known only when one is built.
+    """
+    if not timm.is_model(name):
+        raise ConfigError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
+    if name not in VARIANTS:
+        return
+    known = constructor_arguments(name, "DAT")
+    for argument in args:
+        if argument not in known:
+            raise ConfigError(f"{name} takes no argument {argument!r}{nearest(argument, known)}")
+    shape = {field.name for field in dataclasses.fields(DATConfig)}
+    DATConfig(**{k: v for k, v in {**VARIANTS[name], **args}.items() if k in shape})
 
 
 def constructor_arguments(name: str, class_name: str) -> list[str]:

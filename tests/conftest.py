@@ -43,6 +43,14 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _unchanged_logger() -> Iterator[None]:
+    """Undo what a run in this process changes: it takes the project's logger for itself."""
+    former = logger.handlers, logger.propagate, logger.level, logging.raiseExceptions
+    yield
+    logger.handlers, logger.propagate, logger.level, logging.raiseExceptions = former
+
+
 @pytest.fixture
 def logged_warnings() -> Iterator[list[str]]:
     """The warnings that were logged so far."""

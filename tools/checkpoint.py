@@ -141,7 +141,7 @@ def average(args: argparse.Namespace) -> None:
         tensors = read(path)
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if found != (shapes := shapes or found):
-            different = sorted(name for name, _ in found.items() ^ shapes.items())
+            different = sorted({name for name, _ in found.items() ^ shapes.items()})
             raise CheckpointError(
                 f"{path} and {args.paths[0]} hold different models; these tensors differ: {join_some(different)}"
             )

@@ -27,7 +27,7 @@ import config
 from analysis.records import read_records
 from analysis.tables import format_run_differences, format_runs
 from engine import checkpoint
-from engine.build import build_model
+from engine.build import build_model, resolve_amp_dtype
 from tools.benchmarks.macs import count_macs
 from tools.benchmarks.model import Subject, at_least, time_in_turns
 from utils.errors import CheckpointError, as_exit_code
@@ -81,15 +81,13 @@ def count_classes(cfg: CfgNode, runs: list[Path]) -> int:
     return len(checkpoint.read_metadata(checkpoints[0])["classes"])
 
 
-def compare_runs(args: argparse.Namespace) -> list[str]:
+def compare_runs(accuracies: dict[str, list[dict]]) -> list[str]:
     """The lines about what differs between the runs of the configurations, of the weights and of their EMA."""
-    found = {
-        path: [last_accuracies(run) for run in find_finished(config.load(path), args.runs)]
-        for path in args.cfg
-    }
     lines = []
     for title, key in (("top-1", "val/acc1"), ("top-1 of the EMA", "val_ema/acc1")):
-        values = {name: [one[key] for one in runs if key in one] for name, runs in found.items()}
+        values = {
+            name: [one[key] for one in runs if key in one] for name, runs in accuracies.items()
+        }
         if table := format_run_differences(values):
             lines += [
                 "",
@@ -100,11 +98,17 @@ def compare_runs(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def compare(args: argparse.Namespace) -> list[list[str]]:
-    """The rows of the table. Raises ConfigError for an invalid configuration, or if the device is not available."""
+def compare(args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
+    """The rows of the table, and the lines about differences between runs.
+
+    Raises ConfigError for an invalid configuration, or if the device is not available.
+    """
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    cfgs = {path: config.load(path, ["MODEL.DROP_PATH_RATE", "0"]) for path in args.cfg}
+    cfgs = {
+        path: resolve_amp_dtype(config.load(path, ["MODEL.DROP_PATH_RATE", "0"]), device)
+        for path in args.cfg
+    }
     runs = {name: find_finished(cfg, args.runs) for name, cfg in cfgs.items()}
     subjects = {
         name: Subject(
@@ -116,6 +120,7 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
         )
         for name, cfg in cfgs.items()
     }
+    accuracies = {name: [last_accuracies(run) for run in runs[name]] for name in cfgs}
     speeds = {}
     for step in (Subject.train, Subject.evaluate):
         steps = {name: functools.partial(step, subject) for name, subject in subjects.items()}
@@ -123,7 +128,6 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
             speeds.setdefault(name, []).append(f"{args.batch / statistics.median(seconds):.0f}")
     rows = []
     for name, subject in subjects.items():
-        accuracies = [last_accuracies(run) for run in runs[name]]
         macs = count_macs(subject.net, *subject.images.shape[2:])
         rows.append(
             [
@@ -133,12 +137,12 @@ def compare(args: argparse.Namespace) -> list[list[str]]:
                 *speeds[name],
                 f"{subject.activation_mib():.2f}",
                 *(
-                    format_runs([found[key] for found in accuracies if key in found])
+                    format_runs([one[key] for one in accuracies[name] if key in one])
                     for key in ("val/acc1", "val_ema/acc1")
                 ),
             ]
         )
-    return rows
+    return rows, compare_runs(accuracies)
 
 
 @as_exit_code
@@ -156,10 +160,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=at_least(2), default=7, help="timed turns of each model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(arguments)
-    rows = compare(args)
+    rows, differences = compare(args)
     for row in (COLUMNS, ["---"] * len(COLUMNS), *rows):
         print(f"| {' | '.join(row)} |")
-    for line in compare_runs(args):
+    for line in differences:
         print(line)
 
 

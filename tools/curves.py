@@ -67,7 +67,8 @@ def draw(run: Path, out: Path) -> None:
 
     def plot(ax: Axes, tag: str, label: str, **style: object) -> None:
         if tag in series:
-            ax.plot(series[tag][0] / per_unit, series[tag][1], label=label, **style)
+            marker = "o" if len(series[tag][0]) == 1 else None  # one point has no line
+            ax.plot(series[tag][0] / per_unit, series[tag][1], label=label, marker=marker, **style)
 
     ax = axes[0, 0]
     plot(ax, "train/loss", "single steps", color="C0", alpha=0.2, linewidth=0.6)
@@ -85,7 +86,8 @@ def draw(run: Path, out: Path) -> None:
     if accuracies:
         best = max(accuracies)
         ax.axhline(best, color="0.6", linewidth=0.8, linestyle=":")
-        ax.annotate(f"{best:.2f}", (0, best), va="bottom", color="0.4")
+        place = ("axes fraction", "data")
+        ax.annotate(f"{best:.2f}", (0.01, best), xycoords=place, va="bottom", color="0.4")
     ax.set_title("Validation accuracy (%)")
 
     ax = axes[1, 0]

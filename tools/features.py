@@ -33,7 +33,7 @@ import data
 from analysis.statistics import wilson
 from engine import build
 from engine.suite import file_name
-from tools.classifier import Classifier, add_arguments, load_classifier, log_to_stderr
+from tools.common.classifier import Classifier, add_arguments, load_classifier, log_to_stderr
 from tools.predict import Pictures, list_pictures
 from utils.distributed import Process
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code

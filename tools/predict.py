@@ -32,7 +32,7 @@ from analysis.predictions import TOP, Predictions
 from data.dataset import EvalSample
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
 from engine import build
-from tools.classifier import Classifier, add_arguments, load_classifier, log_to_stderr
+from tools.common.classifier import Classifier, add_arguments, load_classifier, log_to_stderr
 from utils.distributed import Process
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.files import write_atomically

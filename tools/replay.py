@@ -77,7 +77,7 @@ def replay(cfg: CfgNode, path: Path) -> dict:
         start_logging(cfg.MODEL.NAME, process.rank)
         state, recipe, train_set, sampler = build.load_step(cfg, path, process)
         images = images_of(state.step, train_set, sampler)
-        batches = iter(data.train_loader(train_set, sampler, num_workers=0))
+        batches = iter(data.train_loader(train_set, sampler, num_workers=0, timeout=0))
         parameters = dict(state.model.named_parameters())
         gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
         rows, micro_batches, timer = observe(state.model), [], StepTimer(process.device)

@@ -6,6 +6,7 @@ python tools/write_docs.py
 rewrites what is between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in docs/*.md, for the names in `PARTS`.
 """
 
+import argparse
 import os
 import re
 import sys
@@ -113,8 +114,10 @@ def rewrite(text: str) -> str:
     return text
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Rewrite the parts of every page, and print the pages that changed."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args(arguments)
     for page in sorted(DOCS.glob("*.md")):
         before = page.read_text()
         after = rewrite(before)
@@ -124,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

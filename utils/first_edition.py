@@ -26,10 +26,8 @@ METADATA = {
     "promise": "reproducibility",
     "processes": "world_size",
 }
-RECORDS = {
-    "update": "step",
-    "slots": "micro_batches",
-}  # of metrics.jsonl, timing.jsonl, skipped.jsonl
+# Fields of metrics.jsonl, timing.jsonl and skipped.jsonl.
+RECORDS = {"update": "step", "slots": "micro_batches"}
 # Tensors of our models' checkpoints, a part of their name.
 TENSORS = {".perception.": ".lpu.", "displacement_bias_table": "rpe_table"}
 # What keys that came later would have been.

@@ -76,5 +76,5 @@ def bottleneck(seconds: dict[str, float]) -> str:
     computing = share["forward"] + share["backward"] + share["optimizer"]
     return (
         f"compute-bound: {computing:.0%} of the time is forward, backward and optimizer; if they are slow, "
-        "AMP_DTYPE bfloat16, MODEL.GRAD_CHECKPOINTING False and the largest DATA.BATCH_SIZE that fits are fastest"
+        "AMP_DTYPE auto, MODEL.GRAD_CHECKPOINTING False and the largest DATA.BATCH_SIZE that fits are fastest"
     )

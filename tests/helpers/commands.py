@@ -50,7 +50,8 @@ def check(command: str) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[0] in targets, f"{command}: no such target"
     elif program == "pip":
-        assert (ROOT / words[words.index("-r") + 1]).is_file(), command
+        if "-r" in words:
+            assert (ROOT / words[words.index("-r") + 1]).is_file(), command
     elif program == "sbatch":
         script = words.index("tools/slurm.sh")
         check_main(words[script + 1 :], None)

@@ -17,7 +17,7 @@ from utils.signals import StopRequest
 ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = """
-AMP_DTYPE: bfloat16
+AMP_DTYPE: float32
 PRINT_FREQ: 1
 THREADS: 1
 DATA: {BATCH_SIZE: 4, IMG_SIZE: 32, NUM_WORKERS: 0}

@@ -161,12 +161,12 @@ def seconds_to_step(sandbox: Sandbox, command: list[str], folder: Path, step: in
 def copy_run_at_step(source: Path, folder: Path, step: int) -> None:
     """A copy of the run in `source`, whose checkpoint names another step: nothing else differs."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    (step,) = checkpoint.list_checkpoints(run_of(folder) / "checkpoints")
-    files = {file.name: file.read_bytes() for file in step.iterdir()}
+    (path,) = checkpoint.list_checkpoints(run_of(folder) / "checkpoints")
+    files = {file.name: file.read_bytes() for file in path.iterdir()}
     del files[checkpoint.MANIFEST]
-    files["state.json"] = json.dumps(dict(checkpoint.read_metadata(step), step=step)).encode()
-    shutil.rmtree(step)
-    checkpoint.write(step.parent, f"step-{step}", files)
+    files["state.json"] = json.dumps(dict(checkpoint.read_metadata(path), step=step)).encode()
+    shutil.rmtree(path)
+    checkpoint.write(path.parent, f"step-{step}", files)
 
 
 def check_resume_time(sandbox: Sandbox) -> Result:

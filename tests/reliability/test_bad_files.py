@@ -262,7 +262,7 @@ def test_bad_archives(archives, kind):
     assert sorted(path.name for path in folder.rglob("*")) == before, "something was unpacked"
 
 
-def test_the_archives_are_sound_before_they_are_damaged(tmp_path):
+def test_the_archives_are_valid_before_they_are_damaged(tmp_path):
     for name, content in (("train.zip", valid_zip()), ("val.tar", valid_tar())):
         (tmp_path / name).write_bytes(content)
         opened = dataset(tmp_path, name[:-4])
@@ -430,7 +430,7 @@ def test_the_decoder_is_known_by_its_pixels(monkeypatch):
     assert decoder_fingerprint()["pixels"] != fingerprint["pixels"]
 
 
-def test_no_warning_of_a_sound_image():
+def test_no_warning_of_a_valid_image():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decode(valid_files()["a.jpg"], apply_exif=True)

@@ -228,10 +228,10 @@ def test_only_some_sets_and_a_second_evaluation_beside_the_first(trees, tmp_path
     found = results_of(capsys)
     assert [r["set"] for r in found["rows"]] == ["a", "val", "real"]
     assert row(found, "a")["clean"] > 75
-    settings = ("--opts", "TEST.CROP_PCT", "0.5")
-    assert main.main(command(trees, tmp_path, *more, "val", "--amp-dtype", "bfloat16")) == 3
-    assert "differs in logits.amp_dtype" in capsys.readouterr().err
-    assert main.main(command(trees, tmp_path / "other", *more, "val", *settings)) == 0
+    settings = ("--amp-dtype", "bfloat16", "--opts", "TEST.CROP_PCT", "0.5")
+    assert main.main(command(trees, tmp_path, *more, "r", *settings)) == 3
+    assert "differs in pixels.crop_pct, logits.amp_dtype" in capsys.readouterr().err
+    assert not (tmp_path / "r.csv").exists()
 
 
 def test_sizes_are_rows_of_one_table(trees, tmp_path, capsys):
@@ -374,17 +374,33 @@ def test_what_differs_from_the_run_is_listed_and_recorded(run, tmp_path, capsys)
     _, images, argv = run
     other = shutil.copytree(images, tmp_path / "data")
     next((other / "val").rglob("*.jpg")).unlink()
-    argv = [*argv[:-3], "--eval", "--out", str(tmp_path / "out"), "--amp-dtype", "float32"]
+    argv = [*argv[:-3], "--eval", "--out", str(tmp_path / "out"), "--amp-dtype", "bfloat16"]
     argv[argv.index("--data-path") + 1] = str(other)
     capsys.readouterr()
     changed = ("--opts", "TEST.CROP_MODE", "center", "DATA.MEAN", "[0.5,0.5,0.5]")
     assert main.main([*argv, *changed]) == 0
     text = capsys.readouterr().out
     for name in ("TEST.CROP_MODE was squash, is center", "DATA.MEAN", "AMP_DTYPE", "val_data"):
-        assert f"Not as the run evaluated itself: {name}" in text
-    assert text.index("Not as the run") < text.index("val: 15 images")
+        assert f"Differs from the run's own evaluation: {name}" in text
+    assert text.index("Differs from the run") < text.index("val: 15 images")
     (folder, _) = sorted((tmp_path / "out").iterdir())
     changes = read_evaluation(folder).environment["changes"]
     assert {change.split(" was ")[0] for change in changes} == {
         *("DATA.MEAN", "AMP_DTYPE", "TEST.CROP_MODE", "val_data"),
     }
+
+
+def test_with_a_holdout_val_is_what_was_held_out(run, tmp_path, capsys):
+    _, images, argv = run
+    holdout = ("--opts", "DATA.HOLDOUT", "0.4", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
+    argv = [*argv[:-3], "--tag", "holdout"]
+    argv += [*holdout, "TRAIN.GLOBAL_BATCH_SIZE", "12"]
+    assert main.main(argv) == 0
+    capsys.readouterr()
+    assert main.main([*argv, "--eval", "--out", str(tmp_path)]) == 0
+    record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    found = row(record["results"][0], "val")
+    assert found["note"] == "held out of train, DATA.HOLDOUT 0.4"
+    names = set(read_predictions(sorted(tmp_path.glob("*-model"))[0] / "val.csv").file)
+    train = {str(p.relative_to(images / "train")) for p in (images / "train").rglob("*.jpg")}
+    assert names < train

@@ -21,6 +21,7 @@ from utils.distributed import Process
 from utils.signals import StopRequest
 
 pytestmark = pytest.mark.usefixtures("restore_signals")
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_the_same_command_gives_the_same_bits(images, unbroken, tmp_path):
     assert outcome(tmp_path) == outcome(unbroken)
 
 
-@pytest.mark.parametrize("step", range(1, 6))
+@pytest.mark.parametrize("step", [2, 3, *(pytest.param(n, marks=SLOW) for n in (1, 4, 5))])
 def test_stopped_at_any_step_and_resumed(step, images, unbroken, tmp_path, monkeypatch):
     save = checkpoint.Saver.save
 
@@ -55,7 +56,7 @@ def test_stopped_at_any_step_and_resumed(step, images, unbroken, tmp_path, monke
     assert outcome(tmp_path) == outcome(unbroken)
 
 
-@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("step", [1, 2, pytest.param(4, marks=SLOW)])
 def test_asked_to_stop_it_saves_and_resumes_when_started_again(
     step, images, unbroken, tmp_path, monkeypatch
 ):
@@ -99,7 +100,8 @@ def test_a_finished_run_does_nothing_more(images, unbroken):
     assert outcome(unbroken) == before
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@SLOW
+@pytest.mark.parametrize("processes", [2, 3])
 def test_killed_and_resumed_on_many_processes(processes, images, tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     for folder in (unbroken, broken):

@@ -4,7 +4,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -324,19 +323,17 @@ def test_every_default_passes_its_own_check():
         assert key.text
 
 
-def test_a_refusal_comes_without_torch_and_at_once():
+def test_a_refusal_does_not_import_torch():
     code = (
         "import sys, config\n"
         "try: config.parse(['--cfg', 'nowhere.yaml'])\n"
         "except config.ConfigError: pass\n"
         "print(sorted({'torch', 'timm', 'numpy'} & set(sys.modules)))"
     )
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
-    assert time.perf_counter() - start < 2  # 0.15 s on a quiet machine
 
 
 # --- For tools, and of the first edition -----------------------------------------------------------

@@ -409,7 +409,7 @@ def bzip2(root):
         (flat, "val: holds 6 images and no class folder, expected <class>/<image>; sort"),
         (no_images, "val: holds no image, expected <class>/<image>; sort"),
         (no_split, "set: has no val split, found test, train; expected <root>/train and"),
-        (no_root, "set: no such folder; expected <root>/train"),
+        (no_root, "set: no such folder. Name yours with --data-path, link it here"),
         (archive("val.zip", b"PK nothing"), "val.zip: not a readable zip file"),
         (archive("val.tar", b"nothing" * 99), "val.tar: not a readable uncompressed tar file"),
         (cut_tar, "of 5000; the archive is cut off or damaged, copy it again"),

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,8 +13,9 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
+import config
 import models  # noqa: F401  registers the variants
-from engine import checkpoint
+from engine import build, checkpoint, compat
 from engine.loop import Accuracy, _step, validate
 from engine.optim import Schedule, parameter_groups
 from engine.state import TrainState
@@ -22,6 +24,7 @@ from utils.errors import CheckpointError, StorageError
 from utils.logging import MetricWriter
 from utils.rng import key, permutation
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = Process(0, 1, torch.device("cpu"))
 
 
@@ -263,3 +266,21 @@ def test_the_evaluation_of_an_epoch_that_was_not_closed_is_recorded_once(tmp_pat
     writer.metrics(1, {"epoch": 1, "val/acc1": 50.0})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == expected
+
+
+# --- AMP_DTYPE auto -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "expected"),
+    [("cuda", False, "float16"), ("cpu", True, "bfloat16"), ("cpu", False, "float32")],
+)
+def test_auto_is_the_recipes_type_or_what_the_cpu_is_fast_with(
+    device, bfloat16, expected, monkeypatch
+):
+    monkeypatch.setattr(compat, "cpu_multiplies_bfloat16", lambda: bfloat16)
+    cfg = config.load(str(ROOT / "configs/dat_tiny.yaml"))
+    assert cfg.AMP_DTYPE == "auto"
+    assert expected == build.resolve_amp_dtype(cfg, torch.device(device)).AMP_DTYPE
+    named = config.load(str(ROOT / "configs/dat_tiny.yaml"), ["AMP_DTYPE=float16"])
+    assert build.resolve_amp_dtype(named, torch.device(device)).AMP_DTYPE == "float16"

@@ -16,7 +16,8 @@ from timm.models import save_for_hf
 
 import main
 from engine import checkpoint
-from tools import classifier, predict
+from tools import predict
+from tools.common import classifier
 
 SHARED = ["file", "c1", "p1", "c2", "p2", "c3", "p3", "c4", "p4", "entropy"]
 
@@ -74,7 +75,7 @@ def test_files_of_weights_and_hugging_face_folders_predict_the_same(run, tmp_pat
         safe_serialization=True,
         data_config={"crop_mode": "squash", "crop_pct": 1.0, "input_size": (3, 32, 32)},
     )
-    flags = ("--pretrained", tmp_path / "hf", "--amp-dtype", "bfloat16", "--batch-size", "4")
+    flags = ("--pretrained", tmp_path / "hf", "--batch-size", "4")
     text = predictions(tmp_path, images / "val", *flags)
     assert read_csv(text) == expected
     assert {row["name1"] for row in csv.DictReader(io.StringIO(text))} <= {*names, "a cat"}

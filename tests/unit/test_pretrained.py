@@ -183,7 +183,7 @@ def test_damaged_files_are_our_own_error(layout, tmp_path):
     ("name", "released"),
     [*((name, False) for name in VARIANTS), ("dat_micro", True), ("dat_pp_small", True)],
 )
-def test_variants_are_told_apart_by_their_tensors(name, released):
+def test_variants_are_identified_by_their_tensors(name, released):
     model = skeleton(name, num_classes=7)
     tensors = model.state_dict()
     found = identify(to_official(tensors, model) if released else tensors)
@@ -383,46 +383,46 @@ def make_run(folder: Path, steps: tuple[int, ...] = (3, 5)) -> Path:
     return folder
 
 
-def test_inspect_tells_what_a_run_and_a_file_hold(tmp_path, capsys):
+def test_inspect_shows_what_a_run_and_a_file_hold(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     assert tool(["inspect", str(run)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in (
         "step-3",
         "dat_micro with 10 classes",
         "windows of 4",
         "32×32 pixels",
-        "our names",
+        "this project's names",
     ):
-        assert part in told
+        assert part in printed
     size = sum(p.numel() for p in micro().parameters())
     for part in (f"{size:,} in ", "50.000 % top-1", "step 3", "43.000 % top-1, 93.000 % top-5"):
-        assert part in told
+        assert part in printed
     source = micro()
     torch.save(
         {"model": to_official(source.state_dict(), source) | derived_buffers(source)},
         tmp_path / "w.pth",
     )
     assert tool(["inspect", str(tmp_path / "w.pth")]) == 0
-    told = capsys.readouterr().out
-    assert "released names" in told
-    assert f"{size:,} in " in told
+    printed = capsys.readouterr().out
+    assert "the authors' names" in printed
+    assert f"{size:,} in " in printed
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pth")
     assert tool(["inspect", str(tmp_path / "w.pth")]) == 0
-    assert "none of the DAT variants" in capsys.readouterr().out
+    assert "not a DAT variant" in capsys.readouterr().out
 
 
 def test_verify_names_the_damaged_ones(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     older, newer = (run / "checkpoints" / f"step-{step}" for step in (3, 5))
     assert tool(["verify", str(run)]) == 0
-    assert capsys.readouterr().out.count(": whole") == 2
+    assert capsys.readouterr().out.count(": valid") == 2
     (newer / "ema.safetensors").write_bytes(b"")
     assert tool(["verify", str(run)]) == 4
-    told = capsys.readouterr()
-    assert f"{newer}: ema.safetensors has 0 bytes" in told.out
-    assert f"{older}: whole" in told.out
-    assert "1 of 2 checkpoints are damaged" in told.err
+    printed = capsys.readouterr()
+    assert f"{newer}: ema.safetensors has 0 bytes" in printed.out
+    assert f"{older}: valid" in printed.out
+    assert "1 of 2 checkpoints are damaged" in printed.err
     assert tool(["verify", str(newer)]) == 4
     assert tool(["verify", str(older)]) == 0
     (older / "manifest.json").unlink()
@@ -476,7 +476,10 @@ def test_average_is_the_mean_in_float64(tmp_path, capsys):
     assert (
         tool(["average", paths[0], str(tmp_path / "other.safetensors"), str(out), "--force"]) == 4
     )
-    assert "is another model" in capsys.readouterr().err
+    assert (
+        "hold different models; these tensors differ: head.fc.bias, head.fc.weight"
+        in capsys.readouterr().err
+    )
 
 
 def test_counters_are_not_averaged(tmp_path):

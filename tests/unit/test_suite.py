@@ -28,8 +28,11 @@ def pixels(crop):
     return {"crop_mode": crop, "crop_pct": 1.0, "img_size": 8, "interpolation": "bicubic"}
 
 
-def opener(val_subset=False):
-    return suite.OpenDataset(open_dataset, pixels, val_subset)
+def opener(root=None, val_subset=False):
+    def open_val(classes):
+        return open_dataset(root, "val", classes, "own", val_subset)
+
+    return suite.OpenDataset(open_dataset, open_val, pixels, val_subset, holdout=0.0)
 
 
 def find(folder, name):
@@ -287,8 +290,8 @@ def test_names_of_some_val_images_alone_are_refused(tmp_path):
     path.rename(path.with_name("cat.JPEG"))
     found = suite.find_sets(None, tmp_path, ["val"])
     with pytest.raises(DataError, match="1 of 1000 files are not named ILSVRC2012_val"):
-        suite.open_sets(found, WNIDS, opener())
-    assert suite.open_sets(found, WNIDS, opener(val_subset=True))
+        suite.open_sets(found, WNIDS, opener(tmp_path))
+    assert suite.open_sets(found, WNIDS, opener(tmp_path, val_subset=True))
 
 
 # --- Measures -------------------------------------------------------------------------------------

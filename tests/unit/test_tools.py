@@ -4,7 +4,6 @@ pytest tests/unit/test_tools.py
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -17,21 +16,6 @@ from engine.state import TrainState
 from tools import checkpoint as checkpoint_tool
 from tools import compare, curves
 from utils.errors import StorageError
-from utils.logging import logger
-
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__")
-
-
-def test_all_tools_find_the_project_by_the_same_line():
-    for tool in TOOLS:
-        text = (ROOT / "tools" / f"{tool}.py").read_text()
-        lines = {line for line in text.splitlines() if "sys.path" in line}
-        assert lines <= {"sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"}, tool
-
-
-# --- Records of a run -----------------------------------------------------------------------------
-
 
 GOOD = [
     {"step": 1, "train/loss": 2.0, "train/lr": 0.1},
@@ -66,8 +50,7 @@ def run(tmp_path):
     return folder
 
 
-def test_damaged_records_are_reported_and_skipped(run, caplog, monkeypatch):
-    monkeypatch.setattr(logger, "propagate", True)  # a run before may have switched it off
+def test_damaged_records_are_reported_and_skipped(run, caplog):
     file = run / "metrics.jsonl"
     assert list(read_records(file)) == GOOD
     places = [message.partition(": ")[0] for message in caplog.messages]

@@ -27,7 +27,7 @@ from utils.download import download
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.logging import logger
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 OWNED = ("num_classes", "img_size", "drop_path_rate")  # arguments that have keys of their own
 
 
@@ -134,7 +134,9 @@ def load_classifier(args: argparse.Namespace, names: str = "lemma") -> Classifie
     count = len(classes)
     logger.info(f"{title}: {count} classes, {build.describe_preprocessing(cfg)}")
     words = choose_names(classes, described, names)
-    return Classifier(cfg, model.eval(), device, classes, words, title)
+    return Classifier(
+        build.resolve_amp_dtype(cfg, device), model.eval(), device, classes, words, title
+    )
 
 
 def choose_names(classes: list[str], described: dict[str, str] | None, source: str) -> list[str]:

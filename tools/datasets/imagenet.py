@@ -1,0 +1,368 @@
+"""ImageNet (ILSVRC2012) as people have it: original archives, Kaggle's folders, shards, parquet files.
+
+Every form gives the same files `<wnid>/<file>`, named as in the original archives, so that a
+prepared split has the same fingerprint whichever form it came from. Labels that are integers count
+the wnids in sorted order, except in the development kit, which has ids of its own.
+"""
+
+import csv
+import io
+import itertools
+import os
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from timm.data import ImageNetInfo
+
+from data.raw_forms import ARCHIVES, KAGGLE, PARQUET, SHARDS, find_raw_form
+from tools.datasets.raw_dataset import (
+    Part,
+    RawDataset,
+    RawImage,
+    folder_files,
+    folder_parts,
+    is_image,
+    open_file,
+    read_file,
+    tar_files,
+    tar_members,
+)
+from utils.errors import ConfigError, DataError
+from utils.text import join_some
+
+CLASSES = tuple(ImageNetInfo().label_names())
+COUNTS = {"train": 1_281_167, "val": 50_000}
+
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12"
+META, TRUTH = f"{DEVKIT}/data/meta.mat", f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt"
+MD5 = {
+    TRAIN: "1d675b47d978889d74fa0da5fadfb00e",
+    VAL: "29b22e2961454d5413ddabcf34fc5622",
+    f"{DEVKIT}.tar.gz": "fa75699e90414af021442c21a62c3abf",
+}
+SOLUTION = "LOC_val_solution.csv"
+VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+WNID = re.compile(r"(?:^|_)(n\d{8})(?=_|$)")  # in a file name without extension
+ROWS = 32  # of a parquet file in memory
+
+
+class ImageNet(RawDataset):
+    """A form of ImageNet; the base of those below."""
+
+    def __init__(self):
+        self.classes, self.counts = CLASSES, COUNTS
+
+
+def open_imagenet(folder: Path) -> ImageNet:
+    """The download in `folder`, whichever form it has. Raises DataError if it has none."""
+    form = find_raw_form(folder)
+    if form is None or form.name not in FORMS:
+        raise DataError(
+            f"{folder}: found no form of ImageNet; expected {TRAIN} or {VAL}, Kaggle's "
+            "ILSVRC/Data/CLS-LOC, imagenet1k-train-*.tar or Hugging Face's *.parquet"
+        )
+    raw = FORMS[form.name](folder)
+    if not raw.splits:
+        raise DataError(f"{folder}: holds {form.name} but neither training nor validation images")
+    print(f"{folder}: {form.name}, {' and '.join(raw.splits)}")
+    return raw
+
+
+# --- The original archives ------------------------------------------------------------------------
+
+
+class Archives(ImageNet):
+    """A tar of one tar per class; a flat tar of validation images, whose labels the devkit has."""
+
+    hint = "The MD5 is " + ", ".join(f"{md5} of {file}" for file, md5 in MD5.items()) + "."
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self._files = {"train": folder / TRAIN, "val": folder / VAL}
+        self.splits = [split for split, file in self._files.items() if file.exists()]
+        self._truth = read_devkit(folder) if "val" in self.splits else []
+
+    def parts(self, split: str) -> Iterator[Part]:
+        """The archives of the classes; all validation images."""
+        path = self._files[split]
+        with open_file(path) as file:
+            if split == "val":
+                size = os.fstat(file.fileno()).st_size
+                yield Part(path.name, size, self._val_images(tar_files(file, path), path))
+                return
+            for member, content in tar_members(file, path):
+                name = PurePosixPath(member.name)
+                if name.suffix == ".tar":
+                    images = tar_files(content, path, member.offset_data)
+                    yield Part(name.name, member.size, _class_images(name.stem, images))
+
+    def _val_images(self, files: Iterator[tuple[str, bytes]], path: Path) -> Iterator[RawImage]:
+        for name, data in files:
+            match = VAL_NAME.fullmatch(name)
+            if match is None or not 1 <= int(match[1]) <= len(self._truth):
+                raise DataError(
+                    f"{path}: holds {name!r}, expected ILSVRC2012_val_00000001.JPEG to "
+                    f"ILSVRC2012_val_{len(self._truth):08d}.JPEG; download it again"
+                )
+            yield RawImage(self._truth[int(match[1]) - 1], name, data)
+
+
+def _class_images(class_name: str, files: Iterator[tuple[str, bytes]]) -> Iterator[RawImage]:
+    for name, data in files:
+        if is_image(name):
+            yield RawImage(class_name, name, data)
+
+
+def read_devkit(folder: Path) -> list[str]:
+    """The wnid of every validation image, by number, from the devkit's archive or folder in `folder`.
+
+    Raises DataError if there is none, or that of another year.
+    """
+    # It takes a second to import, which the other forms do without.
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    archive = folder / f"{DEVKIT}.tar.gz"
+    try:
+        if (folder / META).exists():
+            meta, truth = (folder / META).read_bytes(), (folder / TRUTH).read_bytes()
+        else:
+            with tarfile.open(archive, "r:gz") as files:
+                meta, truth = (files.extractfile(name).read() for name in (META, TRUTH))
+        rows = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        # Fields: 0 id, 1 wnid, 2 words, 3 gloss, 4 number of children: a class has none.
+        wnids = {int(row[0]): str(row[1]) for row in rows if row[4] == 0}
+        ids = [int(line) for line in truth.split()]
+    except FileNotFoundError as error:
+        others = sorted(path.name for path in folder.glob("*devkit*"))
+        found = f", found {join_some(others)}" if others else ""
+        raise DataError(
+            f"{archive}: not found, it holds the labels of {VAL}{found}; download it to this folder"
+        ) from error
+    except (
+        *(OSError, EOFError, KeyError, ValueError, TypeError, IndexError, AttributeError),
+        *(NotImplementedError, struct.error, zlib.error, tarfile.TarError, MatReadError),
+    ) as error:
+        raise DataError(
+            f"{archive}: not the development kit of ILSVRC2012 ({error}); download it again"
+        ) from error
+    if set(wnids.values()) != set(CLASSES) or not set(ids) <= set(wnids):
+        strange = sorted(set(wnids.values()) - set(CLASSES))
+        why = f"it has the classes {join_some(strange, 3)}" if strange else "its classes differ"
+        raise DataError(
+            f"{archive}: the development kit of another year ({why}); "
+            f"expected {archive.name} with MD5 {MD5[archive.name]}"
+        )
+    if len(ids) != COUNTS["val"]:
+        raise DataError(
+            f"{archive}: {PurePosixPath(TRUTH).name} has {len(ids):,} lines, expected "
+            f"{COUNTS['val']:,}; download it again"
+        )
+    return [wnids[number] for number in ids]
+
+
+# --- Kaggle's folders -----------------------------------------------------------------------------
+
+
+class Kaggle(ImageNet):
+    """Data/CLS-LOC with class folders in `train`, a flat `val`, and its labels in a CSV file."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        found = [folder / "ILSVRC/Data/CLS-LOC", folder / "Data/CLS-LOC"]
+        self._root = next((root for root in found if root.is_dir()), folder)
+        self.splits = [split for split in ("train", "val") if (self._root / split).is_dir()]
+        self._val = folder_files(self._root / "val") if "val" in self.splits else []
+        self._labels = self._read_labels(folder) if self._val else {}
+
+    def parts(self, split: str) -> Iterator[Part]:
+        """The class folders; all validation images."""
+        if split == "train":
+            yield from folder_parts(self._root / split)
+            return
+        folder = self._root / split
+        images = (
+            RawImage(self._labels[name], name, read_file(folder / name)) for name in self._val
+        )
+        yield Part(split, len(self._val), images)
+
+    def _read_labels(self, folder: Path) -> dict[str, str]:
+        """The wnid of every validation image, by its file name. Raises DataError."""
+        places = [folder, *self._root.absolute().parents[:3]]
+        path = next((place / SOLUTION for place in places if (place / SOLUTION).is_file()), None)
+        if path is None:
+            raise DataError(
+                f"{folder}: {SOLUTION} is missing, which holds the labels of the validation images; "
+                "download it to this folder"
+            )
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+        except (OSError, ValueError, csv.Error) as error:
+            raise DataError(f"{path}: cannot be read ({error}); download it again") from error
+        if header != ["ImageId", "PredictionString"]:
+            raise DataError(
+                f"{path}: begins with {','.join(header)!r}, expected ImageId,PredictionString; "
+                "download it again"
+            )
+        labels: dict[str, str] = {}
+        for line, row in enumerate(rows, 2):
+            image, prediction = row if len(row) == 2 else ("", "")
+            wnid = prediction.partition(" ")[0]  # of `wnid x y x y wnid x y x y …`
+            if wnid not in CLASSES or f"{image}.JPEG" in labels:
+                raise DataError(
+                    f"{path}: line {line}, {','.join(row)!r}, names no class or repeats an image; "
+                    "download it again"
+                )
+            labels[f"{image}.JPEG"] = wnid
+        if missing := [name for name in self._val if name not in labels]:
+            raise DataError(
+                f"{path}: has no row for {join_some(missing, 5)} of {self._root / 'val'}; "
+                "download it again"
+            )
+        return labels
+
+
+# --- Labels that are integers ---------------------------------------------------------------------
+
+
+def image_with_label(label: object, name: str, data: bytes, where: str) -> RawImage:
+    """An image by its integer label and the name it was stored under, with its original name.
+
+    name: without folders and extension, perhaps with its class at the end (Hugging Face).
+    Raises DataError for a label that is none or contradicts the wnid in the name.
+    """
+    if type(label) is not int or not 0 <= label < len(CLASSES):
+        raise DataError(
+            f"{where}: label {label!r} of {name}, expected an integer from 0 to {len(CLASSES) - 1}; "
+            "download it again"
+        )
+    wnid = CLASSES[label]
+    if any(found != wnid for found in WNID.findall(name)):
+        raise DataError(
+            f"{where}: {name} has label {label}, which is {wnid}; expected labels that count the "
+            "wnids in sorted order"
+        )
+    return RawImage(wnid, name.removesuffix(f"_{wnid}") + ".JPEG", data)
+
+
+# --- timm's WebDataset shards ---------------------------------------------------------------------
+
+
+class Shards(ImageNet):
+    """Tars of samples: members of one key after another, `<key>.jpg` and `<key>.cls`."""
+
+    hint = "Look for a shard that is missing: their numbers have no gap."
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        patterns = {"train": "imagenet1k-train-*.tar", "val": "imagenet1k-validation-*.tar"}
+        self._shards = {split: sorted(folder.glob(glob)) for split, glob in patterns.items()}
+        self.splits = [split for split, shards in self._shards.items() if shards]
+
+    def parts(self, split: str) -> Iterator[Part]:
+        """The shards."""
+        for path in self._shards[split]:
+            with open_file(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                yield Part(path.name, size, _samples(tar_files(file, path), path))
+
+
+def _samples(files: Iterator[tuple[str, bytes]], path: Path) -> Iterator[RawImage]:
+    for key, members in itertools.groupby(files, key=lambda file: _key(file[0])):
+        fields: dict[str, bytes] = {}
+        for name, data in members:
+            field = "image" if is_image(name) else name[len(key) + 1 :]
+            if field in fields:
+                raise DataError(f"{path}: key {key!r} has two members {field}; download it again")
+            fields[field] = data
+        if "image" not in fields or not fields.get("cls", b"").strip().isdigit():
+            raise DataError(
+                f"{path}: key {key!r} has members {', '.join(fields)}; expected an image and a .cls "
+                "with an integer; download it again"
+            )
+        yield image_with_label(
+            int(fields["cls"]), key.rpartition("/")[2], fields["image"], path.name
+        )
+
+
+def _key(name: str) -> str:
+    """A member's name up to the first dot of its last component, as WebDataset splits it."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+# --- Hugging Face's parquet files -----------------------------------------------------------------
+
+
+class Parquet(ImageNet):
+    """Files of rows with a struct `image` of `bytes` and `path`, and an integer `label`."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        if find_spec("pyarrow") is None:
+            raise ConfigError(
+                "Parquet files are read by the package pyarrow, which is not installed: "
+                "pip install pyarrow"
+            )
+        files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+        prefixes = {"train": ("train",), "val": ("val",)}
+        self._files = {
+            split: [file for file in files if file.name.startswith(prefix)]
+            for split, prefix in prefixes.items()
+        }
+        self.splits = [split for split, found in self._files.items() if found]
+
+    def parts(self, split: str) -> Iterator[Part]:
+        """The files of a split."""
+        for path in self._files[split]:
+            yield Part(path.name, path.stat().st_size, _rows(path))
+
+
+def _rows(path: Path) -> Iterator[RawImage]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            _check_schema({field.name: field.type for field in file.schema_arrow}, path)
+            batches = file.iter_batches(ROWS, columns=["image", "label"])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows):
+                image = row["image"] or {}  # missing, as its bytes may be: an empty file
+                name = PurePosixPath(image.get("path") or f"{path.stem}-{number:06d}").stem
+                where = f"{path.name}, row {number}"
+                yield image_with_label(row["label"], name, image.get("bytes") or b"", where)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{path}: cut off or damaged ({error}). Download it again and run the same command: "
+            "it resumes."
+        ) from error
+
+
+def _check_schema(types: dict[str, Any], path: Path) -> None:
+    """Raise DataError unless the columns are those of an image dataset."""
+    from pyarrow.types import is_integer, is_struct
+
+    image, label = types.get("image"), types.get("label")
+    has_bytes = image is not None and is_struct(image) and image.get_field_index("bytes") >= 0
+    if not has_bytes or label is None or not is_integer(label):
+        columns = ", ".join(f"{name}: {kind}" for name, kind in types.items())
+        raise DataError(
+            f"{path}: has columns {columns}; expected `image` with `bytes` and an integer `label`"
+        )
+
+
+FORMS: dict[str, Callable[[Path], ImageNet]] = {
+    ARCHIVES: Archives,
+    KAGGLE: Kaggle,
+    SHARDS: Shards,
+    PARQUET: Parquet,
+}
