@@ -218,7 +218,7 @@ def test_zero_offsets_read_the_reference_points(architecture):
 
 def test_offset_length_is_in_pixels_of_the_image():
     reference = torch.zeros(1, 1, 2)
-    # The whole width of a map, border centre to centre.
+    # The full width of a map, border centre to centre.
     positions = torch.tensor([[[[[0.0, 2.0]]]]])
     sampling = models.SamplingPoints(2, 1, positions, reference, map_size=(7, 14), reduction=16)
     assert sampling.offset_length().item() == pytest.approx(13 * 16)

@@ -155,16 +155,16 @@ def test_parts_of_a_batch_are_the_same_as_all_of_it(name, monkeypatch):
     args = {"stages": ("LS", "ND", "NS", "D"), "dims": (8, 16, 16, 32), "num_heads": (1, 2, 2, 4)}
     model = timm.create_model(name, offset_groups=(1, 1, 2, 2), **args).double()
     images = torch.randn(5, 3, 64, 64, dtype=torch.float64)
-    whole = gradients(model, images)
+    at_once = gradients(model, images)
     mlp, calls = model.stages[0].blocks[0].mlp, []
     forward = mlp.fc2.forward
     monkeypatch.setattr(mlp.fc2, "forward", lambda x: calls.append(len(x)) or forward(x))
     two_images = 2 * ops.mlp_bytes(mlp, torch.empty(1, 16, 16, 8, dtype=torch.float64))
     monkeypatch.setattr(ops, "CPU_BYTES", two_images)
-    for own, other in zip(gradients(model, images), whole, strict=True):
+    for own, other in zip(gradients(model, images), at_once, strict=True):
         torch.testing.assert_close(own, other)
     assert calls == [2 * 256, 2 * 256, 256]
     seen = []
     mlp.fc1.register_forward_hook(lambda *args: seen.append(len(args[2])))
     model(images)
-    assert seen == [5 * 256]  # who looks inside sees whole batches
+    assert seen == [5 * 256]  # who looks inside sees complete batches
