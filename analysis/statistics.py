@@ -84,14 +84,7 @@ def compare_means(a: np.ndarray, b: np.ndarray) -> Mean:
     value = float(change.mean()) if len(change) else 0.0
     if len(change) < 2 or np.ptp(change) == 0:
         return Mean(value, None)
-    test = stats.ttest_1samp(change, 0.0)
-    interval = test.confidence_interval(LEVEL)
-    return Mean(
-        value,
-        Interval(float(interval.low), float(interval.high)),
-        float(test.pvalue),
-        float(test.df),
-    )
+    return _mean_of_test(value, stats.ttest_1samp(change, 0.0))
 
 
 def adjust(p_values: Sequence[float]) -> list[float]:
@@ -283,7 +276,11 @@ def compare_runs(a: Sequence[float], b: Sequence[float]) -> Mean:
     value = float(np.mean(a) - np.mean(b))
     if min(len(a), len(b)) < 2 or np.ptp(a) == np.ptp(b) == 0:
         return Mean(value, None)
-    test = stats.ttest_ind(a, b, equal_var=False)
+    return _mean_of_test(value, stats.ttest_ind(a, b, equal_var=False))
+
+
+def _mean_of_test(value: float, test) -> Mean:
+    """`value` with interval, p and degrees of freedom of scipy's t-test."""
     interval = test.confidence_interval(LEVEL)
     return Mean(
         value,

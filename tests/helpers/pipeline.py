@@ -7,6 +7,7 @@ import torch
 import data
 from config import KEYS
 from helpers.images import as_they_are
+from tools.benchmarks.data import IMAGES
 
 CPU = torch.device("cpu")
 
@@ -18,16 +19,7 @@ def defaults(group: str, *names: str) -> dict:
 
 def image_dataset(root: Path, split: str = "train", **options) -> data.ImageDataset:
     """An evaluation's dataset of pixels as they are, unless `options` say otherwise."""
-    settings = {
-        "transform": as_they_are,
-        "train": False,
-        "allow_missing": False,
-        "seed": 0,
-        "apply_exif": False,
-        "checksums": None,
-        "skip_bad": False,
-        "holdout": 0.0,
-    }
+    settings = {"transform": as_they_are, "train": False, **IMAGES}
     return data.ImageDataset(root, split, **settings | options)
 
 
