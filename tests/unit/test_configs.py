@@ -44,8 +44,9 @@ def build(cfg: CfgNode) -> torch.nn.Module:
 
 
 def images_of(cfg: CfgNode) -> int:
-    """Training images of ImageNet, of the digits or of CIFAR-10."""
-    return {"default": 1_281_167, "digits": 1_442}.get(cfg.TAG, 50_000)
+    """Training images of the data set that the tag begins with: by default ImageNet's, else CIFAR-10's."""
+    images = {"default": 1_281_167, "digits": 1_442, "imagenette": 9_469}
+    return images.get(cfg.TAG.partition("_")[0], 50_000)
 
 
 @cache
