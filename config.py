@@ -35,6 +35,7 @@ from utils.checks import (
     SHARE,
     SHARE_ABOVE_0,
     SHARE_BELOW_1,
+    SIZE_SCHEDULE,
     SIZES,
     SPREADS,
     WEIGHTS,
@@ -85,6 +86,7 @@ SCHEMA = (
     Key("DATA.VAL_SUBSET", False, ANY, "the validation set may lack classes"),
     Key("DATA.BATCH_SIZE", 128, at_least(1), "images of a micro-batch: what a process forwards at once"),
     Key("DATA.IMG_SIZE", 224, at_least(32), "pixels of the model's input, height and width"),
+    Key("DATA.IMG_SIZE_SCHEDULE", [], SIZE_SCHEDULE, "training's sizes from some epochs on; evaluation is at IMG_SIZE"),
     Key("DATA.INTERPOLATION", "bicubic", one_of("nearest", "bilinear", "bicubic", "lanczos"), "for resizing"),
     Key("DATA.MEAN", [0.485, 0.456, 0.406], COLOURS, "mean of the red, green and blue values, scaled to 0 … 1"),
     Key("DATA.STD", [0.229, 0.224, 0.225], SPREADS, "standard deviations of the same values"),
@@ -401,7 +403,7 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)
-        yield from _augmentation_conflicts(cfg.AUG, cfg.DATA.IMG_SIZE)
+        yield from _augmentation_conflicts(cfg.AUG, cfg.DATA)
     elif cfg.TEST.ONLY and not cfg.TEST.SETS:
         yield "TEST.ONLY TEST.SETS", "chooses among the test sets of --sets; add it"
 
@@ -479,14 +481,14 @@ def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
         yield "TRAIN.BASE_LR TRAIN.GLOBAL_BATCH_SIZE", message
 
 
-def _augmentation_conflicts(aug: CfgNode, img_size: int) -> Iterator[Conflict]:
+def _augmentation_conflicts(aug: CfgNode, data: CfgNode) -> Iterator[Conflict]:
     for name in ("SCALE", "RATIO"):
         if aug.PADDING and aug[name] != KEYS[f"AUG.{name}"].default:
             message = "padded crops do not use it; remove it, or set AUG.PADDING to 0"
             yield f"AUG.{name} AUG.PADDING", message
-    if img_size < 2 * aug.PADDING:
+    if min([data.IMG_SIZE, *(size for _, size in data.IMG_SIZE_SCHEDULE)]) < 2 * aug.PADDING:
         message = "more border than image; the usual padding of CIFAR is 4 for 32 pixels"
-        yield "AUG.PADDING DATA.IMG_SIZE", message
+        yield "AUG.PADDING DATA.IMG_SIZE DATA.IMG_SIZE_SCHEDULE", message
     unused = aug.AUTO_AUGMENT and "3a" not in aug.AUTO_AUGMENT
     if unused and aug.COLOR_JITTER not in (0, KEYS["AUG.COLOR_JITTER"].default):
         message = "timm skips jitter beside this policy; remove it, or set AUG.AUTO_AUGMENT to ''"

@@ -114,11 +114,12 @@ def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Imag
     if split == "val":
         transform, part = eval_transform(cfg, "own"), "holdout"
     else:
-        transform, part = train_transform(cfg), "train"
+        transform, part = train_transform(cfg, cfg.DATA.IMG_SIZE), "train"
     return data.ImageDataset(
         root,
         "train",
         transform=transform,
+        later_transforms=[(e, train_transform(cfg, s)) for e, s in cfg.DATA.IMG_SIZE_SCHEDULE],
         train=split == "train",
         classes=classes,
         allow_missing=False,
@@ -159,10 +160,10 @@ def _image_arguments(cfg: CfgNode) -> dict[str, object]:
     }
 
 
-def train_transform(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From an image's pixels to an augmented sample."""
+def train_transform(cfg: CfgNode, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From an image's pixels to an augmented sample of `size`."""
     return data.train_transform(
-        cfg.DATA.IMG_SIZE,
+        size,
         mean=cfg.DATA.MEAN,
         interpolation=cfg.DATA.INTERPOLATION,
         **lower(cfg.AUG, IMAGE_KEYS),

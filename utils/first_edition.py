@@ -33,6 +33,7 @@ TENSORS = {".perception.": ".lpu.", "displacement_bias_table": "rpe_table"}
 # What keys that came later would have been, in checkpoints of either edition that lack them.
 LATER_KEYS = {
     "DATA.HOLDOUT": 0.0,
+    "DATA.IMG_SIZE_SCHEDULE": [],
     "TRAIN.LR_BASE_SIZE": 512,
     "TRAIN.OPTIMIZER.NAME": "adamw",
 }
