@@ -35,6 +35,7 @@ from utils.checks import (
     SHARE,
     SHARE_ABOVE_0,
     SHARE_BELOW_1,
+    SIZE_SCHEDULE,
     SIZES,
     SPREADS,
     WEIGHTS,
@@ -85,6 +86,7 @@ SCHEMA = (
     Key("DATA.VAL_SUBSET", False, ANY, "the validation set may lack classes"),
     Key("DATA.BATCH_SIZE", 128, at_least(1), "images of a micro-batch: what a process forwards at once"),
     Key("DATA.IMG_SIZE", 224, at_least(32), "pixels of the model's input, height and width"),
+    Key("DATA.IMG_SIZE_SCHEDULE", [], SIZE_SCHEDULE, "training's sizes from some epochs on; evaluation is at IMG_SIZE"),
     Key("DATA.INTERPOLATION", "bicubic", one_of("nearest", "bilinear", "bicubic", "lanczos"), "for resizing"),
     Key("DATA.MEAN", [0.485, 0.456, 0.406], COLOURS, "mean of the red, green and blue values, scaled to 0 … 1"),
     Key("DATA.STD", [0.229, 0.224, 0.225], SPREADS, "standard deviations of the same values"),
@@ -126,10 +128,12 @@ SCHEMA = (
     Key("TRAIN.WARMUP_LR", 5e-7, at_least(0), "first learning rate, per LR_BASE_SIZE images"),
     Key("TRAIN.MIN_LR", 5e-6, at_least(0), "last learning rate, per LR_BASE_SIZE images"),
     Key("TRAIN.LR_BASE_SIZE", 512, at_least(1), "global batch that the learning rates are for"),
-    Key("TRAIN.WEIGHT_DECAY", 0.05, between(0, 1), "AdamW's, for weights of two and more dimensions"),
+    Key("TRAIN.OPTIMIZER.NAME", "adamw", one_of("adamw", "sgd", "lamb", "lion", "muon"), "AdamW, or one of timm's"),
+    Key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, SHARE_BELOW_1, "SGD's, which is Nesterov's, and Muon's"),
+    Key("TRAIN.WEIGHT_DECAY", 0.05, between(0, 1), "for weights of two and more dimensions"),
     Key("TRAIN.CLIP_GRAD", 5.0, at_least(0), "largest norm of the gradient; 0: not clipped"),
-    Key("TRAIN.ADAM_BETAS", [0.9, 0.999], BETAS, "AdamW's"),
-    Key("TRAIN.ADAM_EPS", 1e-8, POSITIVE, "AdamW's"),
+    Key("TRAIN.ADAM_BETAS", [0.9, 0.999], BETAS, "of AdamW, LAMB, Lion and the AdamW in Muon"),
+    Key("TRAIN.ADAM_EPS", 1e-8, POSITIVE, "of AdamW, LAMB and Muon"),
     Key("TRAIN.EMA_DECAY", 0.0, DECAY, "fraction of the averaged weights kept by a step; 0: no average"),
     Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
     Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
@@ -208,7 +212,8 @@ FOREIGN = {
     "DATA.PIN_MEMORY": "nothing in its place: memory is pinned for CUDA",
     "FUSED_WINDOW_PROCESS": "nothing in its place: kernels are chosen by device",
     "TRAIN.USE_CHECKPOINT": "MODEL.GRAD_CHECKPOINTING",
-    "TRAIN.OPTIMIZER": "TRAIN.ADAM_BETAS and TRAIN.ADAM_EPS; the optimizer is AdamW",
+    "TRAIN.OPTIMIZER.BETAS": "TRAIN.ADAM_BETAS",
+    "TRAIN.OPTIMIZER.EPS": "TRAIN.ADAM_EPS",
     "TRAIN.LR_SCHEDULER": "TRAIN.EPOCHS, WARMUP_EPOCHS and MIN_LR; the schedule is a cosine per step",
     "TEST.CROP": "TEST.CROP_MODE center, and TEST.CROP_PCT 1.0 for no crop",
     "--accumulation-steps": _ACCUMULATION,
@@ -221,7 +226,7 @@ FOREIGN = {
     "--drop-path": "--opts MODEL.DROP_PATH_RATE",
     "--smoothing": "--opts MODEL.LABEL_SMOOTHING",
     "--aa": "--opts AUG.AUTO_AUGMENT",
-    "--opt": "--opts TRAIN.ADAM_BETAS and TRAIN.ADAM_EPS; the optimizer is AdamW",
+    "--opt": "--opts TRAIN.OPTIMIZER.NAME",
     "--sched": "--opts TRAIN.EPOCHS, TRAIN.WARMUP_EPOCHS and TRAIN.MIN_LR; the schedule is a cosine",
     "--initial-checkpoint": "--pretrained",
     "--experiment": "--tag",
@@ -398,7 +403,7 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)
-        yield from _augmentation_conflicts(cfg.AUG, cfg.DATA.IMG_SIZE)
+        yield from _augmentation_conflicts(cfg.AUG, cfg.DATA)
     elif cfg.TEST.ONLY and not cfg.TEST.SETS:
         yield "TEST.ONLY TEST.SETS", "chooses among the test sets of --sets; add it"
 
@@ -468,7 +473,7 @@ def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
         message = "the first rate is above the highest; lower WARMUP_LR"
         yield "TRAIN.WARMUP_LR TRAIN.BASE_LR", message
     scale = train.GLOBAL_BATCH_SIZE / train.LR_BASE_SIZE
-    if scale > 1 and train.BASE_LR * scale > 0.02:
+    if train.OPTIMIZER.NAME == "adamw" and scale > 1 and train.BASE_LR * scale > 0.02:
         message = (
             f"per {train.LR_BASE_SIZE} images, a rate of {train.BASE_LR * scale:g}, which AdamW does not survive; "
             f"if it was scaled already, write {train.BASE_LR / scale:g}"
@@ -476,14 +481,14 @@ def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
         yield "TRAIN.BASE_LR TRAIN.GLOBAL_BATCH_SIZE", message
 
 
-def _augmentation_conflicts(aug: CfgNode, img_size: int) -> Iterator[Conflict]:
+def _augmentation_conflicts(aug: CfgNode, data: CfgNode) -> Iterator[Conflict]:
     for name in ("SCALE", "RATIO"):
         if aug.PADDING and aug[name] != KEYS[f"AUG.{name}"].default:
             message = "padded crops do not use it; remove it, or set AUG.PADDING to 0"
             yield f"AUG.{name} AUG.PADDING", message
-    if img_size < 2 * aug.PADDING:
+    if min([data.IMG_SIZE, *(size for _, size in data.IMG_SIZE_SCHEDULE)]) < 2 * aug.PADDING:
         message = "more border than image; the usual padding of CIFAR is 4 for 32 pixels"
-        yield "AUG.PADDING DATA.IMG_SIZE", message
+        yield "AUG.PADDING DATA.IMG_SIZE DATA.IMG_SIZE_SCHEDULE", message
     unused = aug.AUTO_AUGMENT and "3a" not in aug.AUTO_AUGMENT
     if unused and aug.COLOR_JITTER not in (0, KEYS["AUG.COLOR_JITTER"].default):
         message = "timm skips jitter beside this policy; remove it, or set AUG.AUTO_AUGMENT to ''"

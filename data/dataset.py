@@ -88,6 +88,7 @@ class ImageDataset(Dataset):
     checksums: index of tools/doctor.py --sha with which the bytes of each image are compared; None or empty: not.
     skip_bad: in evaluation, an image that cannot be read is black and its label is `NO_LABEL`.
     holdout: share of each class that is set apart, by a hash of the file's path; 0: none.
+    later_transforms: (first epoch, transform), in order: what replaces `transform` of training samples from then on.
     part: with `holdout`, which images are kept: `train` all others, `holdout` those set apart.
 
     Raises DataError for a split that is not there, has no class folders, an empty class, a class
@@ -110,9 +111,11 @@ class ImageDataset(Dataset):
         skip_bad: bool,
         holdout: float,
         part: str = "train",
+        later_transforms: Sequence[tuple[int, Callable]] = (),
     ):
         self.reader = open_split(root, split)
         self.transform = transform
+        self.later_transforms = later_transforms
         self.train = train
         self.seed = seed
         self.apply_exif = apply_exif
@@ -180,11 +183,16 @@ class ImageDataset(Dataset):
                 bad.append(BadFile(self.path(candidate), str(error), epoch, index))
                 continue
             reseed(key(self.seed, "sample", epoch, index))
-            return TrainSample(self.transform(image), int(self.labels[index]), bad)
+            image = self._transform_at(epoch)(image)
+            return TrainSample(image, int(self.labels[index]), bad)
         raise DataError(
             f"{bad[0].path}: {bad[0].reason}; of {len(bad)} images tried in class "
             f"{self.classes[self.labels[index]]} none can be read; repair the class"
         )
+
+    def _transform_at(self, epoch: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        begun = [transform for first, transform in self.later_transforms if first <= epoch]
+        return begun[-1] if begun else self.transform
 
     def _eval_sample(self, index: int) -> EvalSample:
         try:

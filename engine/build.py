@@ -114,11 +114,12 @@ def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Imag
     if split == "val":
         transform, part = eval_transform(cfg, "own"), "holdout"
     else:
-        transform, part = train_transform(cfg), "train"
+        transform, part = train_transform(cfg, cfg.DATA.IMG_SIZE), "train"
     return data.ImageDataset(
         root,
         "train",
         transform=transform,
+        later_transforms=[(e, train_transform(cfg, s)) for e, s in cfg.DATA.IMG_SIZE_SCHEDULE],
         train=split == "train",
         classes=classes,
         allow_missing=False,
@@ -159,10 +160,10 @@ def _image_arguments(cfg: CfgNode) -> dict[str, object]:
     }
 
 
-def train_transform(cfg: CfgNode) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From an image's pixels to an augmented sample."""
+def train_transform(cfg: CfgNode, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From an image's pixels to an augmented sample of `size`."""
     return data.train_transform(
-        cfg.DATA.IMG_SIZE,
+        size,
         mean=cfg.DATA.MEAN,
         interpolation=cfg.DATA.INTERPOLATION,
         **lower(cfg.AUG, IMAGE_KEYS),
@@ -287,17 +288,24 @@ def build_state(cfg: CfgNode, num_classes: int, device: torch.device, *, fresh: 
     model = build_model(cfg, num_classes, device)
     if fresh and cfg.CHECKPOINT.PRETRAINED:
         load_pretrained(model, download(cfg.CHECKPOINT.PRETRAINED), strict=False)
-    optimizer = create_optimizer(
-        model,
-        weight_decay=cfg.TRAIN.WEIGHT_DECAY,
-        betas=cfg.TRAIN.ADAM_BETAS,
-        eps=cfg.TRAIN.ADAM_EPS,
-    )
+    optimizer = build_optimizer(cfg.TRAIN, model)
     return TrainState(
         model=model,
         ema=ModelEmaV3(model, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=cfg.AMP_DTYPE == "float16"),
+    )
+
+
+def build_optimizer(train: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of `model`'s parameters, without a state yet."""
+    return create_optimizer(
+        model,
+        train.OPTIMIZER.NAME,
+        weight_decay=train.WEIGHT_DECAY,
+        momentum=train.OPTIMIZER.MOMENTUM,
+        betas=train.ADAM_BETAS,
+        eps=train.ADAM_EPS,
     )
 
 
@@ -430,7 +438,7 @@ def load_step(
     num_classes = len(metadata["classes"])
     recipe = build_recipe(cfg, metadata["steps_per_epoch"], num_classes, process)
     model = build_model(cfg, num_classes, process.device)
-    optimizer = create_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = build_optimizer(cfg.TRAIN, model)
     scaler = torch.amp.GradScaler(process.device.type, enabled=False)
     state = TrainState(model, None, optimizer, scaler)
     checkpoint.restore(path, state)

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from engine.optim import STATE, load_optimizer_state, optimizer_state
 from engine.state import TrainState
 from utils import first_edition
 from utils.errors import CheckpointError, StopRequested, StorageError
@@ -181,7 +182,7 @@ def _optimizer_tensors(state: TrainState) -> dict[str, torch.Tensor]:
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
         f"{names[parameter]}.{key}": value
-        for parameter, values in state.optimizer.state.items()
+        for parameter, values in optimizer_state(state.optimizer).items()
         for key, value in values.items()
     }
 
@@ -371,9 +372,13 @@ def _restore_optimizer(file: Path, state: TrainState) -> None:
         name, _, key = full_name.rpartition(".")
         moments.setdefault(name, {})[key] = tensor
     moments = first_edition.translate_tensors(moments, parameters)
-    keys = {key for values in moments.values() for key in values}
+    kept = STATE[type(state.optimizer)]
     problems = [f"{name} is no parameter" for name in moments if name not in parameters]
-    problems += [f"{name} has no {key}" for name in moments for key in keys - moments[name].keys()]
+    problems += [
+        f"{name} has {', '.join(sorted(values))} instead of {' or '.join(', '.join(sorted(keys)) for keys in kept)}"
+        for name, values in moments.items()
+        if values.keys() not in kept
+    ]
     problems += [
         f"{name}.{key} is {_kind(value)} instead of {_kind(parameters[name])}"
         for name, values in moments.items()
@@ -381,13 +386,12 @@ def _restore_optimizer(file: Path, state: TrainState) -> None:
         if name in parameters and value.ndim and _kind(value) != _kind(parameters[name])
     ]
     if problems:
-        raise CheckpointError(f"{file} holds no moments of this model's: {join_some(problems)}")
-    state.optimizer.state.clear()
-    for name, values in moments.items():
-        parameter = parameters[name]
-        state.optimizer.state[parameter] = {
-            key: value.to(parameter.device) for key, value in values.items()
-        }
+        optimizer = type(state.optimizer).__name__
+        raise CheckpointError(
+            f"{file} does not hold the state of {optimizer} and this model: {join_some(problems)}"
+        )
+    found = {parameters[name]: values for name, values in moments.items()}
+    load_optimizer_state(state.optimizer, found)
 
 
 def _kind(tensor: torch.Tensor) -> str:

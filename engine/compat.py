@@ -62,7 +62,7 @@ def check_resume(path: Path, metadata: dict, accept: str) -> None:
                 f"{path} cannot be resumed: its {name} is {before}, this run's is {now}. "
                 f"Either {remedy}, or start a new run from its weights: --pretrained {path} --tag NAME."
             )
-    before, now = _by_name(saved), _by_name(metadata)
+    before, now = first_edition.LATER_KEYS | _by_name(saved), _by_name(metadata)
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
     accepted = set(filter(None, accept.split(",")))
     refused = [name for name in changed if name not in IGNORED | accepted]

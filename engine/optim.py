@@ -1,40 +1,118 @@
-"""Optimizer and schedule: AdamW with the recipe's decay groups, the learning rate as a pure function of the step."""
+"""Optimizers by name, with the recipe's decay groups, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from timm.optim import Lamb, Lion, Muon, create_optimizer_v2
+from torch import Tensor, nn
+
+# What an optimizer keeps of a parameter; Muon keeps the second set of those that it leaves to AdamW.
+ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
+STATE = {
+    torch.optim.AdamW: [ADAM_STATE],
+    torch.optim.SGD: [{"momentum_buffer"}],
+    Lamb: [ADAM_STATE],
+    Lion: [{"exp_avg"}],
+    Muon: [{"momentum_buffer"}, ADAM_STATE],
+}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups, decayed and not: vectors, biases and what `model.no_weight_decay()` names are not decayed.
+# --- Optimizers -----------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, *, hybrid: bool = False) -> list[dict]:
+    """Groups of parameters, decayed and not: vectors, biases and what `model.no_weight_decay()` names are not decayed.
 
     A name of `no_weight_decay` is a parameter's full name or its last part, as timm's models use both.
+
+    hybrid: for Muon, further groups with `use_fallback`, of what its AdamW moves: the names of `no_weight_decay`, the
+    classifier and the first convolution, which embeds the image. Muon itself finds other shapes that it cannot take.
     """
     exempt = set(getattr(model, "no_weight_decay", set)())
-    decayed, plain = [], []
+    ends = _ends(model) if hybrid else ()
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, False): [], (True, False): []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         last = name.rpartition(".")[2]
-        free = parameter.ndim <= 1 or last == "bias" or name in exempt or last in exempt
-        (plain if free else decayed).append(parameter)
+        named = name in exempt or last in exempt
+        free = named or parameter.ndim <= 1 or last == "bias"
+        fallback = hybrid and (named or name.startswith(ends))
+        groups.setdefault((free, fallback), []).append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": 0.0 if free else weight_decay}
+        | ({"use_fallback": True} if fallback else {})
+        for (free, fallback), parameters in groups.items()
     ]
 
 
-def create_optimizer(
-    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
-    """AdamW in its fused form, whose bits differ from the other forms': it is one for every device, so it is fixed.
+def _ends(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of a timm model's first convolution and classifier."""
+    settings = getattr(model, "pretrained_cfg", {})
+    ends = [settings.get(name) or () for name in ("first_conv", "classifier")]
+    names = [name for end in ends for name in ([end] if isinstance(end, str) else end)]
+    return tuple(f"{name}." for name in names)
 
-    The learning rate is set at every step from `Schedule`.
+
+def create_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    weight_decay: float,
+    momentum: float,
+    betas: Sequence[float],
+    eps: float,
+) -> torch.optim.Optimizer:
+    """torch's AdamW, or timm's optimizer `name`: "sgd", "lamb", "lion" or "muon". It ignores what it does not have.
+
+    AdamW is fused: the bits of this form differ from the other forms' and it is one for every device, so it is fixed.
+    SGD has Nesterov's momentum. LAMB clips no gradients, because the loop does. The learning rate is set at every
+    step from `Schedule`.
     """
-    groups = parameter_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), eps=eps, fused=True)
+    groups = parameter_groups(model, weight_decay, hybrid=name == "muon")
+    settings = {"lr": 0.0, "betas": tuple(betas), "eps": eps}
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    if name == "lamb":
+        settings["max_grad_norm"] = None
+    return create_optimizer_v2(groups, name, momentum=momentum, **settings)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """The tensors that `optimizer` keeps of each parameter; LAMB's step, one for a group, is each parameter's."""
+    return {
+        parameter: {
+            **{key: value for key, value in state.items() if isinstance(value, Tensor)},
+            **({"step": group["step"].clone()} if "step" in group else {}),
+        }
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if (state := optimizer.state.get(parameter))
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: dict[nn.Parameter, dict[str, Tensor]]
+) -> None:
+    """Put back what `optimizer_state` gave, on the parameters' devices, in place of all that `optimizer` keeps."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group.pop("step", None)
+        for parameter in group["params"]:
+            if parameter not in state:
+                continue
+            # Only the fused AdamW counts on the device.
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) if value.ndim or group.get("fused") else value
+                for key, value in state[parameter].items()
+            }
+            if isinstance(optimizer, Lamb):
+                group["step"] = optimizer.state[parameter].pop("step")
+
+
+# --- Learning rate --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,11 @@ def keys() -> str:
     flags = {name: flag for flag, name in config.FLAGS.items()}
     parts = []
     for group, title in GROUP_TITLES.items():
-        members = [key for key in config.SCHEMA if key.name.rpartition(".")[0] == group]
+        members = [
+            key
+            for key in config.SCHEMA
+            if (key.name.partition(".")[0] if "." in key.name else "") == group
+        ]
         rows = [
             (
                 f"`{key.name}`" + (f"<br>`{flags[key.name]}`" if key.name in flags else ""),

@@ -54,6 +54,15 @@ def _is_policy(value: str) -> bool:
     return value == "" or re.fullmatch(rf"{rand}|{augmix}|{fixed}", value) is not None
 
 
+def _is_size_schedule(value: list) -> bool:
+    """Whether `value` is a list of [epoch, size] pairs of integers, in the order of the epochs."""
+    pairs = [pair for pair in value if isinstance(pair, list) and len(pair) == 2]
+    if len(pairs) < len(value) or any(type(n) is not int for pair in pairs for n in pair):
+        return False
+    epochs = [epoch for epoch, _ in pairs]
+    return epochs == sorted({*epochs}) and all(e >= 0 and size >= 32 for e, size in pairs)
+
+
 WEIGHT_FILES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
 PATH_TEXT = "a path, written out (no ~, $ or URL)"
 
@@ -93,6 +102,10 @@ SIZES = Check(
         re.fullmatch(r"(\d+(,\d+)*)?", value)
         and all(int(size) >= 32 for size in value.split(",") if size)
     ),
+)
+SIZE_SCHEDULE = Check(
+    "a list of [first epoch, size of at least 32], epochs ascending, such as [[0, 96], [10, 128]]",
+    _is_size_schedule,
 )
 CLASSES = Check("of 0 or at least 2", lambda value: value == 0 or value >= 2)
 COLOURS = Check(

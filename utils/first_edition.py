@@ -30,8 +30,13 @@ METADATA = {
 RECORDS = {"update": "step", "slots": "micro_batches"}
 # Tensors of our models' checkpoints, a part of their name.
 TENSORS = {".perception.": ".lpu.", "displacement_bias_table": "rpe_table"}
-# What keys that came later would have been.
-LATER_KEYS = {"TRAIN": {"LR_BASE_SIZE": 512}, "DATA": {"HOLDOUT": 0.0}}
+# What keys that came later would have been, in checkpoints of either edition that lack them.
+LATER_KEYS = {
+    "DATA.HOLDOUT": 0.0,
+    "DATA.IMG_SIZE_SCHEDULE": [],
+    "TRAIN.LR_BASE_SIZE": 512,
+    "TRAIN.OPTIMIZER.NAME": "adamw",
+}
 REPRODUCIBILITY = {
     "L2": "bitwise",
     "L3": "bitwise on any number of processes",
@@ -67,10 +72,7 @@ def translate_metadata(metadata: dict, make: Callable[[dict], dict] = dict) -> d
     if isinstance(level, str):
         translated["reproducibility"] = REPRODUCIBILITY.get(level, level)
     if isinstance(translated.get("config"), dict):
-        config = translate_keys(translated["config"])
-        for group, values in LATER_KEYS.items():
-            config[group] = values | config[group]
-        translated["config"] = make(config)
+        translated["config"] = make(translate_keys(translated["config"]))
     return make(translated)
 
 

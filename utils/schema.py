@@ -33,6 +33,8 @@ class Key:
     @property
     def expected(self) -> str:
         """What a value must be, in words."""
+        if self.default == []:
+            return self.check.expected
         if isinstance(self.default, list):
             return f"a list of numbers such as {self.default}, {self.check.expected}"
         return f"{KINDS[type(self.default)]} {self.check.expected}".strip()

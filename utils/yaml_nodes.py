@@ -61,7 +61,9 @@ def format_node(node: yaml.Node) -> str:
 
 
 def convert_node(node: yaml.Node, like: object) -> bool | int | float | str | list:
-    """A node as a value of the type of `like`; ValueError where it is of another."""
+    """A node as a value of the type of `like`, [] for any list; ValueError where it is of another."""
+    if like == [] and isinstance(node, yaml.SequenceNode):
+        return to_python(node)
     if isinstance(like, list):
         if isinstance(node, yaml.ScalarNode) and node.value.startswith("("):  # yacs allows tuples
             node = yaml.compose(f"[{node.value.strip('()')}]", Loader)

@@ -11,13 +11,24 @@ from engine.checkpoint import TrainState
 from engine.optim import create_optimizer
 
 
+def make_optimizer(model: nn.Module, name: str = "adamw", weight_decay: float = 0.01):
+    """The optimizer `name` with the usual settings."""
+    settings = {"momentum": 0.9, "betas": (0.9, 0.99), "eps": 1e-8}
+    return create_optimizer(model, name, weight_decay=weight_decay, **settings)
+
+
 def make_state(
-    step: int = 0, *, fp16: bool = False, lr: float = 0.1, weight_decay: float = 0.01
+    step: int = 0,
+    *,
+    optimizer: str = "adamw",
+    fp16: bool = False,
+    lr: float = 0.1,
+    weight_decay: float = 0.01,
 ) -> TrainState:
     """The state after `step` optimizer steps of a three-layer model; its weights are a function of `step`."""
     torch.manual_seed(step)
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
-    optimizer = create_optimizer(model, weight_decay=weight_decay, betas=(0.9, 0.99), eps=1e-8)
+    optimizer = make_optimizer(model, optimizer, weight_decay)
     for group in optimizer.param_groups:
         group["lr"] = lr
     model(torch.ones(2, 4)).sum().backward()

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from helpers.images import write_image_folder
+from helpers.states import make_optimizer
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine import checkpoint
-from engine.optim import create_optimizer
 from engine.state import TrainState
 from reliability.harness import (
     ENDLESS,
@@ -116,7 +116,7 @@ def measure_parts() -> dict[str, float]:
     }
     # 25 MB of weights, 100 with the moments and the EMA.
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(6)))
-    optimizer = create_optimizer(model, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = make_optimizer(model, weight_decay=0.05)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

@@ -202,6 +202,15 @@ def test_a_changed_value_under_a_renamed_key_is_noticed(name, value, old):
         compat.check_resume(FIRST_EDITION, metadata, "")
 
 
+def test_a_key_that_came_later_was_what_the_code_did_before(saved):
+    metadata = copy.deepcopy(METADATA)
+    metadata["config"]["TRAIN"]["OPTIMIZER"] = {"NAME": "adamw", "MOMENTUM": 0.5}
+    compat.check_resume(saved, metadata, "")
+    metadata["config"]["TRAIN"]["OPTIMIZER"]["NAME"] = "sgd"
+    with pytest.raises(CheckpointError, match=r"TRAIN\.OPTIMIZER\.NAME was adamw, is sgd"):
+        compat.check_resume(saved, metadata, "")
+
+
 @pytest.mark.parametrize("name", ["EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS", "world_size"])
 def test_a_changed_frequency_under_a_renamed_key_is_listed(name, old, warnings):
     metadata = json.loads(json.dumps(old[1]))

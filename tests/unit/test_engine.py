@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers.states import make_state, save_state, save_steps
+from helpers.states import make_optimizer, make_state, save_state, save_steps
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
@@ -26,6 +26,7 @@ from utils.rng import key, permutation
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Process(0, 1, torch.device("cpu"))
+EACH_OPTIMIZER = pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb", "lion", "muon"])
 
 
 def train_a_little(state: TrainState, steps: int = 3) -> None:
@@ -90,18 +91,37 @@ def test_what_is_not_decayed(name, exempt):
         assert not names[parameter].endswith((*exempt, "bias"))
 
 
+@pytest.mark.parametrize("name", ["dat_pp_micro", "deit_tiny_patch16_224"])
+def test_muon_leaves_ends_and_tables_to_adamw(name):
+    model = timm.create_model(name)
+    optimizer = make_optimizer(model, "muon")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    by_muon = {n for n, p in model.named_parameters() if optimizer.state[p]["use_muon"]}
+    assert by_muon
+    for n, p in model.named_parameters():
+        # What has one input channel a group is depthwise: rows without a product to orthogonalise.
+        matrix = p.ndim > 1 and p.shape[1] > 1 and min(p.shape[0], p[0].numel()) >= 4
+        embeds = n.startswith(("stem.0.", "head.", "patch_embed.", "cls_token", "pos_embed"))
+        assert (n in by_muon) == (matrix and not embeds and not n.endswith("table")), n
+
+
 # --- Steps that are not applied -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("fp16", [False, True])
-def test_step_without_a_finite_gradient_is_skipped(value, fp16):
-    state = make_state(fp16=fp16)
+@EACH_OPTIMIZER
+def test_step_without_a_finite_gradient_is_skipped(optimizer, value, fp16):
+    state = make_state(optimizer=optimizer, fp16=fp16, lr=0.01)
     train_a_little(state)
     before, scale = bits(state), state.scaler.get_scale()
+    kept = checkpoint.snapshot(state, {})["optimizer.safetensors"]
     state.model[0].weight.grad.fill_(value)
     _step(state, clip_grad=1.0)
     assert bits(state) == before
+    assert checkpoint.snapshot(state, {})["optimizer.safetensors"] == kept
     assert state.skipped == 1
     assert not fp16 or state.scaler.get_scale() == scale / 2
     train_a_little(state, 1)
@@ -113,12 +133,14 @@ def test_step_without_a_finite_gradient_is_skipped(value, fp16):
 
 
 @pytest.mark.parametrize("fp16", [False, True])
-def test_restored_state_continues_with_the_same_bits(fp16, tmp_path):
-    state = make_state(fp16=fp16)
+@EACH_OPTIMIZER
+def test_restored_state_continues_with_the_same_bits(optimizer, fp16, tmp_path):
+    settings = {"optimizer": optimizer, "fp16": fp16, "lr": 0.01}
+    state = make_state(**settings)
     train_a_little(state)
     state.epoch, state.skipped, state.best = 2, 1, {"acc1": 50.0, "step": 2}
     path = save_state(tmp_path, state, {"model": "toy"})
-    other = make_state(fp16=fp16)
+    other = make_state(**settings)
     train_a_little(other, 1)  # nothing of this may remain
     checkpoint.restore(path, other)
     assert other.counters() == state.counters()
@@ -126,6 +148,12 @@ def test_restored_state_continues_with_the_same_bits(fp16, tmp_path):
     train_a_little(state)
     train_a_little(other)
     assert bits(other) == bits(state)
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    path = save_state(tmp_path, make_state(optimizer="lion"))
+    with pytest.raises(CheckpointError, match=r"state of AdamW .* has exp_avg instead of exp_avg,"):
+        checkpoint.restore(path, make_state())
 
 
 def test_hyperparameters_come_from_the_configuration(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers.states import make_optimizer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -23,7 +24,6 @@ from yacs.config import CfgNode
 import hubconf
 import models
 from engine import checkpoint
-from engine.optim import create_optimizer
 from engine.pretrained import load_pretrained, read_weights
 from engine.state import TrainState
 from models.convert import derived_buffers, resize_table, to_official
@@ -370,7 +370,7 @@ def make_run(folder: Path, steps: tuple[int, ...] = (3, 5)) -> Path:
     for step in steps:
         model = micro(seed=step)
         ema = ModelEmaV3(micro(seed=-step))
-        optimizer = create_optimizer(model, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
+        optimizer = make_optimizer(model, weight_decay=0.1)
         best = {"acc1": 50.0, "step": steps[0]}
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         state = TrainState(model, ema, optimizer, scaler, step, epoch=1, best=best)

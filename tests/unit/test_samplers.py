@@ -31,7 +31,10 @@ def root(tmp_path_factory):
 
 
 def train_set(root):
-    return image_dataset(root, transform=train_transform(24), train=True, seed=7)
+    later = [(1, train_transform(16)), (2, train_transform(32))]
+    return image_dataset(
+        root, transform=train_transform(24), later_transforms=later, train=True, seed=7
+    )
 
 
 def digest(*tensors):
@@ -73,6 +76,12 @@ def test_workers_restarts_and_world_size_change_nothing(root):
         ]
         assert sum(map(len, parts)) == len(expected)
         assert {place: v for part in parts for place, v in part.items()} == expected
+
+
+def test_the_size_follows_the_epoch_of_the_sample(root):
+    data = train_set(root)
+    sizes = [data[epoch, 0].image.shape[1:] for epoch in range(4)]
+    assert sizes == [(24, 24), (16, 16), (32, 32), (32, 32)]
 
 
 def test_a_second_pass_over_persistent_workers_is_the_same(root):

@@ -77,7 +77,9 @@ def run_worker(
         net = DistributedDataParallel(
             model, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
-    optimizer = create_optimizer(model, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = create_optimizer(
+        model, "adamw", weight_decay=0.05, momentum=0.0, betas=(0.9, 0.999), eps=1e-8
+    )
     images = torch.randn(args.batch // world_size, 3, args.size, args.size)
     while pipe.recv():
         start = time.perf_counter()

@@ -43,7 +43,8 @@ def check_machine(cfg: CfgNode | None, processes: int) -> Iterator[Finding]:
         yield Finding("OK", "processors", text)
 
     images = cfg.DATA.BATCH_SIZE + (cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
-    need = workers * PREFETCH * images * 3 * cfg.DATA.IMG_SIZE**2
+    size = max([cfg.DATA.IMG_SIZE, *(size for _, size in cfg.DATA.IMG_SIZE_SCHEDULE)])
+    need = workers * PREFETCH * images * 3 * size**2
     free = shutil.disk_usage("/dev/shm").free
     text = (
         f"{format_bytes(free)} free in /dev/shm; prefetched batches take up to {format_bytes(need)}"
