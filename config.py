@@ -102,6 +102,8 @@ SCHEMA = (
     Key("MODEL.NUM_CLASSES", 0, CLASSES, "size of the head; 0: as many as the class list has"),
     Key("MODEL.DROP_PATH_RATE", 0.2, SHARE_BELOW_1, "fraction of residual branches skipped in the last block"),
     Key("MODEL.LABEL_SMOOTHING", 0.1, SHARE_BELOW_1, "fraction of the target spread over all classes"),
+    Key("MODEL.KERNELS", "auto", one_of("auto", "reference", "fused"),
+        "of attention; fused: Triton's; auto: fused on CUDA cards that run them, else the PyTorch reference"),
     Key("MODEL.GRAD_CHECKPOINTING", False, ANY, "recompute activations in the backward pass to save memory"),
 
     # ---- augmentation ----
@@ -137,6 +139,7 @@ SCHEMA = (
     Key("TRAIN.EMA_DECAY", 0.0, DECAY, "fraction of the averaged weights kept by a step; 0: no average"),
     Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
     Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
+    Key("TRAIN.DETERMINISTIC", False, ANY, "repeat the bits on CUDA too, at the cost of speed; CPUs always do"),
     Key("TRAIN.HANG_SECONDS", 300.0, at_least(0),
         "without progress until stacks are written and the run ends (exit 76); half for a batch to load; 0: never"),
     Key("TRAIN.MAX_SKIPPED", 20, at_least(1),

@@ -68,18 +68,15 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 
 # --- Fused kernels --------------------------------------------------------------------------------
 
-KERNELS = ("auto", "reference", "fused")
 _kernels = "auto"
 
 
 def use_kernels(kernels: str) -> None:
     """Set which kernels this process uses: "auto" is fused where a card runs them, "reference" never.
 
-    "fused" is "auto", and in Triton's interpreter also on the CPU. Raises ValueError where no device could run them.
+    "fused" is "auto", and in Triton's interpreter also on the CPU.
     """
     global _kernels
-    if kernels == "fused" and (obstacle := fused_obstacle()):
-        raise ValueError(f"the fused kernels cannot run: {obstacle}")
     _kernels = kernels
 
 

@@ -34,6 +34,8 @@ TENSORS = {".perception.": ".lpu.", "displacement_bias_table": "rpe_table"}
 LATER_KEYS = {
     "DATA.HOLDOUT": 0.0,
     "DATA.IMG_SIZE_SCHEDULE": [],
+    "MODEL.KERNELS": "reference",
+    "TRAIN.DETERMINISTIC": False,
     "TRAIN.LR_BASE_SIZE": 512,
     "TRAIN.OPTIMIZER.NAME": "adamw",
 }

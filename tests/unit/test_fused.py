@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import config
 import models
+from engine import build
 from models import ops
 from models.attention import (
     DATGeometry,
@@ -20,6 +22,7 @@ from models.attention import (
     WindowAttention,
 )
 from models.cache import grid
+from utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 triton = pytest.importorskip("triton")
@@ -322,10 +325,30 @@ def test_what_the_kernels_cannot_do_is_computed_by_the_reference(kernels):
     assert ops.fused_kernels(torch.zeros(1)) is fused
 
 
-def test_kernels_that_cannot_run_are_refused(monkeypatch):
-    monkeypatch.setattr(ops, "fused_obstacle", lambda: "there is no CUDA device")
-    with pytest.raises(ValueError, match="cannot run: there is no CUDA device"):
-        ops.use_kernels("fused")
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "device", "asked", "resolved"),
+    [
+        ("", CUDA, "auto", "fused"),
+        ("", CUDA, "reference", "reference"),
+        ("", CPU, "auto", "reference"),
+        ("Triton is not installed", CUDA, "auto", "reference"),
+        ("Triton is not installed", CUDA, "fused", None),
+    ],
+)
+def test_which_kernels_a_run_uses(monkeypatch, obstacle, device, asked, resolved):
+    monkeypatch.setattr(build, "fused_obstacle", lambda: obstacle)
+    monkeypatch.setattr(ops, "_kernels", "auto")
+    opts = ["MODEL.KERNELS", asked, "AMP_DTYPE", "float32"]
+    cfg = config.load(str(ROOT / "configs/digits.yaml"), opts)
+    if resolved is None:
+        with pytest.raises(ConfigError, match="fused cannot run here: Triton is not installed"):
+            build.prepare_device(cfg, device)
+        return
+    assert resolved == build.prepare_device(cfg, device).MODEL.KERNELS
+    assert ops._kernels == resolved
 
 
 @pytest.mark.slow
