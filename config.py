@@ -113,6 +113,7 @@ SCHEMA = (
     Key("AUG.HFLIP", 0.5, SHARE, "probability of a horizontal flip"),
     Key("AUG.COLOR_JITTER", 0.4, SHARE, "strength; timm applies it only without AUTO_AUGMENT or with 3a"),
     Key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", POLICY, "timm's policy; empty: none"),
+    Key("AUG.ON_DEVICE", False, ANY, "the policy, a RandAugment, changes pixels on the device; the workers draw it"),
     Key("AUG.REPROB", 0.25, SHARE, "probability of random erasing"),
     Key("AUG.REMODE", "pixel", one_of("const", "rand", "pixel"), "filling of erased boxes"),
     Key("AUG.RECOUNT", 1, at_least(1), "most boxes erased in an image"),
@@ -492,6 +493,12 @@ def _augmentation_conflicts(aug: CfgNode, data: CfgNode) -> Iterator[Conflict]:
     if min([data.IMG_SIZE, *(size for _, size in data.IMG_SIZE_SCHEDULE)]) < 2 * aug.PADDING:
         message = "more border than image; the usual padding of CIFAR is 4 for 32 pixels"
         yield "AUG.PADDING DATA.IMG_SIZE DATA.IMG_SIZE_SCHEDULE", message
+    if aug.ON_DEVICE and not aug.AUTO_AUGMENT.startswith("rand-"):
+        message = "only RandAugment runs on the device; set AUG.AUTO_AUGMENT to rand-…, or AUG.ON_DEVICE to False"
+        yield "AUG.ON_DEVICE AUG.AUTO_AUGMENT", message
+    if aug.ON_DEVICE and data.INTERPOLATION not in ("bilinear", "bicubic"):
+        message = "the device moves pixels by bilinear or bicubic interpolation; choose one of them"
+        yield "AUG.ON_DEVICE DATA.INTERPOLATION", message
     unused = aug.AUTO_AUGMENT and "3a" not in aug.AUTO_AUGMENT
     if unused and aug.COLOR_JITTER not in (0, KEYS["AUG.COLOR_JITTER"].default):
         message = "timm skips jitter beside this policy; remove it, or set AUG.AUTO_AUGMENT to ''"

@@ -36,9 +36,9 @@ from utils.version import CHECKPOINT_FORMAT, __version__
 from utils.yaml_nodes import to_dict
 
 # Keys of AUG: per image in the loader's workers, and per micro-batch on the device.
-IMAGE_KEYS = ("SCALE", "RATIO", "HFLIP", "COLOR_JITTER", "AUTO_AUGMENT", "PADDING")
+IMAGE_KEYS = ("SCALE", "RATIO", "HFLIP", "COLOR_JITTER", "AUTO_AUGMENT", "ON_DEVICE", "PADDING")
 MIX_KEYS = ("MIXUP", "CUTMIX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
-BATCH_KEYS = ("REPROB", "REMODE", "RECOUNT", *MIX_KEYS)
+BATCH_KEYS = ("REPROB", "REMODE", "RECOUNT", "ON_DEVICE", *MIX_KEYS)
 
 
 def lower(group: CfgNode, names: Iterable[str]) -> dict[str, object]:
@@ -399,6 +399,7 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
             device=process.device,
             mean=cfg.DATA.MEAN,
             std=cfg.DATA.STD,
+            interpolation=cfg.DATA.INTERPOLATION,
             **lower(cfg.AUG, BATCH_KEYS),
         ),
         label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
