@@ -102,6 +102,8 @@ SCHEMA = (
     Key("MODEL.NUM_CLASSES", 0, CLASSES, "size of the head; 0: as many as the class list has"),
     Key("MODEL.DROP_PATH_RATE", 0.2, SHARE_BELOW_1, "fraction of residual branches skipped in the last block"),
     Key("MODEL.LABEL_SMOOTHING", 0.1, SHARE_BELOW_1, "fraction of the target spread over all classes"),
+    Key("MODEL.KERNELS", "auto", one_of("auto", "reference", "fused"),
+        "of attention; fused: Triton's; auto: fused on CUDA cards that run them, else the PyTorch reference"),
     Key("MODEL.GRAD_CHECKPOINTING", False, ANY, "recompute activations in the backward pass to save memory"),
 
     # ---- augmentation ----
@@ -111,6 +113,7 @@ SCHEMA = (
     Key("AUG.HFLIP", 0.5, SHARE, "probability of a horizontal flip"),
     Key("AUG.COLOR_JITTER", 0.4, SHARE, "strength; timm applies it only without AUTO_AUGMENT or with 3a"),
     Key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", POLICY, "timm's policy; empty: none"),
+    Key("AUG.ON_DEVICE", False, ANY, "the policy, a RandAugment, changes pixels on the device; the workers draw it"),
     Key("AUG.REPROB", 0.25, SHARE, "probability of random erasing"),
     Key("AUG.REMODE", "pixel", one_of("const", "rand", "pixel"), "filling of erased boxes"),
     Key("AUG.RECOUNT", 1, at_least(1), "most boxes erased in an image"),
@@ -137,6 +140,7 @@ SCHEMA = (
     Key("TRAIN.EMA_DECAY", 0.0, DECAY, "fraction of the averaged weights kept by a step; 0: no average"),
     Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
     Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
+    Key("TRAIN.DETERMINISTIC", False, ANY, "repeat the bits on CUDA too, at the cost of speed; CPUs always do"),
     Key("TRAIN.HANG_SECONDS", 300.0, at_least(0),
         "without progress until stacks are written and the run ends (exit 76); half for a batch to load; 0: never"),
     Key("TRAIN.MAX_SKIPPED", 20, at_least(1),
@@ -489,6 +493,12 @@ def _augmentation_conflicts(aug: CfgNode, data: CfgNode) -> Iterator[Conflict]:
     if min([data.IMG_SIZE, *(size for _, size in data.IMG_SIZE_SCHEDULE)]) < 2 * aug.PADDING:
         message = "more border than image; the usual padding of CIFAR is 4 for 32 pixels"
         yield "AUG.PADDING DATA.IMG_SIZE DATA.IMG_SIZE_SCHEDULE", message
+    if aug.ON_DEVICE and not aug.AUTO_AUGMENT.startswith("rand-"):
+        message = "only RandAugment runs on the device; set AUG.AUTO_AUGMENT to rand-…, or AUG.ON_DEVICE to False"
+        yield "AUG.ON_DEVICE AUG.AUTO_AUGMENT", message
+    if aug.ON_DEVICE and data.INTERPOLATION not in ("bilinear", "bicubic"):
+        message = "the device moves pixels by bilinear or bicubic interpolation; choose one of them"
+        yield "AUG.ON_DEVICE DATA.INTERPOLATION", message
     unused = aug.AUTO_AUGMENT and "3a" not in aug.AUTO_AUGMENT
     if unused and aug.COLOR_JITTER not in (0, KEYS["AUG.COLOR_JITTER"].default):
         message = "timm skips jitter beside this policy; remove it, or set AUG.AUTO_AUGMENT to ''"

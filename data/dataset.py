@@ -61,6 +61,7 @@ class TrainSample(NamedTuple):
     image: torch.Tensor
     label: int
     bad: list[BadFile]
+    ops: torch.Tensor  # [layers, 2]: of RandAugment, what is left to the device
 
 
 class EvalSample(NamedTuple):
@@ -184,7 +185,8 @@ class ImageDataset(Dataset):
                 continue
             reseed(key(self.seed, "sample", epoch, index))
             image = self._transform_at(epoch)(image)
-            return TrainSample(image, int(self.labels[index]), bad)
+            image, ops = image if isinstance(image, tuple) else (image, torch.empty(0, 2))
+            return TrainSample(image, int(self.labels[index]), bad, ops)
         raise DataError(
             f"{bad[0].path}: {bad[0].reason}; of {len(bad)} images tried in class "
             f"{self.classes[self.labels[index]]} none can be read; repair the class"

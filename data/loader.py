@@ -20,11 +20,15 @@ from utils.errors import DataError
 
 
 class TrainBatch(NamedTuple):
-    """A micro-batch: images uint8 [B, 3, H, W] (channels last), labels int64 [B], substituted files."""
+    """A micro-batch: images uint8 [B, 3, H, W] (channels last), labels int64 [B], substituted files.
+
+    `ops` [B, layers, 2] is what is left of RandAugment to the device; without AUG.ON_DEVICE there are no layers.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     bad: list[BadFile]
+    ops: torch.Tensor
 
 
 class EvalBatch(NamedTuple):
@@ -112,8 +116,8 @@ def _loader(
 
 
 def _collate_train(samples: list[TrainSample]) -> TrainBatch:
-    images, labels, bad = zip(*samples, strict=True)
-    return TrainBatch(_stack(images), torch.tensor(labels), _flat(bad))
+    images, labels, bad, ops = zip(*samples, strict=True)
+    return TrainBatch(_stack(images), torch.tensor(labels), _flat(bad), torch.stack(ops))
 
 
 def _collate_eval(samples: list[EvalSample]) -> EvalBatch:

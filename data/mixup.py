@@ -6,6 +6,8 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
+from data.device_augment import RandAugmentOnDevice
+
 
 class Normalize:
     """Per channel (value - mean) / std, of values in [0, 1]."""
@@ -35,7 +37,9 @@ class Normalize:
 
 
 class BatchTransform:
-    """Normalise, erase, mix. The arguments are those of timm's recipes; mixing needs even batches.
+    """Augment, if left to the device, normalise, erase, mix. The arguments are those of timm's recipes.
+
+    Mixing needs even batches.
 
     reprob, mixup, cutmix: 0 switches random erasing, Mixup or CutMix off.
 
@@ -54,6 +58,8 @@ class BatchTransform:
         reprob: float,
         remode: str,
         recount: int,
+        on_device: bool,
+        interpolation: str,
         mixup: float,
         cutmix: float,
         mixup_prob: float,
@@ -62,6 +68,12 @@ class BatchTransform:
     ):
         self.device = device
         self.normalize = Normalize(mean, std, device=device)
+        self.augment = None
+        if on_device:
+            fill = [min(255, round(255 * colour)) for colour in mean]
+            self.augment = RandAugmentOnDevice(
+                fill=fill, interpolation=interpolation, device=device
+            )
         self.erase = None
         if reprob > 0:
             self.erase = RandomErasing(reprob, mode=remode, max_count=recount, device=str(device))
@@ -78,12 +90,14 @@ class BatchTransform:
             )
 
     def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor
+        self, images: torch.Tensor, labels: torch.Tensor, ops: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images uint8 [B, 3, H, W] and labels int64 [B] to model input and targets.
+        """Images uint8 [B, 3, H, W], labels int64 [B] and what is left of RandAugment to model input and targets.
 
         Targets are labels [B], or with mixing switched on probabilities [B, num_classes].
         """
+        if self.augment is not None:
+            images = self.augment(images, ops)
         images = self.normalize(images)
         targets = labels.to(self.device, non_blocking=True)
         if self.erase is not None:

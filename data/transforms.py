@@ -11,6 +11,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 
+from data.device_augment import DeferredTransform
 from data.fast_ops import BY_TORCH, REPLACED, REPLACED_IF_BICUBIC, resize, to_picture
 from utils.errors import ConfigError
 
@@ -24,9 +25,10 @@ def train_transform(
     hflip: float,
     color_jitter: float,
     auto_augment: str,
+    on_device: bool,
     interpolation: str,
     mean: Sequence[float],
-) -> transforms.Compose:
+) -> transforms.Compose | DeferredTransform:
     """timm's training augmentation, from pixels to [3, img_size, img_size].
 
     Every random number is timm's. Pixels may differ by rounding where timm's operation is slow:
@@ -37,6 +39,7 @@ def train_transform(
     padding: pixels; if positive, a shift inside a zero border replaces the random resized crop, as
     is usual for CIFAR (He et al. 2016, §4.2).
     auto_augment: timm's policy; empty: none. color_jitter acts only without it.
+    on_device: the policy, a RandAugment, is drawn only, for `RandAugmentOnDevice`; ConfigError for others.
     mean: the colour, in [0, 1], of what rotations and shifts leave empty.
     """
     crop, augment, to_tensor = create_transform(
@@ -62,6 +65,8 @@ def train_transform(
         crop.transforms[0] = RandomResizedCrop(img_size, scale, ratio, interpolation)
     else:
         crop.transforms.insert(0, to_picture)
+    if on_device:
+        return DeferredTransform(crop, augment, to_tensor)
     replaced = REPLACED | (REPLACED_IF_BICUBIC if interpolation == "bicubic" else {})
     for op in _augment_ops(augment):
         op.aug_fn = replaced.get(op.aug_fn, op.aug_fn)

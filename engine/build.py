@@ -4,6 +4,7 @@ Here the configuration is read group by group and goes no further: what is built
 """
 
 import functools
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from engine.optim import Schedule, create_optimizer
 from engine.pretrained import load_pretrained
 from engine.state import TrainState
 from models.dat import VARIANTS
+from models.ops import fused_obstacle, use_kernels
 from utils.distributed import Process
 from utils.download import download
 from utils.errors import ConfigError, DataError
@@ -34,9 +36,9 @@ from utils.version import CHECKPOINT_FORMAT, __version__
 from utils.yaml_nodes import to_dict
 
 # Keys of AUG: per image in the loader's workers, and per micro-batch on the device.
-IMAGE_KEYS = ("SCALE", "RATIO", "HFLIP", "COLOR_JITTER", "AUTO_AUGMENT", "PADDING")
+IMAGE_KEYS = ("SCALE", "RATIO", "HFLIP", "COLOR_JITTER", "AUTO_AUGMENT", "ON_DEVICE", "PADDING")
 MIX_KEYS = ("MIXUP", "CUTMIX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
-BATCH_KEYS = ("REPROB", "REMODE", "RECOUNT", *MIX_KEYS)
+BATCH_KEYS = ("REPROB", "REMODE", "RECOUNT", "ON_DEVICE", *MIX_KEYS)
 
 
 def lower(group: CfgNode, names: Iterable[str]) -> dict[str, object]:
@@ -49,20 +51,49 @@ def run_path(cfg: CfgNode) -> Path:
     return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
 
 
-def resolve_amp_dtype(cfg: CfgNode, device: torch.device) -> CfgNode:
-    """`cfg` with the type that AMP_DTYPE auto means on `device`; warns of one that a CPU computes slowly."""
-    cuda = device.type == "cuda"
-    bfloat16 = not cuda and compat.cpu_multiplies_bfloat16()
-    if cfg.AMP_DTYPE != "auto":
-        if cfg.AMP_DTYPE == "float16" and not cuda:
-            logger.warning("float16 is slow on CPUs; --amp-dtype auto chooses what is fast")
-        return cfg
+def prepare_device(cfg: CfgNode, device: torch.device) -> CfgNode:
+    """Make this process compute as `cfg` says; return `cfg` with what AMP_DTYPE and MODEL.KERNELS auto mean here.
+
+    Raises ConfigError for kernels that `device` cannot run.
+    """
+    if cfg.TRAIN.DETERMINISTIC and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     resolved = cfg.clone()
     resolved.defrost()
-    resolved.AMP_DTYPE = "float16" if cuda else "bfloat16" if bfloat16 else "float32"
+    resolved.AMP_DTYPE = _resolve_amp_dtype(cfg.AMP_DTYPE, device)
+    resolved.MODEL.KERNELS = _resolve_kernels(cfg.MODEL.KERNELS, device)
     resolved.freeze()
-    logger.info(f"AMP_DTYPE auto: {resolved.AMP_DTYPE}")
     return resolved
+
+
+def _resolve_amp_dtype(name: str, device: torch.device) -> str:
+    cuda = device.type == "cuda"
+    if name != "auto":
+        if name == "float16" and not cuda:
+            logger.warning("float16 is slow on CPUs; --amp-dtype auto chooses what is fast")
+        return name
+    bfloat16 = not cuda and compat.cpu_multiplies_bfloat16()
+    name = "float16" if cuda else "bfloat16" if bfloat16 else "float32"
+    logger.info(f"AMP_DTYPE auto: {name}")
+    return name
+
+
+def _resolve_kernels(name: str, device: torch.device) -> str:
+    cuda = device.type == "cuda"
+    obstacle = fused_obstacle() if cuda or name == "fused" else "the device is a CPU"
+    if name == "auto":
+        name = "reference" if obstacle else "fused"
+        if cuda:
+            reason = f", because {obstacle}" if obstacle else ""
+            logger.info(f"MODEL.KERNELS auto: {name}{reason}")
+    elif name == "fused" and obstacle:
+        raise ConfigError(
+            f"MODEL.KERNELS fused cannot run here: {obstacle}. Set it to auto or reference."
+        )
+    use_kernels(name)
+    return name
 
 
 def at_size(cfg: CfgNode, size: int) -> CfgNode:
@@ -368,6 +399,7 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
             device=process.device,
             mean=cfg.DATA.MEAN,
             std=cfg.DATA.STD,
+            interpolation=cfg.DATA.INTERPOLATION,
             **lower(cfg.AUG, BATCH_KEYS),
         ),
         label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
@@ -397,7 +429,9 @@ def build_metadata(
         "decoder": data.decoder_fingerprint(),
         "steps_per_epoch": steps_per_epoch,
         "reproducibility": compat.reproducibility(
-            process.device, exact_world_size=cfg.TRAIN.EXACT_WORLD_SIZE
+            process.device,
+            exact_world_size=cfg.TRAIN.EXACT_WORLD_SIZE,
+            deterministic=cfg.TRAIN.DETERMINISTIC,
         ),
         **describe_environment(process),
         "config": to_dict(cfg),

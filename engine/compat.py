@@ -162,17 +162,18 @@ EXPLANATIONS = {
     "bitwise on any number of processes": "repeated, killed and resumed at any step, with another number of workers or "
     "on 1, 2, 4 … processes, this run ends in the same bits",
     "same samples": "repeated, resumed or on another number of processes, this run sees the same samples, augmented "
-    "and mixed the same way; the bits differ, because CUDA's kernels add in no fixed order",
+    "and mixed the same way; the bits differ, because some of CUDA's kernels add in no fixed order "
+    "(TRAIN.DETERMINISTIC True avoids them)",
 }
 
 
-def reproducibility(device: torch.device, *, exact_world_size: bool) -> str:
+def reproducibility(device: torch.device, *, exact_world_size: bool, deterministic: bool) -> str:
     """What a run on `device` repeats, a key of `EXPLANATIONS`.
 
     Nothing is guaranteed for another processor, number of threads or version of torch.
     """
     if device.type == "cuda":
-        return "same samples"
+        return "bitwise" if deterministic else "same samples"
     return "bitwise on any number of processes" if exact_world_size else "bitwise"
 
 

@@ -62,7 +62,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
     with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         build.log_start(cfg, sources, process)
-        cfg = build.resolve_amp_dtype(cfg, process.device)
+        cfg = build.prepare_device(cfg, process.device)
         weights = choose_weights(cfg, given)
         if cfg.TEST.SETS or cfg.TEST.OUT or cfg.TEST.SIZES or cfg.TEST.SAVE_LOGITS:
             record = evaluate_sets(cfg, weights, process, has_val="DATA.PATH" in sources)
@@ -315,7 +315,7 @@ def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         build.log_start(cfg, sources, process)
-        cfg = build.resolve_amp_dtype(cfg, process.device)
+        cfg = build.prepare_device(cfg, process.device)
         model = build.build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process.device).eval()
         size, batch = cfg.DATA.IMG_SIZE, cfg.DATA.BATCH_SIZE
         images = torch.randn(batch, 3, size, size, device=process.device)

@@ -34,7 +34,7 @@ class Recipe:
     global_batch: int  # images of one step
     micro_batches: range  # the micro-batches of every step that are this process's
     schedule: Schedule
-    transform: Callable  # (uint8 images, labels) on the CPU -> (images, targets) on the device
+    transform: Callable  # (uint8 images, labels, ops) on the CPU -> (images, targets) on the device
     label_smoothing: float
     clip_grad: float  # largest gradient norm; 0 leaves the gradient as it is
     amp_dtype: torch.dtype
@@ -124,7 +124,7 @@ def forward_backward(
             batch = next(batches)
         reseed(key(recipe.seed, "slot", state.step, micro_batch), process.device)
         with timer("transform"):
-            images, targets = recipe.transform(batch.images, batch.labels)
+            images, targets = recipe.transform(batch.images, batch.labels, batch.ops)
         with grad_sync.accumulate(micro_batch, timer):
             with timer("forward"), autocast(process.device, recipe.amp_dtype):
                 logits = grad_sync.net(images)

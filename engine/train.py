@@ -42,7 +42,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         own_path = run_dir.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)
         build.log_start(cfg, sources, process)
-        cfg = build.resolve_amp_dtype(cfg, process.device)
+        cfg = build.prepare_device(cfg, process.device)
 
         # --- Data ---------------------------------------------------------------------------------
         resumed = find_checkpoint(cfg, run_dir)

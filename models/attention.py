@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
 from models import ops
-from models.cache import cached_tensor, grid, map_extent
+from models.cache import grid, map_extent
 
 # --- Windows --------------------------------------------------------------------------------------
 
@@ -61,12 +61,14 @@ class WindowAttention(nn.Module):
             self.shift_size if size > length else 0
             for size, length in zip((height, width), window, strict=True)
         )
+        if fused := ops.fused_windows(x, self.num_heads, window):
+            return self.proj(fused.window_attend(self.qkv(x), self.bias(window), window, shift))
         padding = -height % window[0], -width % window[1]
 
         # What is added to the scores.
         bias = self.bias(window)  # (M, n, n), the same in every window
         if any(shift) or any(padding):
-            mask = window_mask((height, width), window, shift, x.device)  # (K, n, n)
+            mask = ops.window_mask((height, width), window, shift, x.device)  # (K, n, n)
             bias = (bias + mask[:, None]).flatten(0, 1)  # (K · M, n, n)
 
         # Zeros below and to the right, then up and left by the shift: what leaves the map comes back opposite.
@@ -106,36 +108,6 @@ def relative_position_index(size: int) -> Tensor:
     delta = axis[:, None] - axis + size - 1  # (query, key) of one axis
     index = delta[:, None, :, None] * (2 * size - 1) + delta[None, :, None, :]
     return index.reshape(size * size, size * size)
-
-
-@cached_tensor
-def window_mask(
-    size: tuple[int, int],
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    device: torch.device,
-) -> Tensor:
-    """What is added to the scores of padded and shifted windows, (K, n, n).
-
-    −100 between regions that only the cyclic shift made neighbours (as released); −∞ from real
-    queries to padded keys, so that padding never changes a real output, however large its scores.
-    """
-    region, real = [], []
-    for length, extent, offset in zip(size, window, shift, strict=True):
-        padded = length + -length % extent
-        index = torch.arange(padded, device=device)
-        # Along one axis after the shift: 0 up to the last window, which holds 1 and, rolled in from the other end, 2.
-        region.append((index >= padded - extent).long() + (index >= padded - offset).long())
-        real.append(((index + offset) % padded) < length)
-    regions = to_windows(3 * region[0][:, None] + region[1], window)  # (K, n)
-    reals = to_windows(real[0][:, None] & real[1], window)
-    mask = -100.0 * (regions[:, :, None] != regions[:, None, :])
-    return mask.masked_fill(reals[:, :, None] & ~reals[:, None, :], -torch.inf)
-
-
-def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """(H, W) to (K, n), windows in reading order."""
-    return ops.split_heads(x[..., None], tuple(x.shape), window, num_heads=1)[0].squeeze(-1)
 
 
 # --- Neighbourhoods -------------------------------------------------------------------------------
@@ -295,9 +267,8 @@ class DeformableAttention(nn.Module):
         q = self.q(x)  # (B, H, W, C)
         positions = self.positions(q)  # (B, G, Hk, Wk, 2)
         queries = grid(self.geometry.query, tuple(x.shape[1:3]), x.device)  # (H, W, 2)
-        bias = ops.rpe_bias(self.rpe_table, queries, positions)  # (B · M, N, S)
         kv = self.kv(ops.sample(x, positions))  # k̃, ṽ: (B, S, 2C)
-        z = ops.attend_all(q, kv, self.num_heads, bias)  # (B · H · W, C)
+        z = ops.attend_at(q, kv, self.rpe_table, queries, positions)  # (B · H · W, C)
         return self.proj(z).view(x.shape)
 
 
@@ -330,10 +301,10 @@ class GlobalAttention(nn.Module):
         reduced = self.reduce(x)  # (B, Hk, Wk, C)
         queries = grid(DATGeometry.query, tuple(x.shape[1:3]), x.device)  # (H, W, 2)
         keys = grid(DATGeometry.reference, tuple(reduced.shape[1:3]), x.device)  # (Hk, Wk, 2)
-        # One image and one group of keys: the bias (M, N, S) serves all images.
-        bias = ops.rpe_bias(self.rpe_table, queries, keys[None, None])
         kv = self.kv(reduced.flatten(1, 2))  # (B, S, 2C)
-        return self.proj(ops.attend_all(self.q(x), kv, self.num_heads, bias)).view(x.shape)
+        # One image and one group of keys: the bias serves all images.
+        z = ops.attend_at(self.q(x), kv, self.rpe_table, queries, keys[None, None])
+        return self.proj(z).view(x.shape)
 
 
 # --- Deformable convolution -----------------------------------------------------------------------

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import relative_position_index, window_mask
+from models.attention import relative_position_index
+from models.ops import window_mask
 from utils import first_edition
 
 

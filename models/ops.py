@@ -1,7 +1,8 @@
 """Operations of the models, each with one plain reference, and the choice among its kernels.
 
 Nothing else picks a kernel. Where a device or a situation has a faster way than the reference, it is in
-models/kernels.py and gives the same values and gradients. Shapes in this file:
+models/kernels.py (plain PyTorch) or models/fused.py (Triton) and gives the same values and gradients. Shapes in this
+file:
 
     B batch   H, W map   C channels   M heads   D = C / M channels of a head   n positions of a window
     G groups, each of which reads its own channels or heads   N queries   Hk, Wk grid of positions   S = Hk · Wk keys
@@ -10,8 +11,11 @@ Coordinates are (y, x), normalised so that -1 and 1 are the centres of the borde
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +23,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
-from models.cache import is_tracing
+from models.cache import cached_tensor, is_tracing
 from models.kernels import (
     GELULinear,
     IndexAddScaled,
@@ -60,6 +64,73 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     """No autocast; the meta device has none."""
     # Not torch.amp.is_autocast_available, which torch.compile of 2.11 cannot trace.
     return torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
+
+
+# --- Fused kernels --------------------------------------------------------------------------------
+
+_kernels = "auto"
+
+
+def use_kernels(kernels: str) -> None:
+    """Set which kernels this process uses: "auto" is fused where a card runs them, "reference" never.
+
+    "fused" is "auto", and in Triton's interpreter also on the CPU.
+    """
+    global _kernels
+    _kernels = kernels
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """The reference in place of fused kernels, for whoever looks at what attention computes."""
+    global _kernels
+    before, _kernels = _kernels, "reference"
+    try:
+        yield
+    finally:
+        _kernels = before
+
+
+@functools.cache
+def fused_obstacle() -> str:
+    """Why this machine cannot run models/fused.py; empty: it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if _is_interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"the card has compute capability {'.'.join(map(str, capability))}, 8.0 is needed"
+    return ""
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU."""
+    return importlib.import_module("triton").knobs.runtime.interpret
+
+
+def fused_kernels(x: Tensor) -> ModuleType | None:
+    """models/fused.py if it is to compute for `x`, else None.
+
+    The reference computes what is recorded for other programs (torch.jit, torch.export), transformed by torch.func,
+    or in float64.
+    """
+    if _kernels == "reference" or not (x.is_cuda or _kernels == "fused"):
+        return None
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    transformed = torch._C._are_functorch_transforms_active()
+    if recorded or transformed or x.dtype == torch.float64 or fused_obstacle():
+        return None
+    return importlib.import_module("models.fused")
+
+
+def fused_windows(x: Tensor, num_heads: int, window: tuple[int, int]) -> ModuleType | None:
+    """models/fused.py if it is to compute windows of x (B, H, W, C), else None."""
+    fused = fused_kernels(x)
+    if fused is None or window[0] * window[1] > fused.MAX_WINDOW:
+        return None
+    return fused if x.shape[-1] // num_heads in fused.HEAD_WIDTHS else None
 
 
 # --- A batch in chunks ----------------------------------------------------------------------------
@@ -174,6 +245,69 @@ def attend_all(q: Tensor, kv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
     return merge_heads(attend(q, k, v, bias), size, size, num_heads)
 
 
+def attend_at(q: Tensor, kv: Tensor, table: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
+    """`attend` from q (B, H, W, C) at `queries` (H, W, 2) to kv (B, S, 2C) at positions, to (B · H · W, C).
+
+    The bias is `rpe_bias` of the heads' tables (M, …). Positions are (B, G, …, 2), or (1, G, …, 2) for all images.
+    """
+    fused = fused_kernels(q)
+    if fused is not None and q.shape[-1] // len(table) in fused.HEAD_WIDTHS:
+        positions = positions.flatten(2, -2).expand(len(q), -1, -1, -1)
+        return fused.deformable_attend(q, kv, table, queries, positions)[0].flatten(0, 2)
+    bias = rpe_bias(table, queries, positions)  # (B · M, N, S), or (M, N, S)
+    return attend_all(q, kv, len(table), bias)
+
+
+def attend_windows(
+    qkv: Tensor, bias: Tensor, window: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """The reference of `window_attend` of models/fused.py: (B, H, W, 3C) to (B, H, W, C).
+
+    bias is (M, n, n). WindowAttention on the CPU does the same, but moves C channels instead of 3C.
+    """
+    (height, width, channels), num_heads = qkv.shape[1:], len(bias)
+    padding = -height % window[0], -width % window[1]
+    mask = window_mask((height, width), tuple(window), tuple(shift), qkv.device)
+    bias = (bias + mask[:, None]).flatten(0, 1)
+    qkv = F.pad(qkv, (0, 0, 0, padding[1], 0, padding[0]))
+    qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
+    size = tuple(qkv.shape[1:3])
+    q, k, v = split_heads(qkv, size, window, num_heads, parts=3)
+    z = merge_heads(attend(q, k, v, bias), size, window, num_heads)
+    z = z.view(-1, *size, channels // 3).roll(tuple(shift), (1, 2))
+    return z[:, :height, :width]
+
+
+@cached_tensor
+def window_mask(
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """What is added to the scores of padded and shifted windows, (K, n, n).
+
+    −100 between regions that only the cyclic shift made neighbours (as released); −∞ from real
+    queries to padded keys, so that padding never changes a real output, however large its scores.
+    """
+    region, real = [], []
+    for length, extent, offset in zip(size, window, shift, strict=True):
+        padded = length + -length % extent
+        index = torch.arange(padded, device=device)
+        # Along one axis after the shift: 0 up to the last window, which holds 1 and, rolled in from the other end, 2.
+        region.append((index >= padded - extent).long() + (index >= padded - offset).long())
+        real.append(((index + offset) % padded) < length)
+    regions = to_windows(3 * region[0][:, None] + region[1], window)  # (K, n)
+    reals = to_windows(real[0][:, None] & real[1], window)
+    mask = -100.0 * (regions[:, :, None] != regions[:, None, :])
+    return mask.masked_fill(reals[:, :, None] & ~reals[:, None, :], -torch.inf)
+
+
+def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """(H, W) to (K, n), windows in reading order."""
+    return split_heads(x[..., None], tuple(x.shape), window, num_heads=1)[0].squeeze(-1)
+
+
 def attend_neighborhoods(qkv: Tensor, rpb: Tensor) -> Tensor:
     """`attend` from every position to the w × w window around it, (B, H, W, 3C) to (B, H, W, C).
 
@@ -209,6 +343,8 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
 
     Bilinear, zeros outside. Values take the precision of the coordinates, never the reverse.
     """
+    if fused := fused_kernels(x):
+        return fused.sample(x, positions.flatten(2, 3))
     read = sample_by_grid if allow_atomic_add(x.device) else sample_by_rows
     return read(x.to(positions.dtype), positions)
 

@@ -1,6 +1,7 @@
 """Shared fixtures: small images, real photographs, a run's signals and warnings, and the data of ../shared."""
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from importlib import resources
@@ -13,6 +14,8 @@ from utils.logging import logger
 from utils.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
+# Triton reads it when it is imported: kernels then run on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ import config
 from analysis.records import read_records
 from analysis.tables import format_run_differences, format_runs
 from engine import checkpoint
-from engine.build import build_model, resolve_amp_dtype
+from engine.build import build_model, prepare_device
 from tools.benchmarks.macs import count_macs
 from tools.benchmarks.model import Subject, at_least, time_in_turns
 from utils.errors import CheckpointError, as_exit_code
@@ -106,7 +106,7 @@ def compare(args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     cfgs = {
-        path: resolve_amp_dtype(config.load(path, ["MODEL.DROP_PATH_RATE", "0"]), device)
+        path: prepare_device(config.load(path, ["MODEL.DROP_PATH_RATE", "0"]), device)
         for path in args.cfg
     }
     runs = {name: find_finished(cfg, args.runs) for name, cfg in cfgs.items()}

@@ -32,8 +32,11 @@ RECORDS = {"update": "step", "slots": "micro_batches"}
 TENSORS = {".perception.": ".lpu.", "displacement_bias_table": "rpe_table"}
 # What keys that came later would have been, in checkpoints of either edition that lack them.
 LATER_KEYS = {
+    "AUG.ON_DEVICE": False,
     "DATA.HOLDOUT": 0.0,
     "DATA.IMG_SIZE_SCHEDULE": [],
+    "MODEL.KERNELS": "reference",
+    "TRAIN.DETERMINISTIC": False,
     "TRAIN.LR_BASE_SIZE": 512,
     "TRAIN.OPTIMIZER.NAME": "adamw",
 }

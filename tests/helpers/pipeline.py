@@ -26,7 +26,7 @@ def image_dataset(root: Path, split: str = "train", **options) -> data.ImageData
 def train_transform(img_size: int, **options):
     """The training transform with config.py's defaults."""
     settings = defaults(
-        "AUG", "scale", "ratio", "padding", "hflip", "color_jitter", "auto_augment"
+        "AUG", "scale", "ratio", "padding", "hflip", "color_jitter", "auto_augment", "on_device"
     ) | defaults("DATA", "interpolation", "mean")
     return data.train_transform(img_size, **settings | options)
 
@@ -41,8 +41,8 @@ def eval_transform(img_size: int, **options):
 
 def batch_transform(num_classes: int, **options) -> data.BatchTransform:
     """Normalisation on the CPU with config.py's defaults; erasing and mixing are off."""
-    settings = defaults("DATA", "mean", "std") | defaults(
-        "AUG", "remode", "recount", "mixup_prob", "mixup_switch_prob", "mixup_mode"
+    settings = defaults("DATA", "mean", "std", "interpolation") | defaults(
+        "AUG", "on_device", "remode", "recount", "mixup_prob", "mixup_switch_prob", "mixup_mode"
     )
     off = {"reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}
     return data.BatchTransform(num_classes, device=CPU, **settings | off | options)

@@ -151,10 +151,12 @@ def test_the_level_is_in_the_log_and_in_the_checkpoints(unmoved):
 
 def test_the_level_follows_from_device_and_reduction():
     levels = [
-        compat.reproducibility(torch.device(kind), exact_world_size=exact)
+        compat.reproducibility(torch.device(kind), exact_world_size=exact, deterministic=False)
         for kind in ("cpu", "cuda")
         for exact in (False, True)
     ]
+    cuda = torch.device("cuda")
+    assert compat.reproducibility(cuda, exact_world_size=False, deterministic=True) == "bitwise"
     assert levels == [
         "bitwise",
         "bitwise on any number of processes",

@@ -309,6 +309,6 @@ def test_auto_is_the_recipes_type_or_what_the_cpu_is_fast_with(
     monkeypatch.setattr(compat, "cpu_multiplies_bfloat16", lambda: bfloat16)
     cfg = config.load(str(ROOT / "configs/dat_tiny.yaml"))
     assert cfg.AMP_DTYPE == "auto"
-    assert expected == build.resolve_amp_dtype(cfg, torch.device(device)).AMP_DTYPE
+    assert expected == build.prepare_device(cfg, torch.device(device)).AMP_DTYPE
     named = config.load(str(ROOT / "configs/dat_tiny.yaml"), ["AMP_DTYPE=float16"])
-    assert build.resolve_amp_dtype(named, torch.device(device)).AMP_DTYPE == "float16"
+    assert build.prepare_device(named, torch.device(device)).AMP_DTYPE == "float16"

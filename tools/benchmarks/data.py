@@ -40,8 +40,9 @@ AUG = {
     for key in SCHEMA
     if key.name.startswith("AUG.")
 }
-CROP = ("scale", "ratio", "padding", "hflip", "color_jitter")
+CROP = ("scale", "ratio", "padding", "hflip", "color_jitter", "on_device")
 MIXING = (
+    "on_device",
     "reprob",
     "remode",
     "recount",
@@ -210,7 +211,9 @@ def _training(root: Path, args: argparse.Namespace) -> Pass:
     )
     loader = data.train_loader(dataset, sampler, num_workers=args.workers, timeout=0)
     mixing = {name: AUG[name] for name in MIXING}
-    micro_batch = data.BatchTransform(len(dataset.classes), device=CPU, **COLOURS, **mixing)
+    micro_batch = data.BatchTransform(
+        len(dataset.classes), device=CPU, interpolation="bicubic", **COLOURS, **mixing
+    )
     return lambda: (micro_batch(batch.images, batch.labels) for batch in loader)
 
 

@@ -135,7 +135,7 @@ def load_classifier(args: argparse.Namespace, names: str = "lemma") -> Classifie
     logger.info(f"{title}: {count} classes, {build.describe_preprocessing(cfg)}")
     words = choose_names(classes, described, names)
     return Classifier(
-        build.resolve_amp_dtype(cfg, device), model.eval(), device, classes, words, title
+        build.prepare_device(cfg, device), model.eval(), device, classes, words, title
     )
 
 
