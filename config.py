@@ -82,7 +82,7 @@ SCHEMA = (
         "dataset: folder with train and val, each a folder, .pack, .zip or .tar of class folders"),
     Key("DATA.HOLDOUT", 0.0, SHARE_BELOW_1,
         "fraction of each training class to validate on, chosen by a hash of the file name; 0: the val split"),
-    Key("DATA.CLASS_LIST", "", PATH, "text file, a class name a line; empty: the training set's class folders"),
+    Key("DATA.CLASS_LIST", "", PATH, "text file, a class name a line, or imagenet-1k; empty: the training set's class folders"),
     Key("DATA.VAL_SUBSET", False, ANY, "the validation set may lack classes"),
     Key("DATA.BATCH_SIZE", 128, at_least(1), "images of a micro-batch: what a process forwards at once"),
     Key("DATA.IMG_SIZE", 224, at_least(32), "pixels of the model's input, height and width"),

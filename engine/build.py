@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 
 import data
 import models
+from analysis import imagenet
 from engine import checkpoint, compat, suite
 from engine.grad_sync import DDPSync, DeterministicSync, GradSync
 from engine.loop import Recipe
@@ -32,6 +33,7 @@ from utils.download import download
 from utils.errors import ConfigError, DataError
 from utils.logging import logger
 from utils.rng import key, reseed
+from utils.text import quantity
 from utils.version import CHECKPOINT_FORMAT, __version__
 from utils.yaml_nodes import to_dict
 
@@ -123,15 +125,20 @@ def open_data(
     train_set = open_split(cfg, "train", class_list(cfg))
     if resumed is not None and not cfg.DATA.CLASS_LIST:
         saved = checkpoint.read_metadata(resumed)["classes"]
-        if saved != train_set.classes and sorted(saved) == sorted(train_set.classes):
-            train_set = open_split(cfg, "train", saved)  # the order of the run's labels
-    count = len(train_set.classes)
+        if saved != train_set.classes and data.same_names(saved, train_set.classes):
+            train_set = open_split(cfg, "train", saved)  # the run's names and their order
+    check_num_classes(cfg, len(train_set.classes), cfg.DATA.CLASS_LIST or cfg.DATA.PATH)
+    return train_set, open_split(cfg, "val", train_set.classes)
+
+
+def check_num_classes(cfg: CfgNode, count: int, where: str) -> None:
+    """Raise ConfigError where MODEL.NUM_CLASSES is another number than the `count` classes of `where`."""
     if cfg.MODEL.NUM_CLASSES not in (0, count):
         raise ConfigError(
-            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {cfg.DATA.PATH} has {count} classes. "
-            "Leave it 0 to follow the data."
+            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {where} has {quantity(count, 'class')}. Leave it 0 to "
+            "follow the data. To evaluate on a part of the model's classes, name all of them with DATA.CLASS_LIST and "
+            "set DATA.VAL_SUBSET=True."
         )
-    return train_set, open_split(cfg, "val", train_set.classes)
 
 
 def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.ImageDataset:
@@ -219,6 +226,8 @@ def describe_pixels(cfg: CfgNode, crop: str) -> dict[str, object]:
 
 def class_list(cfg: CfgNode) -> list[str] | None:
     """The class names of DATA.CLASS_LIST, None without one."""
+    if cfg.DATA.CLASS_LIST == "imagenet-1k":
+        return imagenet.wnids()
     return data.read_class_list(cfg.DATA.CLASS_LIST) if cfg.DATA.CLASS_LIST else None
 
 
@@ -314,11 +323,14 @@ def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Modu
     return model.to(device)
 
 
-def build_state(cfg: CfgNode, num_classes: int, device: torch.device, *, fresh: bool) -> TrainState:
+def build_state(
+    cfg: CfgNode, classes: list[str], device: torch.device, *, fresh: bool
+) -> TrainState:
     """The state before the first step; a `fresh` run starts from the weights of CHECKPOINT.PRETRAINED, if any."""
-    model = build_model(cfg, num_classes, device)
+    model = build_model(cfg, len(classes), device)
     if fresh and cfg.CHECKPOINT.PRETRAINED:
-        load_pretrained(model, download(cfg.CHECKPOINT.PRETRAINED), strict=False)
+        path = download(cfg.CHECKPOINT.PRETRAINED)
+        load_pretrained(model, path, strict=False, classes=classes)
     optimizer = build_optimizer(cfg.TRAIN, model)
     return TrainState(
         model=model,

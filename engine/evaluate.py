@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 import shlex
 import sys
 import time
@@ -31,6 +32,7 @@ from utils.distributed import Process, init_distributed
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError
 from utils.logging import logger, start_logging
+from utils.text import join_some, quantity
 from utils.yaml_nodes import to_dict
 
 
@@ -39,7 +41,10 @@ class Weights:
     """What is evaluated: a checkpoint of a run, whose class list decides the labels, or a file of weights."""
 
     path: Path
-    classes: list[str] | None  # of the checkpoint; of DATA.CLASS_LIST, if any, for a file
+    classes: (
+        list[str] | None
+    )  # of the checkpoint or of DATA.CLASS_LIST; None: the folders' names decide
+    source: str  # where `classes` come from, for people
     is_checkpoint: bool
 
     def files(self) -> Iterator[tuple[str, Path]]:
@@ -75,6 +80,8 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
 def evaluate_val(cfg: CfgNode, weights: Weights, process: Process) -> dict:
     """The accuracies of `weights` on the validation images."""
     val_set = build.open_split(cfg, "val", weights.classes)
+    source = weights.source if weights.classes else None
+    report_labels(cfg, val_set.classes, source)
     loader = build.val_loader(cfg, val_set, process)
     model = build.build_model(cfg, len(val_set.classes), process.device)
     changes = changes_since_training(cfg, weights, val_set.fingerprint)
@@ -106,12 +113,64 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
         run = own
     if run:
         path = checkpoint.resolve(Path(run), best=True)
-        return Weights(path, checkpoint.read_metadata(path)["classes"], is_checkpoint=True)
+        return Weights(path, *_saved_classes(cfg, path, given), is_checkpoint=True)
     if file:
-        return Weights(download(file), build.class_list(cfg), is_checkpoint=False)
+        path = download(file)
+        if step := checkpoint.origin_of(path):
+            return Weights(path, *_saved_classes(cfg, step, given), is_checkpoint=False)
+        return Weights(path, build.class_list(cfg), "DATA.CLASS_LIST", is_checkpoint=False)
     raise CheckpointError(
         f"--eval needs weights, and {own} has no checkpoints. Add --pretrained FILE or --resume RUN."
     )
+
+
+def _saved_classes(cfg: CfgNode, step: Path, given: frozenset[str]) -> tuple[list[str], str]:
+    """The class list of the checkpoint `step`, and its name. Raises ConfigError for another on the command line."""
+    saved = checkpoint.read_metadata(step)["classes"]
+    if "DATA.CLASS_LIST" in given and (listed := build.class_list(cfg)) not in (None, saved):
+        raise ConfigError(
+            f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} ({join_some(listed, 3)}) is not the class list of {step} "
+            f"({join_some(saved, 3)}), which decides the labels. Leave it out."
+        )
+    return saved, str(step)
+
+
+def report_labels(cfg: CfgNode, classes: list[str], source: str | None) -> None:
+    """Log that the labels are those of `source`; warn where the weights may count their classes otherwise.
+
+    source: where the list is from; None: the sorted folders of val. Raises ConfigError where MODEL.NUM_CLASSES is
+    another number.
+    """
+    build.check_num_classes(cfg, len(classes), source or cfg.DATA.PATH)
+    where = source or f"the sorted folders of {cfg.DATA.PATH}"
+    logger.info(
+        f"Labels: {quantity(len(classes), 'class')} as in {where}, {classes[0]} first, {classes[-1]} last"
+    )
+    for doubt in list_doubts(classes) if source is None else ():
+        logger.warning(
+            f"{doubt} If the accuracy is at chance, name the order with DATA.CLASS_LIST."
+        )
+
+
+def list_doubts(classes: list[str]) -> list[str]:
+    """Why weights from elsewhere may count the class folders `classes`, in this order, otherwise."""
+    doubts = []
+    if len(classes) == 1000 and not imagenet.are_imagenet(classes):
+        wnids = set(imagenet.wnids())
+        other = next(name for name in classes if name not in wnids)
+        doubts.append(
+            f"The 1,000 class folders are not ImageNet-1k's WordNet ids, {other} among them: weights for ImageNet count "
+            "the ids in their sorted order, not the numbers of its devkit and not words."
+        )
+    by_number = sorted(classes, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+    alike = len({re.sub(r"\d+", "", name) for name in classes}) == 1
+    if alike and by_number != classes:
+        first = next(i for i, name in enumerate(classes) if name != by_number[i])
+        doubts.append(
+            f"Class folders are sorted as text, {classes[first]} before {by_number[first]}; weights from elsewhere may "
+            "count them by number."
+        )
+    return doubts
 
 
 def load_weights(model: nn.Module, file: Path, is_checkpoint: bool) -> None:
@@ -168,7 +227,10 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
         suite.parse_only(cfg.TEST.ONLY) if cfg.TEST.SETS else ["val"],
     )
     sizes = [int(size) for size in cfg.TEST.SIZES.split(",") if size] or [cfg.DATA.IMG_SIZE]
-    classes = weights.classes or class_list_of(cfg, found)
+    classes, source = weights.classes, weights.source
+    if classes is None:
+        classes, source = class_list_of(cfg, found)
+    report_labels(cfg, classes, source)
     results = []
     for size in sizes:
         sized = build.at_size(cfg, size)
@@ -203,12 +265,11 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
     return {"weights": str(weights.path), "results": results}
 
 
-def class_list_of(cfg: CfgNode, found: list[suite.Found]) -> list[str]:
-    """The classes of weights that do not name theirs: val's folders, or ImageNet-1k's."""
+def class_list_of(cfg: CfgNode, found: list[suite.Found]) -> tuple[list[str], str | None]:
+    """The classes of weights that do not name theirs, and their source: val's folders (None), or ImageNet-1k's."""
     if any(one.test_set.group == "val" for one in found):
-        return build.open_split(cfg, "val", None).classes
-    logger.info("The weights name no classes: they are taken for ImageNet-1k's")
-    return imagenet.wnids()
+        return build.open_split(cfg, "val", None).classes, None
+    return imagenet.wnids(), "ImageNet-1k"
 
 
 def build_evaluation(

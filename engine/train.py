@@ -56,7 +56,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
 
         # --- Model, and what a step does ----------------------------------------------------------
         num_classes = len(train_set.classes)
-        state = build.build_state(cfg, num_classes, process.device, fresh=resumed is None)
+        state = build.build_state(cfg, train_set.classes, process.device, fresh=resumed is None)
         run_dir.require_space(state.num_bytes())
         recipe = build.build_recipe(cfg, steps_per_epoch, num_classes, process)
         grad_sync = build.build_grad_sync(cfg, state.model, recipe.micro_batches, process)

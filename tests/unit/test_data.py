@@ -22,7 +22,7 @@ from PIL import Image
 
 import data.dataset
 from data import read_class_list
-from data.dataset import sort_classes
+from data.classes import sort_classes
 from data.decode import FORMATS, UNREADABLE, decode, decode_pixels
 from data.listing import EXTENSIONS
 from data.pack import write_index
@@ -83,11 +83,6 @@ def test_one_class_list_decides_the_labels(root, tmp_path):
     (root / "val/class_0").rmdir()
     subset = dataset(root, "val", classes=classes, allow_missing=True)
     assert sorted(set(subset.labels.tolist())) == [0, 2]
-
-
-def test_a_class_list_may_begin_with_a_byte_order_mark(tmp_path):
-    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfdog\r\ncat\r\n")
-    assert read_class_list(tmp_path / "classes.txt") == ["dog", "cat"]
 
 
 def as_kind(root, kind, prefix=""):
