@@ -1,4 +1,4 @@
-"""Class lists: names read from files, and the class of each folder of a split; the position in the list is the label."""
+"""Class lists: names read from files, and the class of each folder of a split; a position in the list is a label."""
 
 import json
 import re

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from data.classes import describe_ignored, match_folders, sort_classes
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
 from data.readers import Reader, open_split
-from utils.errors import DataError
+from utils.errors import DataError, StorageError
+from utils.machine import find_shortage
 from utils.rng import key, reseed
 from utils.text import quantity
 
@@ -229,6 +230,10 @@ class ImageDataset(Dataset):
                     raise ValueError("its SHA-256 differs from that in the index of DATA.VERIFY")
             return decode_pixels(data, apply_exif=self.apply_exif)
         except UNREADABLE as error:
+            if (
+                shortage := find_shortage(error)
+            ) is not None:  # the machine's fault, not the file's
+                raise StorageError(str(shortage)) from error
             reason = getattr(error, "strerror", None) or str(error)
             size = len(data) or self.reader.sizes[index]
             raise UnreadableError(

@@ -5,13 +5,12 @@ Here the configuration is read group by group and goes no further: what is built
 
 import functools
 import os
-import platform
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import timm
 import torch
-import torchvision
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +20,7 @@ import data
 import models
 from analysis import imagenet
 from engine import checkpoint, compat, suite
+from engine.doubts import list_schedule_doubts
 from engine.grad_sync import DDPSync, DeterministicSync, GradSync
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
@@ -28,10 +28,12 @@ from engine.pretrained import load_pretrained
 from engine.state import TrainState
 from models.dat import VARIANTS
 from models.ops import fused_obstacle, use_kernels
+from utils.devices import explain_no_gpu
 from utils.distributed import Process
 from utils.download import download
 from utils.errors import ConfigError, DataError
 from utils.logging import logger
+from utils.machine import list_shortages
 from utils.rng import key, reseed
 from utils.text import quantity
 from utils.version import CHECKPOINT_FORMAT, __version__
@@ -41,6 +43,8 @@ from utils.yaml_nodes import to_dict
 IMAGE_KEYS = ("SCALE", "RATIO", "HFLIP", "COLOR_JITTER", "AUTO_AUGMENT", "ON_DEVICE", "PADDING")
 MIX_KEYS = ("MIXUP", "CUTMIX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
 BATCH_KEYS = ("REPROB", "REMODE", "RECOUNT", "ON_DEVICE", *MIX_KEYS)
+
+GPU_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def lower(group: CfgNode, names: Iterable[str]) -> dict[str, object]:
@@ -306,6 +310,20 @@ def describe_preprocessing(cfg: CfgNode) -> str:
 # --- Model and state ------------------------------------------------------------------------------
 
 
+def check_model(cfg: CfgNode, *, training: bool) -> None:
+    """Raise ConfigError for a model that cannot be built or take a batch of the images; reads no data."""
+    models.check_forward(
+        cfg.MODEL.NAME,
+        num_classes=cfg.MODEL.NUM_CLASSES or 1000,
+        img_size=cfg.DATA.IMG_SIZE,
+        drop_path_rate=cfg.MODEL.DROP_PATH_RATE,
+        batch_size=cfg.DATA.BATCH_SIZE,
+        training=training,
+        grad_checkpointing=cfg.MODEL.GRAD_CHECKPOINTING,
+        **cfg.MODEL.ARGS,
+    )
+
+
 def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Module:
     """The model with its initial weights, a function of SEED, on `device`."""
     reseed(key(cfg.SEED, "model"))
@@ -317,7 +335,7 @@ def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Modu
         **cfg.MODEL.ARGS,
     )
     if cfg.MODEL.GRAD_CHECKPOINTING:
-        model.set_grad_checkpointing()
+        models.set_grad_checkpointing(model)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info(f"Model: {cfg.MODEL.NAME}, {millions:.2f} M parameters, {num_classes} classes")
     return model.to(device)
@@ -369,6 +387,8 @@ def _wrap_in_ddp(model: nn.Module, img_size: int, process: Process) -> nn.Module
     """
     if process.world_size == 1:
         return model
+    # A depthwise weight (C, 1, k, k) is contiguous in two layouts, whose strides torch compares without need.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     net = DistributedDataParallel(
         model,
@@ -394,6 +414,13 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
         start=cfg.TRAIN.WARMUP_LR * scale,
         end=cfg.TRAIN.MIN_LR * scale,
     )
+    for doubt in list_schedule_doubts(
+        epochs=cfg.TRAIN.EPOCHS,
+        steps_per_epoch=steps_per_epoch,
+        ema_decay=cfg.TRAIN.EMA_DECAY,
+        **lower(cfg, ("PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS")),
+    ):
+        logger.warning(doubt)
     warmup = f"{schedule.start:.3g} (warm-up), " if schedule.warmup else ""
     logger.info(
         f"Step: {own * process.world_size} micro-batches of {cfg.DATA.BATCH_SIZE} images, {own} on each of "
@@ -445,26 +472,8 @@ def build_metadata(
             exact_world_size=cfg.TRAIN.EXACT_WORLD_SIZE,
             deterministic=cfg.TRAIN.DETERMINISTIC,
         ),
-        **describe_environment(process),
+        **compat.describe_environment(process),
         "config": to_dict(cfg),
-    }
-
-
-def describe_environment(process: Process) -> dict[str, object]:
-    """Code, versions and hardware, for checkpoints and evaluations."""
-    return {
-        "world_size": process.world_size,
-        "versions": {
-            "project": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-        },
-        "revision": compat.revision(),
-        "device": compat.device_name(process.device),
-        # What a GPU computes does not depend on the threads beside it.
-        "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
     }
 
 
@@ -497,9 +506,19 @@ def load_step(
 def log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
     """Log the machine, the versions and every setting that is no default, with the file or flag it comes from."""
     logger.info(
-        f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each, "
+        f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each "
+        f"({process.threads_from}), "
         f"torch {torch.__version__}, timm {timm.__version__}, code {__version__} {compat.revision()}"
     )
+    if process.device.type == "cpu" and cfg.DEVICE == "auto" and GPU_DRIVER.exists():
+        logger.warning(
+            f"This machine has a GPU driver, but {explain_no_gpu()}. DEVICE cpu says that this is meant."
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    images = cfg.DATA.BATCH_SIZE + (cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
+    workers = cfg.DATA.NUM_WORKERS
+    for shortage in list_shortages(workers, local * workers, images, cfg.DATA.IMG_SIZE):
+        logger.warning(shortage)
     settings: dict[str, list[str]] = {}
     for name, source in sources.items():
         value = functools.reduce(getattr, name.split("."), cfg)

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import re
 import shlex
 import sys
 import time
@@ -17,7 +16,6 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 import data
-import models
 from analysis import imagenet
 from analysis.collector import Collector
 from analysis.predictions import Evaluation
@@ -25,6 +23,7 @@ from analysis.scores import write_scores
 from analysis.suite_table import markdown
 from data import Loader
 from engine import build, checkpoint, compat, suite
+from engine.doubts import list_order_doubts
 from engine.hooks import InterruptibleLoader
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
@@ -32,6 +31,7 @@ from utils.distributed import Process, init_distributed
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError
 from utils.logging import logger, start_logging
+from utils.machine import explain_limits
 from utils.text import join_some, quantity
 from utils.yaml_nodes import to_dict
 
@@ -63,8 +63,11 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
     sources: where values that are no defaults come from. given: keys set on the command line. Raises CheckpointError
     for weights that do not fit in full.
     """
-    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
-    with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
+    build.check_model(cfg, training=False)
+    with (
+        init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process,
+        explain_limits(),
+    ):
         start_logging(cfg.MODEL.NAME, process.rank)
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
@@ -146,31 +149,10 @@ def report_labels(cfg: CfgNode, classes: list[str], source: str | None) -> None:
     logger.info(
         f"Labels: {quantity(len(classes), 'class')} as in {where}, {classes[0]} first, {classes[-1]} last"
     )
-    for doubt in list_doubts(classes) if source is None else ():
+    for doubt in list_order_doubts(classes) if source is None else ():
         logger.warning(
             f"{doubt} If the accuracy is at chance, name the order with DATA.CLASS_LIST."
         )
-
-
-def list_doubts(classes: list[str]) -> list[str]:
-    """Why weights from elsewhere may count the class folders `classes`, in this order, otherwise."""
-    doubts = []
-    if len(classes) == 1000 and not imagenet.are_imagenet(classes):
-        wnids = set(imagenet.wnids())
-        other = next(name for name in classes if name not in wnids)
-        doubts.append(
-            f"The 1,000 class folders are not ImageNet-1k's WordNet ids, {other} among them: weights for ImageNet count "
-            "the ids in their sorted order, not the numbers of its devkit and not words."
-        )
-    by_number = sorted(classes, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
-    alike = len({re.sub(r"\d+", "", name) for name in classes}) == 1
-    if alike and by_number != classes:
-        first = next(i for i, name in enumerate(classes) if name != by_number[i])
-        doubts.append(
-            f"Class folders are sorted as text, {classes[first]} before {by_number[first]}; weights from elsewhere may "
-            "count them by number."
-        )
-    return doubts
 
 
 def load_weights(model: nn.Module, file: Path, is_checkpoint: bool) -> None:
@@ -307,7 +289,7 @@ def build_evaluation(
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         },
         environment={
-            **build.describe_environment(process),
+            **compat.describe_environment(process),
             "batch_size": cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE,
             "changes": changes,
         },
@@ -372,7 +354,7 @@ def log_accuracy(result: Accuracy, name: str) -> None:
 
 def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Print how many images a second the model classifies, on random images; needs no data."""
-    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
+    build.check_model(cfg, training=False)
     with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         build.log_start(cfg, sources, process)

@@ -179,7 +179,7 @@ def _fit(
 def _fit_classes(
     tensors: dict[str, Tensor], model: nn.Module, path: Path, classes: list[str] | None
 ) -> dict[str, Tensor]:
-    """`tensors` with the classifier for `classes`, where the checkpoint at `path` names its own: reordered or dropped."""
+    """`tensors` with the classifier for `classes`, where the checkpoint at `path` has others: reordered or dropped."""
     step = checkpoint.origin_of(path) if classes else None
     saved = checkpoint.read_metadata(step)["classes"] if step else classes
     if saved == classes:
@@ -216,8 +216,8 @@ def _explain_classes(refused: list[str], file: dict[str, Tensor], model: nn.Modu
         return ""
     return (
         f"All but the classifier fits: the file knows {rows.pop():,} classes, the data has {model.num_classes:,}. "
-        "Name all classes of the file, in their order, with DATA.CLASS_LIST (a text file, or imagenet-1k for ImageNet's "
-        "1,000) and set DATA.VAL_SUBSET=True; every one of them then competes for an image."
+        "Name all classes of the file, in their order, with DATA.CLASS_LIST (a text file, or imagenet-1k) and set "
+        "DATA.VAL_SUBSET=True; all of them then compete for an image."
     )
 
 

@@ -45,6 +45,7 @@ from data.readers import Reader, open_split
 from tools.benchmarks.model import at_least
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.files import replace_atomically, write_atomically
+from utils.machine import available_cores
 from utils.rng import key, reseed
 
 PACKAGE = "imagecorruptions-imaug"
@@ -254,7 +255,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--workers",
         type=at_least(1),
-        default=os.cpu_count(),
+        default=available_cores(),
         metavar="N",
         help="processes (default: one per core)",
     )

@@ -12,7 +12,6 @@ examples:
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -28,6 +27,8 @@ from tools.checks.machine import check_machine
 from tools.checks.report import Report
 from tools.checks.settings import check_batches, check_learning_rate, check_model
 from utils.errors import ConfigError, UserError
+from utils.machine import available_cores
+from utils.streams import protect_streams
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, config.Command | None]:
@@ -42,7 +43,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, config.Command | No
     parser.add_argument("--data-path", metavar="FOLDER", help="dataset, instead of that of --cfg")
     parser.add_argument("--pixels", action="store_true", help="decode every image")
     parser.add_argument("--sha", action="store_true", help="find identical files by their SHA-256")
-    parser.add_argument("-j", "--jobs", type=int, default=len(os.sched_getaffinity(0)),
+    parser.add_argument("-j", "--jobs", type=int, default=available_cores(),
                         metavar="N", help="processes that examine files (default: the cores; 0: none)")  # fmt: skip
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 1,
                         metavar="N", help="processes of the run, on all nodes (default: the GPUs here)")  # fmt: skip
@@ -98,6 +99,7 @@ def run_checks(args: argparse.Namespace, command: config.Command | None, report:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; return the exit code."""
+    protect_streams()
     report = Report()
     try:
         args, command = parse(arguments)
