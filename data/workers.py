@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import weakref
 from types import FrameType
@@ -15,6 +16,7 @@ from types import FrameType
 import torch
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data.dataset import EvalSample, ImageDataset, TrainSample
 from utils.errors import DataError, StorageError, UserError
@@ -104,6 +106,10 @@ def _end_worker(error: Exception, batch: object) -> None:
 # --- Depends on torch 2.11 … 2.14: its SIGCHLD handler and the texts of its errors ----------------
 
 _torch_handler = None
+# What an iterator that fails while it starts its workers lacks when it is deleted: it has nothing to shut down.
+_MultiProcessingDataLoaderIter._shutdown = True
+_MultiProcessingDataLoaderIter._workers = ()
+_MultiProcessingDataLoaderIter._workers_done_event = threading.Event()
 
 
 def install_sigchld_handler() -> None:

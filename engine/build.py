@@ -414,12 +414,7 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
         start=cfg.TRAIN.WARMUP_LR * scale,
         end=cfg.TRAIN.MIN_LR * scale,
     )
-    for doubt in list_schedule_doubts(
-        epochs=cfg.TRAIN.EPOCHS,
-        steps_per_epoch=steps_per_epoch,
-        ema_decay=cfg.TRAIN.EMA_DECAY,
-        **lower(cfg, ("PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS")),
-    ):
+    for doubt in schedule_doubts(cfg, steps_per_epoch):
         logger.warning(doubt)
     warmup = f"{schedule.start:.3g} (warm-up), " if schedule.warmup else ""
     logger.info(
@@ -445,6 +440,16 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
         clip_grad=cfg.TRAIN.CLIP_GRAD,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
         print_freq=cfg.PRINT_FREQ,
+    )
+
+
+def schedule_doubts(cfg: CfgNode, steps_per_epoch: int) -> list[str]:
+    """What in the schedule of the run is probably not meant."""
+    return list_schedule_doubts(
+        epochs=cfg.TRAIN.EPOCHS,
+        steps_per_epoch=steps_per_epoch,
+        ema_decay=cfg.TRAIN.EMA_DECAY,
+        **lower(cfg, ("PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS")),
     )
 
 

@@ -157,7 +157,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     kind = names[0] if names else platform.machine()
     return f"{kind}, {torch.backends.cpu.get_cpu_capability()}"
@@ -166,7 +166,7 @@ def device_name(device: torch.device) -> str:
 def cpu_multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 products; without them they take longer than float32's."""
     cpu_info = Path("/proc/cpuinfo")
-    words = set(cpu_info.read_text().split()) if cpu_info.exists() else set()
+    words = set(cpu_info.read_text(encoding="utf-8").split()) if cpu_info.exists() else set()
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 

@@ -191,7 +191,7 @@ def begin(out: Path, plan: dict) -> None:
     """Record in `out` how its files are made. Raises ConfigError if it holds files that were made in another way."""
     path = out / "corruptions.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         if changed := sorted(
             k for k in before.keys() | plan.keys() if before.get(k) != plan.get(k)
         ):

@@ -98,9 +98,14 @@ def choose_threads(
 def raise_open_files() -> None:
     """Allow this process as many open files as the system lets it have without asking."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft != resource.RLIM_INFINITY and soft < (wanted := most_open_files()):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def most_open_files() -> int:
+    """The files that `raise_open_files` lets this process open."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
 
 
 def open_files_needed(workers: int) -> int:
@@ -121,7 +126,7 @@ def list_shortages(workers: int, local_workers: int, images: int, img_size: int)
     if not workers:
         return []
     shortages = []
-    if open_files_needed(workers) > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+    if open_files_needed(workers) > most_open_files():
         shortages.append(_describe_open_files())
     need = shared_memory_needed(local_workers, images, img_size)
     if need > (free := free_shared_memory()):

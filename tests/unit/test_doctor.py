@@ -50,8 +50,8 @@ def test_a_healthy_run(examine, tmp_path):
         "set/train: 24 images, 3 classes",
         "8 images in each of 3 classes",
         "36 files, decoded: 36 JPEG RGB",
-        "24 images a step = 6 micro-batches of 4, 6 on each of 1 processes",
-        "1 steps, 3 in 3 epochs; every epoch leaves out 0 images (0.0%)",
+        "24 images a step = 6 micro-batches of 4, 6 on each of 1 process",
+        "1 step, 3 in 3 epochs; every epoch leaves out 0 images (0.0%)",
         "0 repeated files",
         "0 FAIL",
     ):
@@ -174,13 +174,13 @@ def test_the_same_image_in_both_splits_or_under_two_labels(examine, root):
     shutil.copy(root / "train/class_0/000.jpg", root / "val/class_0/999.jpg")
     code, text = examine("--sha")
     assert code == 3
-    assert "FAIL duplicates 1 images are in train and in val" in text
+    assert "FAIL duplicates 1 image in train and in val" in text
     assert "train/class_0/000.jpg = val/class_0/999.jpg" in text
     (root / "val/class_0/999.jpg").unlink()
     shutil.copy(root / "train/class_0/000.jpg", root / "train/class_1/999.jpg")
     code, text = examine("--sha")
     assert code == 0
-    assert "WARN duplicates 1 images have two labels" in text
+    assert "WARN duplicates 1 image with two labels" in text
 
 
 def test_links(examine, root, tmp_path):
@@ -190,12 +190,12 @@ def test_links(examine, root, tmp_path):
     (root / "train/class_1/out.jpg").symlink_to(outside)
     code, text = examine()
     assert code == 0
-    assert "WARN links 1 links lead back" in text
-    assert f"WARN links 1 links lead out of {root}" in text
+    assert "WARN links 1 link back" in text
+    assert f"WARN links 1 link out of {root}" in text
     (root / "train/class_1/inside.jpg").symlink_to("000.jpg")
     (root / "train/class_0/back").unlink()
     (root / "train/class_1/out.jpg").unlink()
-    assert "OK links 1 in" in examine()[1]
+    assert "OK links 1 link in" in examine()[1]
 
 
 def test_a_missing_split(examine, root):
@@ -204,7 +204,7 @@ def test_a_missing_split(examine, root):
     assert code == 3
     assert "FAIL train" in text
     assert "→ main.py --eval does not need it" in text
-    assert examine("--eval")[0] == 0
+    assert "val: 12 images" in examine("--eval")[1]
     shutil.rmtree(root / "val")
     assert examine("--eval")[0] == 3
 
@@ -239,7 +239,7 @@ def test_configurations_that_do_not_fit(examine):
     assert code == 3
     assert "FAIL epoch the training set has 24 images, a step takes 48" in text
     code, text = examine("--opts", "TRAIN.GLOBAL_BATCH_SIZE=16")
-    assert (code, "WARN epoch 1 steps" in text, "8 images (33.3%)" in text) == (0, True, True)
+    assert (code, "WARN epoch 1 step" in text, "8 images (33.3%)" in text) == (0, True, True)
     code, text = examine("--opts", "MODEL.ARGS.stagess=3")
     assert code == 3
     assert "FAIL model" in text
@@ -277,7 +277,7 @@ def test_a_machine_that_is_too_small(examine, monkeypatch):
         "FAIL shared memory 1.0 KiB free in /dev/shm",
         "FAIL open files 200 may be open",
         "ulimit -n 4096",
-        "WARN processors 1 cores, 4 loader workers (2 for each of 2 processes here)",
+        "WARN processors 1 core, 4 loader workers (2 for each of 2 processes here)",
         "WARN devices 2 GPUs for 3 processes → use 2 nodes like this one",
     ):
         assert words in text, words
