@@ -108,7 +108,8 @@ def _end_worker(error: Exception, batch: object) -> None:
 _torch_handler = None
 # What an iterator that fails while it starts its workers lacks when it is deleted: it has nothing to shut down.
 _MultiProcessingDataLoaderIter._shutdown = True
-_MultiProcessingDataLoaderIter._workers = ()
+_MultiProcessingDataLoaderIter._workers = _MultiProcessingDataLoaderIter._index_queues = ()
+_MultiProcessingDataLoaderIter._worker_pids_set = False
 _MultiProcessingDataLoaderIter._workers_done_event = threading.Event()
 
 

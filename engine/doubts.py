@@ -22,10 +22,11 @@ def list_schedule_doubts(
     steps, doubts = epochs * steps_per_epoch, []
     run = f"the run has {quantity(steps, 'step')}"
     if ema_decay and (initial := ema_decay**steps) > MAX_INITIAL_SHARE:
-        fitting = 0.01 ** (1 / steps)  # 1 % of the initial weights are left
+        fitting = _round_decay(0.01 ** (1 / steps))  # 1 % of the initial weights are left
+        remedy = f"{fitting:g} would fit." if fitting >= 0.5 else "0 switches it off."
         doubts.append(
             f"TRAIN.EMA_DECAY {ema_decay:g} averages over about {1 / (1 - ema_decay):,.0f} steps, {run}: at its end "
-            f"{initial:.1%} of the average are the initial weights. {_round_decay(fitting):g} would fit."
+            f"{initial:.1%} of the average are the initial weights. {remedy}"
         )
     if print_freq > steps_per_epoch:
         doubts.append(

@@ -145,12 +145,13 @@ def test_doubtful_orders_are_named(classes, words):
 
 def test_numbers_and_their_nouns():
     texts = [
+        quantity(3, "epoch"),
         quantity(1, "epoch"),
         quantity(2, "class"),
         quantity(0, "image"),
         quantity(1442, "image"),
     ]
-    assert texts == ["1 epoch", "2 classes", "0 images", "1,442 images"]
+    assert texts == ["3 epochs", "1 epoch", "2 classes", "0 images", "1,442 images"]
 
 
 def test_labels_by_json_are_the_order(tmp_path):

@@ -79,7 +79,7 @@ def test_every_bad_image_is_counted(examine, root):
     assert code == 3
     assert f"FAIL unreadable {bad} of" in text
     assert "→ restore them from the original dataset, or remove them" in text
-    assert "2 links are broken" in text
+    assert "2 links without a target" in text
     assert "WARN odd shapes" in text
     assert "1 JPEG CMYK" in text
     assert "EXIF rotates 1 images" in text
