@@ -15,7 +15,7 @@ def quantity(number: int, noun: str) -> str:
     """A number with its noun in the singular or plural: 1 epoch, 1,442 images, 2 classes."""
     if number == 1:
         return f"1 {noun}"
-    return f"{number:,} {noun}{'es' if noun.endswith(('s', 'x')) else 's'}"
+    return f"{number:,} {noun}{'es' if noun.endswith(('s', 'x', 'tch', 'sh')) else 's'}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -229,12 +229,15 @@ def test_names_of_a_runs_classes_decide_and_not_their_number(
         for flag in ("--pretrained", "--resume")[: 1 if named.is_file() else 2]:
             argv = arguments(tmp_path, copy, "--eval", flag, str(named))
             refused(capsys, argv, 3, "a, b, c, d not in the class list of 4 (class_0")
-    one_epoch = ("--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0")
+    one_epoch = ("--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "PRINT_FREQ=50")
     argv = arguments(tmp_path, copy, "--pretrained", str(run_of(unbroken)), *one_epoch)
     assert main.main(argv) == 0
     printed = capsys.readouterr().out
     assert "knows other classes (class_0, class_1, class_2 and 1 more) than the data (a" in printed
     assert "2 new" in printed  # weight and bias of the classifier
+    assert "only the last step of each epoch is recorded" in printed
+    records = (run_of(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(r)["step"] for r in records if "train/loss" in r] == [2]
 
 
 def test_classes_in_another_order_reorder_the_classifier(images, unbroken, tmp_path, capsys):

@@ -183,12 +183,15 @@ def test_every_name_of_a_format_that_is_decoded_is_an_image():
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_are_known_by_all_their_suffixes(root, kind):
     for number, (name, form) in enumerate(
-        {"jpe": "JPEG", "JFIF": "JPEG", "gif": "GIF", "pnm": "PPM", "AVIF": "AVIF"}.items()
+        {".jpe": "JPEG", ".JFIF": "JPEG", ".gif": "GIF", ".pnm": "PPM", ".AVIF": "AVIF"}.items()
     ):
-        (root / f"train/class_1/x{number}.{name}").write_bytes(encode(PICTURE, form))
+        (root / f"train/class_1/x{number}{name}").write_bytes(encode(PICTURE, form))
+    for form in ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "AVIF"):  # known by their first bytes
+        (root / f"train/class_1/y{form}").write_bytes(encode(PICTURE, form))
+    (root / "train/class_1/README").write_text("BMW and others")
     data = dataset(as_kind(root, kind))
-    assert len(data) == 17
-    assert all(data[index].image.shape == (3, 48, 64) for index in range(8, 13))
+    assert len(data) == 24
+    assert all(data[index].image.shape == (3, 48, 64) for index in range(8, 20))
 
 
 def test_a_zip_with_the_separators_of_windows(root, tmp_path):

@@ -10,12 +10,15 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from helpers.images import write_image_folder, write_zip
 from helpers.pipeline import image_dataset
 from helpers.runs import arguments
 from reliability.bad_files import ANY, BAD, make_bad_images
 
+import config
 import main
+from engine.build import build_model
 from tools import doctor
 from tools.checks import images, machine, report
 from utils.errors import DataError
@@ -82,8 +85,8 @@ def test_every_bad_image_is_counted(examine, root):
     assert "2 links without a target" in text
     assert "WARN odd shapes" in text
     assert "1 JPEG CMYK" in text
-    assert "EXIF rotates 1 images" in text
-    assert "4 images have several frames" in text
+    assert "EXIF rotates 1 image" in text
+    assert "4 images with several frames" in text
     assert "3 files have another format" in text
     code, text = examine("--pixels", "--opts", "DATA.MAX_BAD_SAMPLES=60")
     assert f"WARN unreadable {bad} of" in text
@@ -246,6 +249,33 @@ def test_configurations_that_do_not_fit(examine):
     code, text = examine("--opts", "TRAIN.BASE_LRR=1")
     assert code == 2
     assert "did you mean TRAIN.BASE_LR?" in text
+
+
+def test_weights_are_loaded_as_the_run_would(examine, root, tmp_path, monkeypatch):
+    weights = tmp_path / "weights.pth"
+    cfg = config.parse(arguments(tmp_path, root)).cfg
+    torch.save(build_model(cfg, 5, torch.device("cpu")).state_dict(), weights)
+    fits = tmp_path / "fits.pth"
+    torch.save(build_model(cfg, 3, torch.device("cpu")).state_dict(), fits)
+    for words, code, expected in (
+        (("--eval", "--pretrained", "none.pth"), 3, "FAIL weights none.pth does not exist"),
+        (("--eval", "--resume", "nowhere"), 3, "FAIL weights nowhere is neither a run"),
+        (("--eval",), 3, "FAIL weights --eval needs weights"),
+        (("--eval", "--pretrained", str(weights)), 3, "the file knows 5 classes, the data has 3"),
+        (("--eval", "--pretrained", str(fits)), 0, "fits.pth fits dat_micro (model)"),
+        (("--pretrained", "none.pth"), 3, "FAIL weights none.pth does not exist"),
+        (("--pretrained", str(weights)), 0, "2 new"),
+        (("--resume", "nowhere"), 3, "FAIL weights nowhere is neither a run"),
+        (("--opts", "MODEL.ARGS.in_chans=1"), 3, "FAIL model MODEL.ARGS.in_chans is 1"),
+        (("--opts", "TRAIN.EMA_DECAY=0.9999"), 0, "WARN schedule TRAIN.EMA_DECAY 0.9999 averages"),
+        (("--opts", "DEVICE=cuda"), 3, "FAIL device DEVICE is cuda, but"),
+    ):
+        if "DEVICE=cuda" in words:
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+            monkeypatch.setenv("RANK", "x")
+        found, text = examine(*words)
+        assert (found, expected in text) == (code, True), (words, text)
+    assert "FAIL launcher RANK is 'x'" in text
 
 
 def test_commands_that_say_too_little(capsys, root, tmp_path):

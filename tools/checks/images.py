@@ -99,7 +99,7 @@ class Tally:
         self.kinds[f"{record['format']} {record['mode']}"] += 1
         suffix = Path(record["name"]).suffix[1:].upper()
         usual = {"JPG": "JPEG", "TIF": "TIFF", "PGM": "PPM"}.get(suffix, suffix)
-        self.misnamed += usual != record["format"].replace("MPO", "JPEG")
+        self.misnamed += usual not in ("", record["format"].replace("MPO", "JPEG"))
         self.rotated += record["turned"]
         self.animated += record["animated"]
         width, height = record["pixels"]

@@ -8,11 +8,14 @@ import numpy as np
 from yacs.config import CfgNode
 
 from data import ImageDataset
+from data.listing import HIDDEN
 from data.readers import FolderReader
 from engine import build
 from tools.checks.report import Finding, format_bytes
 from utils.errors import DataError
 from utils.text import quantity
+
+MANY_IGNORED = 0.05  # ignored files by image that are worth a warning
 
 
 def open_splits(
@@ -45,6 +48,11 @@ def open_splits(
         classes = dataset.classes
         total = dataset.reader.sizes.sum()
         findings.append(Finding("OK", split, f"{dataset}, {format_bytes(total)}"))
+        others = sum(n for reason, n in dataset.reader.ignored.items() if reason != HIDDEN)
+        if others > MANY_IGNORED * len(dataset):
+            text = f"{quantity(others, 'file')} beside {quantity(len(dataset), 'image')} ignored"
+            remedy = "convert them, if they are pictures, or remove them; the line above has their suffixes"
+            findings.append(Finding("WARN", split, text, remedy))
         counts = np.bincount(dataset.labels, minlength=len(classes))
         least, most = counts.min(), counts.max()
         spread = f"{least:,}" if least == most else f"{least:,} to {most:,}"
