@@ -5,7 +5,6 @@ Here the configuration is read group by group and goes no further: what is built
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 import data
@@ -21,13 +19,13 @@ import models
 from analysis import imagenet
 from engine import checkpoint, compat, suite
 from engine.doubts import list_schedule_doubts
-from engine.grad_sync import DDPSync, DeterministicSync, GradSync
+from engine.grad_sync import DDPSync, DeterministicSync, GradSync, wrap_in_ddp
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
+from engine.precision import resolve_amp_dtype, resolve_kernels
 from engine.pretrained import load_pretrained
 from engine.state import TrainState
 from models.dat import VARIANTS
-from models.ops import fused_obstacle, use_kernels
 from utils.devices import explain_no_gpu
 from utils.distributed import Process
 from utils.download import download
@@ -68,38 +66,10 @@ def prepare_device(cfg: CfgNode, device: torch.device) -> CfgNode:
         torch.backends.cudnn.benchmark = False
     resolved = cfg.clone()
     resolved.defrost()
-    resolved.AMP_DTYPE = _resolve_amp_dtype(cfg.AMP_DTYPE, device)
-    resolved.MODEL.KERNELS = _resolve_kernels(cfg.MODEL.KERNELS, device)
+    resolved.AMP_DTYPE = resolve_amp_dtype(cfg.AMP_DTYPE, device)
+    resolved.MODEL.KERNELS = resolve_kernels(cfg.MODEL.KERNELS, device)
     resolved.freeze()
     return resolved
-
-
-def _resolve_amp_dtype(name: str, device: torch.device) -> str:
-    cuda = device.type == "cuda"
-    if name != "auto":
-        if name == "float16" and not cuda:
-            logger.warning("float16 is slow on CPUs; --amp-dtype auto chooses what is fast")
-        return name
-    bfloat16 = not cuda and compat.cpu_multiplies_bfloat16()
-    name = "float16" if cuda else "bfloat16" if bfloat16 else "float32"
-    logger.info(f"AMP_DTYPE auto: {name}")
-    return name
-
-
-def _resolve_kernels(name: str, device: torch.device) -> str:
-    cuda = device.type == "cuda"
-    obstacle = fused_obstacle() if cuda or name == "fused" else "the device is a CPU"
-    if name == "auto":
-        name = "reference" if obstacle else "fused"
-        if cuda:
-            reason = f", because {obstacle}" if obstacle else ""
-            logger.info(f"MODEL.KERNELS auto: {name}{reason}")
-    elif name == "fused" and obstacle:
-        raise ConfigError(
-            f"MODEL.KERNELS fused cannot run here: {obstacle}. Set it to auto or reference."
-        )
-    use_kernels(name)
-    return name
 
 
 def at_size(cfg: CfgNode, size: int) -> CfgNode:
@@ -316,12 +286,18 @@ def check_model(cfg: CfgNode, *, training: bool) -> None:
         cfg.MODEL.NAME,
         num_classes=cfg.MODEL.NUM_CLASSES or 1000,
         img_size=cfg.DATA.IMG_SIZE,
+        sizes=image_sizes(cfg) if training else [cfg.DATA.IMG_SIZE],
         drop_path_rate=cfg.MODEL.DROP_PATH_RATE,
         batch_size=cfg.DATA.BATCH_SIZE,
         training=training,
         grad_checkpointing=cfg.MODEL.GRAD_CHECKPOINTING,
         **cfg.MODEL.ARGS,
     )
+
+
+def image_sizes(cfg: CfgNode) -> list[int]:
+    """The sizes of images that the model sees, largest last."""
+    return sorted({cfg.DATA.IMG_SIZE, *(size for _, size in cfg.DATA.IMG_SIZE_SCHEDULE)})
 
 
 def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Module:
@@ -376,31 +352,7 @@ def build_grad_sync(
     """How the gradients of `micro_batches`, those of this process, and of all others become one."""
     if cfg.TRAIN.EXACT_WORLD_SIZE:
         return DeterministicSync(model, micro_batches, process)
-    return DDPSync(_wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process), micro_batches, process)
-
-
-def _wrap_in_ddp(model: nn.Module, img_size: int, process: Process) -> nn.Module:
-    """`model` in DDP where there is more than one process.
-
-    DDP regroups its gradients after the first backward pass and then sums them in another order, which shows in the
-    last bits of three and more processes. After one discarded pass every step, resumed or not, is a later one.
-    """
-    if process.world_size == 1:
-        return model
-    # A depthwise weight (C, 1, k, k) is contiguous in two layouts, whose strides torch compares without need.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    net = DistributedDataParallel(
-        model,
-        device_ids=[process.device] if process.device.type == "cuda" else None,
-        forward_sync_buffers=False,  # GradSync does it, after a step instead of before
-        gradient_as_bucket_view=True,
-    )
-    net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()
-    model.zero_grad(set_to_none=True)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    return net
+    return DDPSync(wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process), micro_batches, process)
 
 
 def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: Process) -> Recipe:
@@ -522,7 +474,7 @@ def log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     images = cfg.DATA.BATCH_SIZE + (cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
     workers = cfg.DATA.NUM_WORKERS
-    for shortage in list_shortages(workers, local * workers, images, cfg.DATA.IMG_SIZE):
+    for shortage in list_shortages(workers, local * workers, images, image_sizes(cfg)[-1]):
         logger.warning(shortage)
     settings: dict[str, list[str]] = {}
     for name, source in sources.items():

@@ -80,6 +80,7 @@ def check_forward(
     *,
     num_classes: int,
     img_size: int,
+    sizes: list[int],
     drop_path_rate: float,
     batch_size: int,
     training: bool,
@@ -88,9 +89,11 @@ def check_forward(
 ) -> None:
     """Raise ConfigError unless the model can be built and maps images (B, 3, S, S) to logits (B, `num_classes`).
 
+    img_size: the size that the model is made for; `sizes`: each S.
+
     Tried with shapes alone, on the meta device. What that device cannot do, such as reading a value, is not tried.
     """
-    tried = (name, num_classes, img_size, drop_path_rate, batch_size, training, repr(args))
+    tried = repr((name, num_classes, img_size, sizes, drop_path_rate, batch_size, training, args))
     if (tried, grad_checkpointing) in _FITTING:
         return
     check(name, args)
@@ -98,7 +101,7 @@ def check_forward(
         raise ConfigError(
             f"MODEL.ARGS.in_chans is {args['in_chans']}, but images are read with 3 channels; leave it out"
         )
-    asked = f"{name} with {args}" if args else name
+    asked, size = (f"{name} with {args}" if args else name), img_size
     try:
         with torch.device("meta"):
             model = build(
@@ -108,9 +111,10 @@ def check_forward(
                 drop_path_rate=drop_path_rate,
                 **args,
             )
-        images = torch.empty(batch_size, 3, img_size, img_size, device="meta")
         with torch.no_grad():
-            logits = model.train(training)(images)
+            for size in sizes:
+                images = torch.empty(batch_size, 3, size, size, device="meta")
+                logits = model.train(training)(images)
     except FAILURES as error:
         if isinstance(error, NotImplementedError) or "meta" in str(error):
             return
@@ -118,10 +122,10 @@ def check_forward(
         if "more than 1 value per channel" in reason:
             raise ConfigError(
                 f"{name} has BatchNorm, which needs more than one value per channel to train: DATA.BATCH_SIZE "
-                f"{batch_size} is too small for images of {img_size} pixels"
+                f"{batch_size} is too small for images of {size} pixels"
             ) from error
         raise ConfigError(
-            f"{asked} cannot take images of {img_size}×{img_size} pixels: {reason}"
+            f"{asked} cannot take images of {size}×{size} pixels: {reason}"
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (batch_size, num_classes):
         found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

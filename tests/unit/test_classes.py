@@ -151,7 +151,14 @@ def test_numbers_and_their_nouns():
         quantity(0, "image"),
         quantity(1442, "image"),
     ]
-    assert texts == ["3 epochs", "2 micro-batches", "1 epoch", "2 classes", "0 images", "1,442 images"]
+    assert texts == [
+        "3 epochs",
+        "2 micro-batches",
+        "1 epoch",
+        "2 classes",
+        "0 images",
+        "1,442 images",
+    ]
 
 
 def test_labels_by_json_are_the_order(tmp_path):

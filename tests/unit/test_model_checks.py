@@ -44,7 +44,7 @@ SETTINGS = {
 )
 def test_arguments_that_cannot_work_are_refused(name, settings, words):
     with pytest.raises(ConfigError, match=words):
-        models.check_forward(name, **SETTINGS | settings)
+        check(name, settings)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,12 @@ def test_arguments_that_cannot_work_are_refused(name, settings, words):
     ],
 )
 def test_what_works_is_accepted(name, settings):
-    models.check_forward(name, **SETTINGS | settings)
+    check(name, settings)
+
+
+def check(name, settings):
+    settings = SETTINGS | settings
+    models.check_forward(name, sizes=[settings["img_size"]], **settings)
 
 
 # --- Schedules ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from yacs.config import CfgNode
 
+from engine.build import image_sizes
 from tools.checks.report import Finding, format_bytes
 from utils.devices import choose_device
 from utils.errors import ConfigError
@@ -59,8 +60,7 @@ def check_machine(cfg: CfgNode | None, processes: int) -> Iterator[Finding]:
         yield Finding("OK", "processors", text)
 
     images = cfg.DATA.BATCH_SIZE + (cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
-    size = max([cfg.DATA.IMG_SIZE, *(size for _, size in cfg.DATA.IMG_SIZE_SCHEDULE)])
-    need = shared_memory_needed(workers, images, size)
+    need = shared_memory_needed(workers, images, image_sizes(cfg)[-1])
     free = free_shared_memory()
     text = (
         f"{format_bytes(free)} free in /dev/shm; prefetched batches take up to {format_bytes(need)}"
