@@ -146,6 +146,7 @@ def test_doubtful_orders_are_named(classes, words):
 def test_numbers_and_their_nouns():
     texts = [
         quantity(3, "epoch"),
+        quantity(2, "micro-batch"),
         quantity(1, "epoch"),
         quantity(2, "class"),
         quantity(0, "image"),
