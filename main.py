@@ -7,12 +7,20 @@ from typing import NoReturn
 
 import config
 from utils.errors import DivergedError, StopRequested, UserError
+from utils.launcher import set_ranks
+from utils.machine import raise_open_files
 from utils.memory import use_large_pages
 from utils.signals import StopRequest
+from utils.streams import protect_streams
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; returns the process's exit code (see utils/errors.py)."""
+    try:
+        set_ranks()
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
     rank = int(os.environ.get("RANK", 0))
     try:
         command = config.parse(arguments)
@@ -38,6 +46,7 @@ def main(arguments: list[str]) -> int:
 def _execute(command: config.Command) -> None:
     """Import torch, which --help and a refused command need not wait for, and do what is asked."""
     use_large_pages()
+    raise_open_files()
     if command.mode == "train":
         with StopRequest(command.cfg.TRAIN.MAX_SECONDS).handle_signals() as stop:
             from engine.train import train
@@ -60,4 +69,5 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    protect_streams()
     leave(main(sys.argv[1:]))

@@ -116,10 +116,12 @@ def objectnet_mapping(folder: Path) -> dict[str, list[int]]:
     Read from `folder`, the `mappings` beside its images. Raises DataError.
     """
     try:
-        labels = json.loads((folder / "folder_to_objectnet_label.json").read_text())
-        shared = json.loads((folder / "objectnet_to_imagenet_1k.json").read_text())
-        numbers = json.loads((folder / "pytorch_to_imagenet_2012_id.json").read_text())
-        lines = (folder / "imagenet_to_label_2012_v2").read_text().splitlines()
+        labels = json.loads((folder / "folder_to_objectnet_label.json").read_text(encoding="utf-8"))
+        shared = json.loads((folder / "objectnet_to_imagenet_1k.json").read_text(encoding="utf-8"))
+        numbers = json.loads(
+            (folder / "pytorch_to_imagenet_2012_id.json").read_text(encoding="utf-8")
+        )
+        lines = (folder / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()
         order = {int(number): int(index) for index, number in numbers.items()}
         index_of = {line.strip(): order[i] for i, line in enumerate(lines)}
         return {
@@ -144,7 +146,7 @@ def read_factors(path: Path) -> tuple[list[str], dict[int, np.ndarray]]:
     """
     factors, found = [], {}
     try:
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if not factors:
                 values = {

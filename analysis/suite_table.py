@@ -14,8 +14,9 @@ from analysis.predictions import Evaluation, Predictions, read_predictions
 CLEAN = {"a": "a-clean", "r": "r-clean"}  # val with the same classes
 FOOT = (
     "Intervals are of 95 %, by Wilson, and about other images; other trainings differ by more. val also chose the "
-    "checkpoint. A and R: only their 200 classes compete; `all 1000` is without that mask, `clean` is val with it."
+    "checkpoint."
 )
+MASKED_FOOT = " A and R: only their 200 classes compete; `all 1000` is without that mask, `clean` is val with it."
 CORRUPTION_FOOT = (
     "Corruptions: error in % by severity, means in the last lines. CE is the error as a share of AlexNet's, mCE their "
     "mean (arXiv 1903.12261); the relative one counts what a corruption adds to the clean error. The four further "
@@ -212,22 +213,19 @@ def _mean(errors: dict[str, list[float | None]]) -> float | None:
 def markdown(results: Sequence[dict]) -> str:
     """The table of several evaluations, such as a model and its EMA or several sizes, and what follows from C and X."""
     several = len(results) > 1
-    header = [
-        "set",
-        "images",
-        "top-1 [95 %]",
-        "top-5",
-        "ECE",
-        "NLL",
-        "all 1000",
-        "clean",
-        "crop mode",
-        "note",
-    ]
-    lines = format_table([*["model"] * several, *header], [
-        [*[result["model"]] * several, *_cells_of(row)] for result in results for row in result["rows"]
-    ])  # fmt: skip
-    lines += ["", FOOT]
+    rows = [row for result in results for row in result["rows"]]
+    masked = any("all_classes" in row or "clean" in row for row in rows)
+    lines = []
+    if rows:  # not of corruptions alone
+        header = ["set", "images", "top-1 [95 %]", "top-5", "ECE (%)", "NLL"]
+        header += [*(["all 1000", "clean"] if masked else []), "crop mode", "note"]
+        body = [
+            [*[result["model"]] * several, *_cells_of(row, masked)]
+            for result in results
+            for row in result["rows"]
+        ]
+        foot = FOOT + MASKED_FOOT if masked else FOOT
+        lines = [*format_table([*["model"] * several, *header], body), "", foot]
     for result in results:
         if result["corruptions"]:
             lines += ["", *_corruption_lines(result)]
@@ -243,10 +241,12 @@ def markdown(results: Sequence[dict]) -> str:
             ordered = sorted(result["factors"].items(), key=lambda item: -item[1]["ratio"])
             body = [[n, str(v["images"]), f"{v['ratio']:.2f}"] for n, v in ordered]
             lines += format_table(["factor", "images", "error ratio"], body)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _cells_of(row: dict) -> list[str]:
+def _cells_of(row: dict, masked: bool) -> list[str]:
+    """The cells of a row; `masked`: with those that compare A and R with all classes and with val."""
+
     def number(name: str, style: str = ".2f") -> str:
         return format(row[name], style) if row.get(name) is not None else "—"
 
@@ -262,8 +262,7 @@ def _cells_of(row: dict) -> list[str]:
         number("top5"),
         number("ece"),
         number("nll", ".4f"),
-        number("all_classes"),
-        clean,
+        *([number("all_classes"), clean] if masked else []),
         row["crop"],
         "; ".join(note),
     ]

@@ -56,9 +56,9 @@ class BadSamples:
 
     def _merged(self, bad: list[BadFile]) -> set[BadFile]:
         """The records of the file and `bad`, which the file holds afterwards."""
-        with self.path.with_name(f".{self.path.name}.lock").open("w") as lock:
+        with self.path.with_name(f".{self.path.name}.lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            text = self.path.read_text() if self.path.exists() else ""
+            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
             known = {BadFile(**json.loads(line)) for line in text.splitlines()}
             if not known.issuperset(bad):
                 known.update(bad)

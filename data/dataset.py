@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +18,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data.classes import describe_ignored, match_folders, sort_classes
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
 from data.readers import Reader, open_split
-from utils.errors import DataError
+from utils.errors import DataError, StorageError
+from utils.machine import find_shortage
 from utils.rng import key, reseed
-from utils.text import join_some
+from utils.text import quantity
 
 SUBSTITUTES = 10  # tried before a class is given up
 LINES = 1 << 16  # of the fingerprint, hashed at once
@@ -122,7 +123,7 @@ class ImageDataset(Dataset):
         self.apply_exif = apply_exif
         self.skip_bad = skip_bad
         self.classes = sort_classes(self.reader.folders) if classes is None else list(classes)
-        _check_classes(self.reader, self.classes, allow_missing)
+        class_of = match_folders(self.reader, self.classes, allow_missing)
         self._part = ""
         if holdout:
             self._part = f" ({part} part, {holdout:g} of each class held out)"
@@ -130,7 +131,7 @@ class ImageDataset(Dataset):
         self.labels = np.empty(len(self.reader.names), np.int32)
         position = {name: label for label, name in enumerate(self.classes)}
         for name, (start, end) in self.reader.class_ranges().items():
-            self.labels[start:end] = position[name]
+            self.labels[start:end] = position[class_of[name]]
         self.checksums = None
         if checksums:
             self.checksums = read_checksums(checksums, split, self.reader.names.tolist())
@@ -142,8 +143,8 @@ class ImageDataset(Dataset):
         return self._train_sample(*item) if self.train else self._eval_sample(item)
 
     def __str__(self) -> str:
-        text = f"{self.reader.path}: {len(self)} images, {len(self.classes)} classes{self._part}"
-        return text + _ignored(self.reader)
+        text = f"{self.reader.path}: {quantity(len(self), 'image')}, {quantity(len(self.classes), 'class')}{self._part}"
+        return text + describe_ignored(self.reader)
 
     def path(self, index: int) -> str:
         """Where image `index` lies, for people; inside an archive, as if that were a folder."""
@@ -229,38 +230,16 @@ class ImageDataset(Dataset):
                     raise ValueError("its SHA-256 differs from that in the index of DATA.VERIFY")
             return decode_pixels(data, apply_exif=self.apply_exif)
         except UNREADABLE as error:
+            if (
+                shortage := find_shortage(error)
+            ) is not None:  # the machine's fault, not the file's
+                raise StorageError(str(shortage)) from error
             reason = getattr(error, "strerror", None) or str(error)
             size = len(data) or self.reader.sizes[index]
             raise UnreadableError(
                 f"cannot be read as an image ({type(error).__name__}: {reason}), "
                 f"{size} bytes, the first are {data[:16]!r}"
             ) from error
-
-
-def sort_classes(names: Iterable[str]) -> list[str]:
-    """Class folders in the order of their labels: by name, or by value if all are plain decimal numbers."""
-    names = sorted(names)
-    numbers = all(name.isascii() and name.isdecimal() for name in names)
-    return sorted(names, key=int) if numbers else names
-
-
-def read_class_list(path: str | Path) -> list[str]:
-    """Class names from a text file, one folder name per line; the line's number is the label.
-
-    Raises DataError if the file cannot be read, is empty or names a class twice.
-    """
-    try:
-        classes = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a class list ({error})") from error
-    classes = [name.strip() for name in classes if name.strip()]
-    if not classes:
-        raise DataError(f"{path}: names no class, expected one folder name per line")
-    if repeated := sorted(name for name, count in Counter(classes).items() if count > 1):
-        raise DataError(
-            f"{path}: names {join_some(repeated, 5)} more than once; remove the repeated lines"
-        )
-    return classes
 
 
 def read_checksums(path: str | Path, split: str, names: list[bytes]) -> np.ndarray:
@@ -292,50 +271,6 @@ def read_checksums(path: str | Path, split: str, names: list[bytes]) -> np.ndarr
     return checksums
 
 
-def _check_classes(reader: Reader, classes: list[str], allow_missing: bool) -> None:
-    path, folders, known = reader.path, reader.folders, set(classes)
-    if len(known) < 2:
-        below = _level_below(reader) or "; sort the images into one folder per class"
-        raise DataError(f"{path}: has one class, {classes[0]}, expected at least two{below}")
-    if unknown := folders - known:
-        raise DataError(
-            f"{path}: {_some(unknown)} not in the class list of {len(known)} ({_some(known)}); "
-            f"use the data that the list is from, or remove the folders{_level_below(reader)}"
-        )
-    if empty := folders - set(reader.class_ranges()):
-        raise DataError(
-            f"{path}: no image in {_some(empty)}; expected at least one per class folder, "
-            f"fill or remove it{_ignored(reader)}"
-        )
-    if (missing := known - folders) and not allow_missing:
-        raise DataError(
-            f"{path}: no folder for {_some(missing)} of the {len(known)} classes; complete the data, "
-            "or declare it a subset with DATA.VAL_SUBSET=True"
-        )
-
-
-def _level_below(reader: Reader) -> str:
-    """The end of a message: the folders inside of a split's only folder; empty without any."""
-    if len(reader.folders) > 1:
-        return ""
-    inside = {name.split(b"/")[1] for name in reader.names.tolist() if name.count(b"/") > 1}
-    if not inside:
-        return ""
-    return (
-        f"; is {_some(reader.folders)} a folder too much? It holds {len(inside)} folders "
-        f"({_some(map(os.fsdecode, inside))}): move them up a level"
-    )
-
-
-def _ignored(reader: Reader) -> str:
-    """The end of a message: how many files are no images, by suffix."""
-    if not reader.ignored:
-        return ""
-    reasons = sorted(reader.ignored.items(), key=lambda item: (-item[1], item[0]))
-    kinds = join_some((f"{reason} {count:,}" for reason, count in reasons), 5)
-    return f", {reader.ignored.total():,} other files ignored ({kinds})"
-
-
 def _split_by_hash(reader: Reader, share: float, part: str) -> Reader:
     """The images of `part`: a file is held out if the hash of its path is among the lowest `share`.
 
@@ -352,7 +287,3 @@ def _split_by_hash(reader: Reader, share: float, part: str) -> Reader:
                 "add images, change the share, or make a val split"
             )
     return reader.subset(held_out if part == "holdout" else ~held_out)
-
-
-def _some(names: Iterable[str]) -> str:
-    return join_some(sorted(names), 5)

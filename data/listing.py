@@ -6,13 +6,14 @@ itself: the index still has its old size, and its new content is read all the sa
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import stat
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,9 @@ EXTENSIONS = (
     *(b".ppm", b".pgm", b".pbm", b".pnm", b".tif", b".tiff"),
     *((b".avif",) if features.check("avif") else ()),
 )
+# What those files begin with: a file without a suffix is an image if it does, too.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
+HEAD_BYTES = 16
 
 # What operating systems, file managers and disk stations leave beside data, in addition to names with a dot in front.
 SYSTEM_NAMES = frozenset({
@@ -64,9 +68,16 @@ class Listing(NamedTuple):
     rules: np.ndarray
 
 
-def is_image(name: bytes) -> bool:
-    """Whether a file of this name is read as an image."""
-    return name.lower().endswith(EXTENSIONS)
+def is_image(name: bytes, read_head: Callable[[], bytes]) -> bool:
+    """Whether a file of this name is read as an image; without a suffix, its first bytes decide."""
+    if name.lower().endswith(EXTENSIONS):
+        return True
+    return b"." not in name.rpartition(b"/")[2] and _begins_as_image(read_head())
+
+
+def _begins_as_image(head: bytes) -> bool:
+    bitmap = head.startswith(b"BM") and head[6:10] == bytes(4)
+    return head.startswith(SIGNATURES) or bitmap or head[4:12] == b"ftypavif"
 
 
 def is_hidden(name: bytes) -> bool:
@@ -96,7 +107,7 @@ def scan_folder(split: Path) -> Listing:
                 ignored[HIDDEN] += 1
             elif _is_folder(entry):
                 subfolders.append(name)
-            elif not is_image(name):
+            elif not is_image(name, functools.partial(_read_head, entry.path)):
                 ignored[suffix_of(name)] += 1
             elif not prefix:
                 ignored[LOOSE] += 1
@@ -170,7 +181,7 @@ def _sorted(names: list[np.ndarray], sizes: list[np.ndarray]) -> tuple[np.ndarra
 
 
 def _rules() -> np.ndarray:
-    return np.array([*EXTENSIONS, *sorted(SYSTEM_NAMES)], np.bytes_)
+    return np.array([*EXTENSIONS, *SIGNATURES, *sorted(SYSTEM_NAMES)], np.bytes_)
 
 
 def _identity(path: bytes) -> tuple[int, int]:
@@ -186,6 +197,17 @@ def _entries(folder: bytes) -> Iterable[os.DirEntry]:
         raise DataError(
             f"{os.fsdecode(folder)}: cannot be listed ({error.strerror}); check access"
         ) from error
+
+
+def _read_head(path: bytes) -> bytes:
+    """The first bytes of a file; none of one that cannot be read, of a pipe or a device."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            return file.read(HEAD_BYTES) if regular else b""
+    except OSError:
+        return b""
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -16,7 +16,8 @@ from data.workers import (
     start_worker,
     without_traceback,
 )
-from utils.errors import DataError
+from utils.errors import DataError, StorageError
+from utils.machine import explain_limits
 
 
 class TrainBatch(NamedTuple):
@@ -44,17 +45,19 @@ class EvalBatch(NamedTuple):
 
 
 class Loader(DataLoader):
-    """A DataLoader that raises a worker's DataError as one line.
+    """A DataLoader that raises a worker's DataError or StorageError as one line.
 
-    A worker that dies or hangs is a DataError too, which names the image that it was reading.
+    A worker that dies or hangs is a DataError too, which names the image that it was reading. Too many open files and a
+    full /dev/shm are a StorageError.
     """
 
     def __iter__(self) -> Iterator:
         try:
-            batches = super().__iter__()
-            install_sigchld_handler()
-            yield from batches
-        except DataError as error:
+            with explain_limits():
+                batches = super().__iter__()
+                install_sigchld_handler()
+                yield from batches
+        except (DataError, StorageError) as error:
             # The traceback is a cycle that keeps the workers until the garbage collector meets it, then
             # waits 5 s for them.
             error.with_traceback(None)

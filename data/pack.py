@@ -46,7 +46,7 @@ def write_index(folder: Path, names: np.ndarray, where: np.ndarray, info: dict) 
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     info = {"format": FORMAT, **info, "images": len(names), "shards": sizes, "index": digest}
     (folder / INDEX).write_bytes(buffer.getvalue())
-    (folder / INFO).write_text(json.dumps(info, indent=1))
+    (folder / INFO).write_text(json.dumps(info, indent=1), encoding="utf-8")
 
 
 def read_index(folder: Path) -> PackIndex:
@@ -56,7 +56,7 @@ def read_index(folder: Path) -> PackIndex:
     """
     remedy = "copy it again, or write it again with tools/pack.py"
     try:
-        info = json.loads((folder / INFO).read_text())
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
         if info["format"] != FORMAT:
             raise DataError(
                 f"{folder}: is a pack of format {info['format']}, expected {FORMAT}; "

@@ -15,11 +15,13 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data.listing import (
+    HEAD_BYTES,
     HIDDEN,
     LOOSE,
     is_hidden,
@@ -192,19 +194,26 @@ class ZipReader(Reader):
                 _check_place(path, name, member.header_offset, packed, end)
                 where = member.file_size, member.header_offset, packed, method, member.CRC
                 files.append((name, where))
-        super().__init__(path, *_tree(path, files, folders))
+        super().__init__(path, *_tree(path, files, folders, _read_zip_member))
 
     def read(self, index: int) -> bytes:
         """The bytes of member `index`; EOFError, ValueError or zlib.error if it is damaged."""
-        size, header, packed, method, crc = self.where[index].tolist()
-        # The local header's extra fields are its own: only it knows its length.
-        name_length, extra_length = struct.unpack("<26x2H", _pread(self.path, 30, header))
-        data = _pread(self.path, packed, header + 30 + name_length + extra_length)
-        if method == zipfile.ZIP_DEFLATED:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+        size, *_, crc = where = self.where[index].tolist()
+        data = _read_zip_member(self.path, where, size)
         if len(data) != size or zlib.crc32(data) != crc:
             raise ValueError("CRC-32 differs from the zip file's directory")
         return data
+
+
+def _read_zip_member(path: str | Path, where: Sequence[int], count: int) -> bytes:
+    """The first `count` bytes of a member, unpacked, and one more of one that is larger than its directory says."""
+    size, header, packed, method, _ = where
+    # The local header's extra fields are its own: only it knows its length.
+    name_length, extra_length = struct.unpack("<26x2H", _pread(str(path), 30, header))
+    data = _pread(str(path), packed, header + 30 + name_length + extra_length)
+    if method == zipfile.ZIP_DEFLATED:
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, count + (count == size))
+    return data
 
 
 class TarReader(Reader):
@@ -233,12 +242,18 @@ class TarReader(Reader):
             raise DataError(
                 f"{path}: not a readable uncompressed tar file ({error}); {PACK_TAR}"
             ) from error
-        super().__init__(path, *_tree(path, files, folders))
+        super().__init__(path, *_tree(path, files, folders, _read_tar_member))
 
     def read(self, index: int) -> bytes:
         """The bytes of member `index`; EOFError if the archive ends before it does."""
-        size, offset = self.where[index].tolist()
-        return _pread(self.path, size, offset)
+        where = self.where[index].tolist()
+        return _read_tar_member(self.path, where, where[0])
+
+
+def _read_tar_member(path: str | Path, where: Sequence[int], count: int) -> bytes:
+    """The first `count` bytes of a member."""
+    size, offset = where
+    return _pread(str(path), min(count, size), offset)
 
 
 def open_split(root: str | Path, split: str) -> Reader:
@@ -295,9 +310,9 @@ def _check_place(path: Path, name: str, offset: int, size: int, end: int) -> Non
 
 
 def _tree(
-    path: Path, files: list[tuple[str, Where]], directories: list[str]
+    path: Path, files: list[tuple[str, Where]], directories: list[str], read_member: Callable
 ) -> tuple[np.ndarray, np.ndarray, set[str], Counter[str]]:
-    """The arguments of `Reader`, from the members of an archive.
+    """The arguments of `Reader`, from the members of an archive; `read_member` reads the first bytes of one.
 
     A single folder around all the classes is dropped if it is named as the archive or as a split: `train/<class>/…`.
     Raises DataError for a name that leads out of the archive and for one that appears twice.
@@ -316,7 +331,7 @@ def _tree(
         seen.add(member)
         if any(map(is_hidden, parts)):
             ignored[HIDDEN] += 1
-        elif not is_image(member):
+        elif not is_image(member, functools.partial(_read_head, read_member, path, where)):
             ignored[suffix_of(member)] += 1
         else:
             images[member] = where
@@ -332,6 +347,13 @@ def _tree(
     classes = {name.split(b"/", 1)[0] for name in names} | {parts[0] for parts in folders if parts}
     where = np.array([images[name] for name in names], np.int64)
     return np.array(names, np.bytes_), where, set(map(os.fsdecode, classes)), ignored
+
+
+def _read_head(read_member: Callable, path: Path, where: Where) -> bytes:
+    try:
+        return read_member(path, where, HEAD_BYTES)
+    except (OSError, EOFError, ValueError, struct.error, zlib.error):
+        return b""  # damaged
 
 
 def _parts(name: str) -> list[bytes]:

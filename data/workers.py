@@ -3,9 +3,12 @@
 All that depends on the inside of torch's DataLoader is in this file, below a banner.
 """
 
+import multiprocessing.queues
 import os
 import re
 import signal
+import sys
+import threading
 import time
 import weakref
 from types import FrameType
@@ -13,9 +16,11 @@ from types import FrameType
 import torch
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data.dataset import EvalSample, ImageDataset, TrainSample
-from utils.errors import DataError
+from utils.errors import DataError, StorageError, UserError
+from utils.machine import Shortage, find_shortage, shorten_socket_paths
 
 IDLE = -1
 
@@ -25,7 +30,8 @@ class TrackedDataset(Dataset):
 
     def __init__(self, dataset: ImageDataset, num_workers: int):
         self.dataset = dataset
-        self.notes = torch.full((num_workers, 3), IDLE, dtype=torch.float64)  # pid, index, since
+        # pid, index, since, limit of the machine that ended it
+        self.notes = torch.full((num_workers, 4), IDLE, dtype=torch.float64)
         self.notes.share_memory_()
         _tracked.add(self)
 
@@ -37,7 +43,7 @@ class TrackedDataset(Dataset):
         if worker is None:
             return self.dataset[item]
         index = item if isinstance(item, int) else item[1]
-        self.notes[worker.id, 1:] = torch.tensor([index, time.monotonic()], dtype=torch.float64)
+        self.notes[worker.id, 1:3] = torch.tensor([index, time.monotonic()], dtype=torch.float64)
         sample = self.dataset[item]
         self.notes[worker.id, 1] = IDLE
         return sample
@@ -49,15 +55,17 @@ class TrackedDataset(Dataset):
             return DataError(
                 f"no batch came for {timeout:g} s, and no loader worker reads an image"
             )
-        pid, index, since = min(reading, key=lambda note: note[2])
+        pid, index, since, _ = min(reading, key=lambda note: note[2])
         return DataError(
             f"no batch came for {timeout:g} s: a loader worker (process {pid:.0f}) has been reading "
             f"{self._image(index)} for {time.monotonic() - since:.0f} s. Look at that file and its disk."
         )
 
-    def worker_death(self, pids: list[int]) -> DataError | None:
+    def worker_death(self, pids: list[int]) -> UserError | None:
         """The error for the first of `pids` that is a worker of this dataset, with its image; None if none is."""
-        for pid, index, _ in self.notes.tolist():
+        for pid, index, _, shortage in self.notes.tolist():
+            if pid in pids and shortage != IDLE:
+                return StorageError(str(Shortage(int(shortage))))
             if pid in pids:
                 doing = "idle" if index == IDLE else f"reading {self._image(index)}"
                 return DataError(
@@ -74,15 +82,35 @@ _tracked: "weakref.WeakSet[TrackedDataset]" = weakref.WeakSet()
 
 
 def start_worker(number: int) -> None:
-    """Make worker `number`, of a loader of `TrackedDataset`, end with its process and with nothing else."""
+    """Make worker `number`, of a loader of `TrackedDataset`, end with its process and with nothing else.
+
+    And where a batch cannot be handed over: torch would drop it, and its loader wait for it.
+    """
     get_worker_info().dataset.notes[number, 0] = os.getpid()
+    shorten_socket_paths()
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     os.setpgrp()  # a signal to all, as Ctrl-C, is for the process that decides
+
+
+def _end_worker(error: Exception, batch: object) -> None:
+    """End this worker because `batch` cannot be handed over, with the limit of the machine that was met in its note."""
+    worker, shortage = get_worker_info(), find_shortage(error)
+    if shortage is None:
+        print(f"a loader worker cannot hand over a batch: {error!r}", file=sys.stderr, flush=True)
+    else:
+        worker.dataset.notes[worker.id, 3] = shortage.value
+    os._exit(1)
 
 
 # --- Depends on torch 2.11 … 2.14: its SIGCHLD handler and the texts of its errors ----------------
 
 _torch_handler = None
+# What an iterator that fails while it starts its workers lacks when it is deleted: it has nothing to shut down.
+_MultiProcessingDataLoaderIter._shutdown = True
+_MultiProcessingDataLoaderIter._workers = _MultiProcessingDataLoaderIter._index_queues = ()
+_MultiProcessingDataLoaderIter._worker_pids_set = False
+_MultiProcessingDataLoaderIter._workers_done_event = threading.Event()
 
 
 def install_sigchld_handler() -> None:
@@ -99,7 +127,9 @@ def install_sigchld_handler() -> None:
 
 
 def explain(error: RuntimeError) -> Exception:
-    """`error` as a DataError if it is torch's about dead workers of a `TrackedDataset`, else `error` itself."""
+    """`error` as a UserError if it is torch's about dead workers of a `TrackedDataset`, else `error` itself."""
+    if (shortage := find_shortage(error)) is not None:
+        return StorageError(str(shortage))
     match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
     pids = [int(pid) for pid in match[1].split(",")] if match else []
     return next(filter(None, (dataset.worker_death(pids) for dataset in _tracked)), error)
@@ -110,9 +140,10 @@ def is_timeout(error: RuntimeError) -> bool:
     return "DataLoader timed out" in str(error)
 
 
-def without_traceback(error: DataError) -> DataError:
+def without_traceback(error: UserError) -> UserError:
     """A worker's error with its message alone: torch puts the worker's traceback in front of it."""
-    return DataError(str(error).rsplit("DataError: ", 1)[-1].strip())
+    kind = type(error)
+    return kind(str(error).rsplit(f"{kind.__name__}: ", 1)[-1].strip())
 
 
 def _on_sigchld(number: int, frame: FrameType | None) -> None:

@@ -5,33 +5,35 @@ Here the configuration is read group by group and goes no further: what is built
 
 import functools
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import timm
 import torch
-import torchvision
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 import data
 import models
+from analysis import imagenet
 from engine import checkpoint, compat, suite
-from engine.grad_sync import DDPSync, DeterministicSync, GradSync
+from engine.grad_sync import DDPSync, DeterministicSync, GradSync, wrap_in_ddp
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
+from engine.precision import resolve_amp_dtype, resolve_kernels
 from engine.pretrained import load_pretrained
+from engine.sanity import schedule_warnings
 from engine.state import TrainState
 from models.dat import VARIANTS
-from models.ops import fused_obstacle, use_kernels
+from utils.devices import explain_no_gpu
 from utils.distributed import Process
 from utils.download import download
 from utils.errors import ConfigError, DataError
 from utils.logging import logger
+from utils.machine import list_shortages
 from utils.rng import key, reseed
+from utils.text import quantity
 from utils.version import CHECKPOINT_FORMAT, __version__
 from utils.yaml_nodes import to_dict
 
@@ -39,6 +41,8 @@ from utils.yaml_nodes import to_dict
 IMAGE_KEYS = ("SCALE", "RATIO", "HFLIP", "COLOR_JITTER", "AUTO_AUGMENT", "ON_DEVICE", "PADDING")
 MIX_KEYS = ("MIXUP", "CUTMIX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
 BATCH_KEYS = ("REPROB", "REMODE", "RECOUNT", "ON_DEVICE", *MIX_KEYS)
+
+GPU_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def lower(group: CfgNode, names: Iterable[str]) -> dict[str, object]:
@@ -62,38 +66,10 @@ def prepare_device(cfg: CfgNode, device: torch.device) -> CfgNode:
         torch.backends.cudnn.benchmark = False
     resolved = cfg.clone()
     resolved.defrost()
-    resolved.AMP_DTYPE = _resolve_amp_dtype(cfg.AMP_DTYPE, device)
-    resolved.MODEL.KERNELS = _resolve_kernels(cfg.MODEL.KERNELS, device)
+    resolved.AMP_DTYPE = resolve_amp_dtype(cfg.AMP_DTYPE, device)
+    resolved.MODEL.KERNELS = resolve_kernels(cfg.MODEL.KERNELS, device)
     resolved.freeze()
     return resolved
-
-
-def _resolve_amp_dtype(name: str, device: torch.device) -> str:
-    cuda = device.type == "cuda"
-    if name != "auto":
-        if name == "float16" and not cuda:
-            logger.warning("float16 is slow on CPUs; --amp-dtype auto chooses what is fast")
-        return name
-    bfloat16 = not cuda and compat.cpu_multiplies_bfloat16()
-    name = "float16" if cuda else "bfloat16" if bfloat16 else "float32"
-    logger.info(f"AMP_DTYPE auto: {name}")
-    return name
-
-
-def _resolve_kernels(name: str, device: torch.device) -> str:
-    cuda = device.type == "cuda"
-    obstacle = fused_obstacle() if cuda or name == "fused" else "the device is a CPU"
-    if name == "auto":
-        name = "reference" if obstacle else "fused"
-        if cuda:
-            reason = f", because {obstacle}" if obstacle else ""
-            logger.info(f"MODEL.KERNELS auto: {name}{reason}")
-    elif name == "fused" and obstacle:
-        raise ConfigError(
-            f"MODEL.KERNELS fused cannot run here: {obstacle}. Set it to auto or reference."
-        )
-    use_kernels(name)
-    return name
 
 
 def at_size(cfg: CfgNode, size: int) -> CfgNode:
@@ -123,15 +99,20 @@ def open_data(
     train_set = open_split(cfg, "train", class_list(cfg))
     if resumed is not None and not cfg.DATA.CLASS_LIST:
         saved = checkpoint.read_metadata(resumed)["classes"]
-        if saved != train_set.classes and sorted(saved) == sorted(train_set.classes):
-            train_set = open_split(cfg, "train", saved)  # the order of the run's labels
-    count = len(train_set.classes)
+        if saved != train_set.classes and data.same_names(saved, train_set.classes):
+            train_set = open_split(cfg, "train", saved)  # the run's names and their order
+    check_num_classes(cfg, len(train_set.classes), cfg.DATA.CLASS_LIST or cfg.DATA.PATH)
+    return train_set, open_split(cfg, "val", train_set.classes)
+
+
+def check_num_classes(cfg: CfgNode, count: int, where: str) -> None:
+    """Raise ConfigError where MODEL.NUM_CLASSES is another number than the `count` classes of `where`."""
     if cfg.MODEL.NUM_CLASSES not in (0, count):
         raise ConfigError(
-            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {cfg.DATA.PATH} has {count} classes. "
-            "Leave it 0 to follow the data."
+            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {where} has {quantity(count, 'class')}. Leave it 0 to "
+            "follow the data. To evaluate on a part of the model's classes, name all of them with DATA.CLASS_LIST and "
+            "set DATA.VAL_SUBSET=True."
         )
-    return train_set, open_split(cfg, "val", train_set.classes)
 
 
 def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.ImageDataset:
@@ -219,6 +200,8 @@ def describe_pixels(cfg: CfgNode, crop: str) -> dict[str, object]:
 
 def class_list(cfg: CfgNode) -> list[str] | None:
     """The class names of DATA.CLASS_LIST, None without one."""
+    if cfg.DATA.CLASS_LIST == "imagenet-1k":
+        return imagenet.wnids()
     return data.read_class_list(cfg.DATA.CLASS_LIST) if cfg.DATA.CLASS_LIST else None
 
 
@@ -297,6 +280,26 @@ def describe_preprocessing(cfg: CfgNode) -> str:
 # --- Model and state ------------------------------------------------------------------------------
 
 
+def check_model(cfg: CfgNode, *, training: bool) -> None:
+    """Raise ConfigError for a model that cannot be built or take a batch of the images; reads no data."""
+    models.check_forward(
+        cfg.MODEL.NAME,
+        num_classes=cfg.MODEL.NUM_CLASSES or 1000,
+        img_size=cfg.DATA.IMG_SIZE,
+        sizes=image_sizes(cfg) if training else [cfg.DATA.IMG_SIZE],
+        drop_path_rate=cfg.MODEL.DROP_PATH_RATE,
+        batch_size=cfg.DATA.BATCH_SIZE,
+        training=training,
+        grad_checkpointing=cfg.MODEL.GRAD_CHECKPOINTING,
+        **cfg.MODEL.ARGS,
+    )
+
+
+def image_sizes(cfg: CfgNode) -> list[int]:
+    """The sizes of images that the model sees, largest last."""
+    return sorted({cfg.DATA.IMG_SIZE, *(size for _, size in cfg.DATA.IMG_SIZE_SCHEDULE)})
+
+
 def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Module:
     """The model with its initial weights, a function of SEED, on `device`."""
     reseed(key(cfg.SEED, "model"))
@@ -308,17 +311,20 @@ def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Modu
         **cfg.MODEL.ARGS,
     )
     if cfg.MODEL.GRAD_CHECKPOINTING:
-        model.set_grad_checkpointing()
+        models.set_grad_checkpointing(model)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info(f"Model: {cfg.MODEL.NAME}, {millions:.2f} M parameters, {num_classes} classes")
     return model.to(device)
 
 
-def build_state(cfg: CfgNode, num_classes: int, device: torch.device, *, fresh: bool) -> TrainState:
+def build_state(
+    cfg: CfgNode, classes: list[str], device: torch.device, *, fresh: bool
+) -> TrainState:
     """The state before the first step; a `fresh` run starts from the weights of CHECKPOINT.PRETRAINED, if any."""
-    model = build_model(cfg, num_classes, device)
+    model = build_model(cfg, len(classes), device)
     if fresh and cfg.CHECKPOINT.PRETRAINED:
-        load_pretrained(model, download(cfg.CHECKPOINT.PRETRAINED), strict=False)
+        path = download(cfg.CHECKPOINT.PRETRAINED)
+        load_pretrained(model, path, strict=False, classes=classes)
     optimizer = build_optimizer(cfg.TRAIN, model)
     return TrainState(
         model=model,
@@ -346,29 +352,7 @@ def build_grad_sync(
     """How the gradients of `micro_batches`, those of this process, and of all others become one."""
     if cfg.TRAIN.EXACT_WORLD_SIZE:
         return DeterministicSync(model, micro_batches, process)
-    return DDPSync(_wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process), micro_batches, process)
-
-
-def _wrap_in_ddp(model: nn.Module, img_size: int, process: Process) -> nn.Module:
-    """`model` in DDP where there is more than one process.
-
-    DDP regroups its gradients after the first backward pass and then sums them in another order, which shows in the
-    last bits of three and more processes. After one discarded pass every step, resumed or not, is a later one.
-    """
-    if process.world_size == 1:
-        return model
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    net = DistributedDataParallel(
-        model,
-        device_ids=[process.device] if process.device.type == "cuda" else None,
-        forward_sync_buffers=False,  # GradSync does it, after a step instead of before
-        gradient_as_bucket_view=True,
-    )
-    net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()
-    model.zero_grad(set_to_none=True)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    return net
+    return DDPSync(wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process), micro_batches, process)
 
 
 def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: Process) -> Recipe:
@@ -382,6 +366,8 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
         start=cfg.TRAIN.WARMUP_LR * scale,
         end=cfg.TRAIN.MIN_LR * scale,
     )
+    for warning in list_schedule_warnings(cfg, steps_per_epoch):
+        logger.warning(warning)
     warmup = f"{schedule.start:.3g} (warm-up), " if schedule.warmup else ""
     logger.info(
         f"Step: {own * process.world_size} micro-batches of {cfg.DATA.BATCH_SIZE} images, {own} on each of "
@@ -409,6 +395,16 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
     )
 
 
+def list_schedule_warnings(cfg: CfgNode, steps_per_epoch: int) -> list[str]:
+    """What in the schedule of the run is probably not meant."""
+    return schedule_warnings(
+        epochs=cfg.TRAIN.EPOCHS,
+        steps_per_epoch=steps_per_epoch,
+        ema_decay=cfg.TRAIN.EMA_DECAY,
+        **lower(cfg, ("PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS")),
+    )
+
+
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
@@ -433,26 +429,8 @@ def build_metadata(
             exact_world_size=cfg.TRAIN.EXACT_WORLD_SIZE,
             deterministic=cfg.TRAIN.DETERMINISTIC,
         ),
-        **describe_environment(process),
+        **compat.describe_environment(process),
         "config": to_dict(cfg),
-    }
-
-
-def describe_environment(process: Process) -> dict[str, object]:
-    """Code, versions and hardware, for checkpoints and evaluations."""
-    return {
-        "world_size": process.world_size,
-        "versions": {
-            "project": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-        },
-        "revision": compat.revision(),
-        "device": compat.device_name(process.device),
-        # What a GPU computes does not depend on the threads beside it.
-        "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
     }
 
 
@@ -485,9 +463,19 @@ def load_step(
 def log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
     """Log the machine, the versions and every setting that is no default, with the file or flag it comes from."""
     logger.info(
-        f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each, "
+        f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each "
+        f"({process.threads_from}), "
         f"torch {torch.__version__}, timm {timm.__version__}, code {__version__} {compat.revision()}"
     )
+    if process.device.type == "cpu" and cfg.DEVICE == "auto" and GPU_DRIVER.exists():
+        logger.warning(
+            f"This machine has a GPU driver, but {explain_no_gpu()}. DEVICE cpu says that this is meant."
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    images = cfg.DATA.BATCH_SIZE + (cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
+    workers = cfg.DATA.NUM_WORKERS
+    for shortage in list_shortages(workers, local * workers, images, image_sizes(cfg)[-1]):
+        logger.warning(shortage)
     settings: dict[str, list[str]] = {}
     for name, source in sources.items():
         value = functools.reduce(getattr, name.split("."), cfg)

@@ -272,7 +272,8 @@ def resolve(path: Path, *, best: bool = False) -> Path:
             elif step:
                 logger.warning(f"{at_best}, the best, is damaged ({damage}): using {found.name}")
     else:
-        found = path if path.name.startswith("step-") and path.is_dir() else None
+        named = path.name.startswith("step-") and path.is_dir()
+        found = path if named or (path / MANIFEST).is_file() else None  # a copy has any name
         if found and (damage := verify(found)):
             raise CheckpointError(
                 f"{found}: {damage}. Name the run instead to use its latest valid checkpoint."
@@ -283,6 +284,18 @@ def resolve(path: Path, *, best: bool = False) -> Path:
             "Weights from elsewhere are given with --pretrained."
         )
     return found
+
+
+def origin_of(path: Path) -> Path | None:
+    """The checkpoint that weights at `path` are from: itself, a run's best, or the one that the file belongs to.
+
+    None for weights from elsewhere.
+    """
+    if path.is_dir():
+        ours = (path / "checkpoints").is_dir() or (path / MANIFEST).is_file()
+        return resolve(path, best=True) if ours else None
+    belongs = path.name in FILES and (path.parent / MANIFEST).is_file()
+    return path.parent if belongs else None
 
 
 # --- Read -----------------------------------------------------------------------------------------

@@ -5,15 +5,20 @@ configuration go by their own names. In a run of several processes each of them 
 """
 
 import platform
+import re
 import subprocess
 from pathlib import Path
 
+import timm
 import torch
+import torchvision
 
 from engine import checkpoint
 from utils import first_edition
+from utils.distributed import Process
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.logging import logger
+from utils.version import __version__
 
 # A position counts steps of one model on one class list: with others it would mean something else.
 REQUIRED = {
@@ -65,7 +70,8 @@ def check_resume(path: Path, metadata: dict, accept: str) -> None:
     before, now = first_edition.LATER_KEYS | _by_name(saved), _by_name(metadata)
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
     accepted = set(filter(None, accept.split(",")))
-    refused = [name for name in changed if name not in IGNORED | accepted]
+    harmless = {name for name in changed if _same_kind(name, before, now)}
+    refused = [name for name in changed if name not in IGNORED | accepted | harmless]
     if unknown := sorted(accepted - now.keys()):
         renamed = [
             f"{n} is {first_edition.KEYS[n]} now" for n in unknown if n in first_edition.KEYS
@@ -93,6 +99,26 @@ def list_evaluation_changes(saved: dict, now: dict) -> list[str]:
     before, after = _by_name(saved), _by_name(now)
     both = [name for name in EVALUATED if name in before and name in after]
     return [_describe_change(name, before, after) for name in both if before[name] != after[name]]
+
+
+def _same_kind(name: str, before: dict, now: dict) -> bool:
+    """Whether a changed device or version is of the same kind, and the run guarantees no bits: it is on CUDA.
+
+    GPUs of one model with more memory or in another form, A100-SXM4-40GB and A100 80GB PCIe, and releases of torch that
+    differ in the last number.
+    """
+    if {before.get("reproducibility"), now.get("reproducibility")} != {"same samples"}:
+        return False
+    if name == "device":
+        models = [
+            re.findall(r"\b(?:[A-Z]{1,3}\d{1,5}|\d{3,5})\w?\b", str(x[name]))[:1]
+            for x in (before, now)
+        ]
+        return models[0] == models[1] != []
+    if name in ("versions.torch", "versions.torchvision"):
+        releases = [re.match(r"\d+\.\d+", str(x[name])) for x in (before, now)]
+        return None not in releases and releases[0][0] == releases[1][0]
+    return False
 
 
 def _by_name(metadata: dict) -> dict[str, object]:
@@ -131,7 +157,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     kind = names[0] if names else platform.machine()
     return f"{kind}, {torch.backends.cpu.get_cpu_capability()}"
@@ -140,7 +166,7 @@ def device_name(device: torch.device) -> str:
 def cpu_multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 products; without them they take longer than float32's."""
     cpu_info = Path("/proc/cpuinfo")
-    words = set(cpu_info.read_text().split()) if cpu_info.exists() else set()
+    words = set(cpu_info.read_text(encoding="utf-8").split()) if cpu_info.exists() else set()
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -152,6 +178,24 @@ def revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def describe_environment(process: Process) -> dict[str, object]:
+    """Code, versions and hardware, for checkpoints and evaluations."""
+    return {
+        "world_size": process.world_size,
+        "versions": {
+            "project": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+        },
+        "revision": revision(),
+        "device": device_name(process.device),
+        # What a GPU computes does not depend on the threads beside it.
+        "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
+    }
 
 
 # --- Reproducibility ------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 import data
-import models
 from analysis import imagenet
 from analysis.collector import Collector
 from analysis.predictions import Evaluation
@@ -27,10 +26,13 @@ from engine import build, checkpoint, compat, suite
 from engine.hooks import InterruptibleLoader
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
+from engine.sanity import class_order_warnings
 from utils.distributed import Process, init_distributed
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError
 from utils.logging import logger, start_logging
+from utils.machine import explain_limits
+from utils.text import join_some, quantity
 from utils.yaml_nodes import to_dict
 
 
@@ -39,7 +41,10 @@ class Weights:
     """What is evaluated: a checkpoint of a run, whose class list decides the labels, or a file of weights."""
 
     path: Path
-    classes: list[str] | None  # of the checkpoint; of DATA.CLASS_LIST, if any, for a file
+    classes: (
+        list[str] | None
+    )  # of the checkpoint or of DATA.CLASS_LIST; None: the folders' names decide
+    source: str  # where `classes` come from, for people
     is_checkpoint: bool
 
     def files(self) -> Iterator[tuple[str, Path]]:
@@ -58,8 +63,11 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
     sources: where values that are no defaults come from. given: keys set on the command line. Raises CheckpointError
     for weights that do not fit in full.
     """
-    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
-    with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
+    build.check_model(cfg, training=False)
+    with (
+        init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process,
+        explain_limits(),
+    ):
         start_logging(cfg.MODEL.NAME, process.rank)
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
@@ -75,6 +83,8 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
 def evaluate_val(cfg: CfgNode, weights: Weights, process: Process) -> dict:
     """The accuracies of `weights` on the validation images."""
     val_set = build.open_split(cfg, "val", weights.classes)
+    source = weights.source if weights.classes else None
+    report_labels(cfg, val_set.classes, source)
     loader = build.val_loader(cfg, val_set, process)
     model = build.build_model(cfg, len(val_set.classes), process.device)
     changes = changes_since_training(cfg, weights, val_set.fingerprint)
@@ -106,12 +116,43 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
         run = own
     if run:
         path = checkpoint.resolve(Path(run), best=True)
-        return Weights(path, checkpoint.read_metadata(path)["classes"], is_checkpoint=True)
+        return Weights(path, *_saved_classes(cfg, path, given), is_checkpoint=True)
     if file:
-        return Weights(download(file), build.class_list(cfg), is_checkpoint=False)
+        path = download(file)
+        if step := checkpoint.origin_of(path):
+            return Weights(path, *_saved_classes(cfg, step, given), is_checkpoint=False)
+        return Weights(path, build.class_list(cfg), "DATA.CLASS_LIST", is_checkpoint=False)
     raise CheckpointError(
         f"--eval needs weights, and {own} has no checkpoints. Add --pretrained FILE or --resume RUN."
     )
+
+
+def _saved_classes(cfg: CfgNode, step: Path, given: frozenset[str]) -> tuple[list[str], str]:
+    """The class list of the checkpoint `step`, and its name. Raises ConfigError for another on the command line."""
+    saved = checkpoint.read_metadata(step)["classes"]
+    if "DATA.CLASS_LIST" in given and (listed := build.class_list(cfg)) not in (None, saved):
+        raise ConfigError(
+            f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} ({join_some(listed, 3)}) is not the class list of {step} "
+            f"({join_some(saved, 3)}), which decides the labels. Leave it out."
+        )
+    return saved, str(step)
+
+
+def report_labels(cfg: CfgNode, classes: list[str], source: str | None) -> None:
+    """Log that the labels are those of `source`; warn where the weights may count their classes otherwise.
+
+    source: where the list is from; None: the sorted folders of val. Raises ConfigError where MODEL.NUM_CLASSES is
+    another number.
+    """
+    build.check_num_classes(cfg, len(classes), source or cfg.DATA.PATH)
+    where = source or f"the sorted folders of {cfg.DATA.PATH}"
+    logger.info(
+        f"Labels: {quantity(len(classes), 'class')} as in {where}, {classes[0]} first, {classes[-1]} last"
+    )
+    for warning in class_order_warnings(classes) if source is None else ():
+        logger.warning(
+            f"{warning} If the accuracy is at chance, name the order with DATA.CLASS_LIST."
+        )
 
 
 def load_weights(model: nn.Module, file: Path, is_checkpoint: bool) -> None:
@@ -168,7 +209,10 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
         suite.parse_only(cfg.TEST.ONLY) if cfg.TEST.SETS else ["val"],
     )
     sizes = [int(size) for size in cfg.TEST.SIZES.split(",") if size] or [cfg.DATA.IMG_SIZE]
-    classes = weights.classes or class_list_of(cfg, found)
+    classes, source = weights.classes, weights.source
+    if classes is None:
+        classes, source = class_list_of(cfg, found)
+    report_labels(cfg, classes, source)
     results = []
     for size in sizes:
         sized = build.at_size(cfg, size)
@@ -203,12 +247,11 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
     return {"weights": str(weights.path), "results": results}
 
 
-def class_list_of(cfg: CfgNode, found: list[suite.Found]) -> list[str]:
-    """The classes of weights that do not name theirs: val's folders, or ImageNet-1k's."""
+def class_list_of(cfg: CfgNode, found: list[suite.Found]) -> tuple[list[str], str | None]:
+    """The classes of weights that do not name theirs, and their source: val's folders (None), or ImageNet-1k's."""
     if any(one.test_set.group == "val" for one in found):
-        return build.open_split(cfg, "val", None).classes
-    logger.info("The weights name no classes: they are taken for ImageNet-1k's")
-    return imagenet.wnids()
+        return build.open_split(cfg, "val", None).classes, None
+    return imagenet.wnids(), "ImageNet-1k"
 
 
 def build_evaluation(
@@ -246,7 +289,7 @@ def build_evaluation(
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         },
         environment={
-            **build.describe_environment(process),
+            **compat.describe_environment(process),
             "batch_size": cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE,
             "changes": changes,
         },
@@ -311,7 +354,7 @@ def log_accuracy(result: Accuracy, name: str) -> None:
 
 def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Print how many images a second the model classifies, on random images; needs no data."""
-    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
+    build.check_model(cfg, training=False)
     with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
         build.log_start(cfg, sources, process)

@@ -4,12 +4,14 @@ Either class leaves the mean gradient in the parameters, and on every process th
 BatchNorm, so that all of them evaluate, average and save one model. Its time belongs to the backward pass.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from utils import distributed
@@ -122,3 +124,27 @@ def running_statistics(model: nn.Module) -> list[torch.Tensor]:
     """What forward passes change in `model`: the buffers of its BatchNorm layers."""
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+
+
+def wrap_in_ddp(model: nn.Module, img_size: int, process: Process) -> nn.Module:
+    """`model` in DDP where there is more than one process.
+
+    DDP regroups its gradients after the first backward pass and then sums them in another order, which shows in the
+    last bits of three and more processes. After one discarded pass every step, resumed or not, is a later one.
+    """
+    if process.world_size == 1:
+        return model
+    # A depthwise weight (C, 1, k, k) is contiguous in two layouts, whose strides torch compares without need.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    net = DistributedDataParallel(
+        model,
+        device_ids=[process.device] if process.device.type == "cuda" else None,
+        forward_sync_buffers=False,  # GradSync does it, after a step instead of before
+        gradient_as_bucket_view=True,
+    )
+    net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()
+    model.zero_grad(set_to_none=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return net

@@ -83,7 +83,7 @@ def train_one_epoch(
             norm = _step(state, recipe.clip_grad)
         state.step += 1
         progress.update()
-        if state.step % recipe.print_freq == 0:
+        if state.step % recipe.print_freq == 0 or state.step == end:
             # The values are this step's own, so that a resumed run records the same as one that was not stopped.
             loss = grad_sync.mean_loss(losses).item()
             values = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}

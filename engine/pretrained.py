@@ -119,15 +119,19 @@ def refuse_nonfinite(path: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def load_pretrained(model: nn.Module, path: Path, *, strict: bool) -> Report:
+def load_pretrained(
+    model: nn.Module, path: Path, *, strict: bool, classes: list[str] | None = None
+) -> Report:
     """Load the weights at `path` into the timm model `model`, renamed and resized as its architecture knows to.
 
     With `strict` (evaluation) every tensor must be there and the file must be for this variant. Otherwise (a new
-    training) a classifier that does not fit keeps its initial values; all else must fit. Raises CheckpointError with
-    the report and, for a DAT, the name of the model that the file is for.
+    training) a classifier that does not fit keeps its initial values; all else must fit. With `classes`, those of
+    `model`, the same holds for a classifier whose checkpoint knows others; one that knows them in another order is
+    reordered. Raises CheckpointError with the report and, for a DAT, the name of the model that the file is for.
     """
     tensors = read_weights(path)
     fitted, resized = _fit(tensors, model, path)
+    fitted = _fit_classes(fitted, model, path, classes)
     own = model.state_dict()
     report = Report(fitted, own, resized)
     fresh = () if strict else _classifier(model)
@@ -141,7 +145,7 @@ def load_pretrained(model: nn.Module, path: Path, *, strict: bool) -> Report:
     # Windows are resized for a training only: evaluated, the result would be neither variant's.
     misnamed = found and _asked(model) not in found.variants
     if refused or (strict and misnamed):
-        remedy = _remedy(found, model)
+        remedy = _explain_classes(refused, fitted, model) or _remedy(found, model)
         raise CheckpointError(f"{path} does not fit {_asked(model)}. {remedy} In numbers: {report}")
     loaded = {name: fitted[name] for name in report.matched + report.resized}
     refuse_nonfinite(path, loaded)
@@ -172,11 +176,49 @@ def _fit(
     return fitted, resized
 
 
+def _fit_classes(
+    tensors: dict[str, Tensor], model: nn.Module, path: Path, classes: list[str] | None
+) -> dict[str, Tensor]:
+    """`tensors` with the classifier for `classes`, where the checkpoint at `path` has others: reordered or dropped."""
+    step = checkpoint.origin_of(path) if classes else None
+    saved = checkpoint.read_metadata(step)["classes"] if step else classes
+    if saved == classes:
+        return tensors
+    heads = _heads(model)
+    if sorted(saved) == sorted(classes):
+        logger.info(f"{path} knows the same classes in another order: its classifier is reordered")
+        rows = [saved.index(name) for name in classes]
+        return {n: t[rows] if n.startswith(heads) else t for n, t in tensors.items()}
+    logger.warning(
+        f"{path} knows other classes ({join_some(saved, 3)}) than the data ({join_some(classes, 3)}): "
+        "the classifier starts from scratch"
+    )
+    return {n: t for n, t in tensors.items() if not n.startswith(heads)}
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the classifier's tensors."""
+    heads = model.pretrained_cfg["classifier"] or ()
+    return tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
+
+
 def _classifier(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of what a new training may start from scratch; a detector's backbone ends before the norm."""
-    heads = model.pretrained_cfg["classifier"] or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    return tuple(f"{name}." for name in (*heads, "norm"))
+    return (*_heads(model), "norm.")
+
+
+def _explain_classes(refused: list[str], file: dict[str, Tensor], model: nn.Module) -> str:
+    """What to do where the number of classes is all that does not fit; empty where more does not."""
+    rows = {len(file[name]) for name in refused if name in file and name.startswith(_heads(model))}
+    if len(rows) != 1 or any(
+        name not in file or not name.startswith(_heads(model)) for name in refused
+    ):
+        return ""
+    return (
+        f"All but the classifier fits: the file knows {rows.pop():,} classes, the data has {model.num_classes:,}. "
+        "Name all classes of the file, in their order, with DATA.CLASS_LIST (a text file, or imagenet-1k) and set "
+        "DATA.VAL_SUBSET=True; all of them then compete for an image."
+    )
 
 
 def _asked(model: nn.Module) -> str:

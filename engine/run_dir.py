@@ -87,7 +87,10 @@ class RunDir:
 
     def _has_ended(self) -> bool:
         try:
-            return json.loads((self.path / "status.json").read_text())["state"] != "running"
+            return (
+                json.loads((self.path / "status.json").read_text(encoding="utf-8"))["state"]
+                != "running"
+            )
         except (OSError, ValueError):
             return False
 

@@ -6,7 +6,6 @@ import torch
 from yacs.config import CfgNode
 
 import data
-import models
 from engine import build, checkpoint, compat
 from engine.checkpoint import Saver
 from engine.evaluate import log_accuracy, score
@@ -19,6 +18,7 @@ from utils.distributed import Process, explain_lost_process, init_distributed
 from utils.errors import CheckpointError, DivergedError
 from utils.files import write_atomically
 from utils.logging import MetricWriter, logger, start_logging
+from utils.machine import explain_limits
 from utils.signals import StopRequest
 from utils.watchdog import Watchdog
 from utils.yaml_nodes import dump
@@ -31,13 +31,14 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
 
     sources: where the values of `cfg` that are no defaults come from, for the log.
     """
-    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
+    build.check_model(cfg, training=True)
     with (
         init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process,
         RunDir(build.run_path(cfg), process).lock() as run_dir,
         Saver(run_dir.checkpoints, cfg.CHECKPOINT.KEEP) as saver,
         Watchdog(cfg.TRAIN.HANG_SECONDS, run_dir.hang_file(), run_dir.report_hang) as watchdog,
         explain_lost_process(),
+        explain_limits(),
     ):
         own_path = run_dir.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)
@@ -55,10 +56,9 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
             compat.check_resume(resumed, metadata, cfg.CHECKPOINT.ACCEPT)
 
         # --- Model, and what a step does ----------------------------------------------------------
-        num_classes = len(train_set.classes)
-        state = build.build_state(cfg, num_classes, process.device, fresh=resumed is None)
+        state = build.build_state(cfg, train_set.classes, process.device, fresh=resumed is None)
         run_dir.require_space(state.num_bytes())
-        recipe = build.build_recipe(cfg, steps_per_epoch, num_classes, process)
+        recipe = build.build_recipe(cfg, steps_per_epoch, len(train_set.classes), process)
         grad_sync = build.build_grad_sync(cfg, state.model, recipe.micro_batches, process)
 
         # --- Resume -------------------------------------------------------------------------------

@@ -6,13 +6,21 @@ import re
 import sys
 
 import timm
+import torch
 from torch import nn
 
 from models.dat import DAT, VARIANTS, DATConfig, SamplingPoints
 from utils.errors import ConfigError
 from utils.text import nearest
 
-__all__ = ["SamplingPoints", "build", "check"]
+__all__ = ["SamplingPoints", "build", "check", "check_forward", "set_grad_checkpointing"]
+
+# How constructors and forward passes of timm's models fail on arguments that they cannot work with.
+FAILURES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+_FITTING: set[tuple] = set()  # what `check_forward` has tried in this process
 
 
 def build(
@@ -32,12 +40,18 @@ def build(
             name, num_classes=num_classes, drop_path_rate=drop_path_rate, **args
         )
     except TypeError as error:
-        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword .*?'(\w+)'", str(error))
+        unknown = re.search(
+            r"(\w+)\.__init__\(\) got (?:an )?unexpected keyword .*?'(\w+)'", str(error)
+        )
         if unknown is None:
             raise
         class_name, argument = unknown.groups()
         if argument == "drop_path_rate" and drop_path_rate == 0:  # what such a model does anyway
             return timm.create_model(name, num_classes=num_classes, **args)
+        if argument == "drop_path_rate":
+            raise ConfigError(
+                f"{name} has no stochastic depth: set MODEL.DROP_PATH_RATE 0"
+            ) from error
         known = constructor_arguments(name, class_name)
         raise ConfigError(
             f"{name} takes no argument {argument!r}{nearest(argument, known)}"
@@ -59,6 +73,80 @@ def check(name: str, args: dict[str, object]) -> None:
             raise ConfigError(f"{name} takes no argument {argument!r}{nearest(argument, known)}")
     shape = {field.name for field in dataclasses.fields(DATConfig)}
     DATConfig(**{k: v for k, v in {**VARIANTS[name], **args}.items() if k in shape})
+
+
+def check_forward(
+    name: str,
+    *,
+    num_classes: int,
+    img_size: int,
+    sizes: list[int],
+    drop_path_rate: float,
+    batch_size: int,
+    training: bool,
+    grad_checkpointing: bool,
+    **args,
+) -> None:
+    """Raise ConfigError unless the model can be built and maps images (B, 3, S, S) to logits (B, `num_classes`).
+
+    img_size: the size that the model is made for; `sizes`: each S.
+
+    Tried with shapes alone, on the meta device. What that device cannot do, such as reading a value, is not tried.
+    """
+    tried = repr((name, num_classes, img_size, sizes, drop_path_rate, batch_size, training, args))
+    if (tried, grad_checkpointing) in _FITTING:
+        return
+    check(name, args)
+    if args.get("in_chans", 3) != 3:
+        raise ConfigError(
+            f"MODEL.ARGS.in_chans is {args['in_chans']}, but images are read with 3 channels; leave it out"
+        )
+    asked, size = (f"{name} with {args}" if args else name), img_size
+    try:
+        with torch.device("meta"):
+            model = build(
+                name,
+                num_classes=num_classes,
+                img_size=img_size,
+                drop_path_rate=drop_path_rate,
+                **args,
+            )
+        with torch.no_grad():
+            for size in sizes:
+                images = torch.empty(batch_size, 3, size, size, device="meta")
+                logits = model.train(training)(images)
+    except FAILURES as error:
+        if isinstance(error, NotImplementedError) or "meta" in str(error):
+            return
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        if "more than 1 value per channel" in reason:
+            raise ConfigError(
+                f"{name} has BatchNorm, which needs more than one value per channel to train: DATA.BATCH_SIZE "
+                f"{batch_size} is too small for images of {size} pixels"
+            ) from error
+        raise ConfigError(
+            f"{asked} cannot take images of {size}×{size} pixels: {reason}"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (batch_size, num_classes):
+        found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"{asked} returns {found}, expected logits {[batch_size, num_classes]}: leave out the argument that "
+            "changes what it returns"
+        )
+    if grad_checkpointing:
+        set_grad_checkpointing(model)
+    _FITTING.add((tried, grad_checkpointing))
+
+
+def set_grad_checkpointing(model: nn.Module) -> None:
+    """Let a model of timm's recompute its activations in the backward pass. Raises ConfigError where it cannot."""
+    try:
+        model.set_grad_checkpointing()
+    except (AssertionError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"{type(model).__name__} has no gradient checkpointing: set MODEL.GRAD_CHECKPOINTING False, and to save "
+            "memory lower DATA.BATCH_SIZE"
+        ) from error
 
 
 def constructor_arguments(name: str, class_name: str) -> list[str]:

@@ -46,6 +46,7 @@ from models.attention import (
     NeighborhoodAttention,
     WindowAttention,
 )
+from models.checks import check_fields
 from models.convert import checkpoint_filter_fn
 from utils.errors import ConfigError
 
@@ -78,6 +79,9 @@ class DATConfig:
     plus_plus: bool = False
 
     def __post_init__(self):
+        check_fields(self)
+        if self.patch_size & (self.patch_size - 1):
+            raise ConfigError(f"patch_size is {self.patch_size}, expected a power of two")
         lengths = {
             name: len(value) for name, value in vars(self).items() if isinstance(value, Sequence)
         }

@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
 def write(path: Path, result: dict) -> None:
     """Write the numbers as JSON. Raises StorageError."""
     try:
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise StorageError(f"--json {path} cannot be written: {error.strerror}") from error
 

@@ -45,6 +45,7 @@ from data.readers import Reader, open_split
 from tools.benchmarks.model import at_least
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.files import replace_atomically, write_atomically
+from utils.machine import available_cores
 from utils.rng import key, reseed
 
 PACKAGE = "imagecorruptions-imaug"
@@ -190,7 +191,7 @@ def begin(out: Path, plan: dict) -> None:
     """Record in `out` how its files are made. Raises ConfigError if it holds files that were made in another way."""
     path = out / "corruptions.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         if changed := sorted(
             k for k in before.keys() | plan.keys() if before.get(k) != plan.get(k)
         ):
@@ -254,7 +255,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--workers",
         type=at_least(1),
-        default=os.cpu_count(),
+        default=available_cores(),
         metavar="N",
         help="processes (default: one per core)",
     )

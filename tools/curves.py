@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.records import read_records
 from utils.errors import ConfigError, StorageError, as_exit_code
+from utils.text import quantity
 
 SMOOTHING = (
     0.02  # window of the running mean, as a share of all records: the loss of one step is noisy
@@ -115,7 +116,7 @@ def draw(run: Path, out: Path) -> None:
         plt.close(figure)
     last_step = int(max(steps[-1] for steps, _ in series.values()))
     result = f"best top-1 {max(accuracies):.2f} %" if accuracies else "no validation yet"
-    print(f"{out}: {last_step:,} steps, {result}")
+    print(f"{out}: {quantity(last_step, 'step')}, {result}")
 
 
 @as_exit_code

@@ -12,7 +12,6 @@ examples:
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -21,13 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import config
+from analysis import imagenet
 from data import allowed_files
 from tools.checks.images import examine, judge_images
 from tools.checks.layout import check_links, open_splits
 from tools.checks.machine import check_machine
 from tools.checks.report import Report
 from tools.checks.settings import check_batches, check_learning_rate, check_model
+from tools.checks.weights import check_evaluated, check_start, find_evaluated
 from utils.errors import ConfigError, UserError
+from utils.machine import available_cores
+from utils.streams import protect_streams
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, config.Command | None]:
@@ -42,7 +45,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, config.Command | No
     parser.add_argument("--data-path", metavar="FOLDER", help="dataset, instead of that of --cfg")
     parser.add_argument("--pixels", action="store_true", help="decode every image")
     parser.add_argument("--sha", action="store_true", help="find identical files by their SHA-256")
-    parser.add_argument("-j", "--jobs", type=int, default=len(os.sched_getaffinity(0)),
+    parser.add_argument("-j", "--jobs", type=int, default=available_cores(),
                         metavar="N", help="processes that examine files (default: the cores; 0: none)")  # fmt: skip
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 1,
                         metavar="N", help="processes of the run, on all nodes (default: the GPUs here)")  # fmt: skip
@@ -72,7 +75,11 @@ def run_checks(args: argparse.Namespace, command: config.Command | None, report:
     splits = ["val"] if command and command.mode == "eval" else ["train", "val"]
 
     report.section(f"Data in {root}")
-    datasets, findings = open_splits(root, splits, cfg)
+    evaluated, findings = (
+        find_evaluated(command) if command and command.mode == "eval" else (None, [])
+    )
+    report.show(findings)
+    datasets, findings = open_splits(root, splits, cfg, evaluated and evaluated.classes)
     report.show(findings)
     for dataset in datasets.values():
         report.show(check_links(root, dataset))
@@ -86,18 +93,24 @@ def run_checks(args: argparse.Namespace, command: config.Command | None, report:
 
     if cfg:
         report.section(f"Configuration {args.cfg}")
-        classes = len(next(iter(datasets.values())).classes) if datasets else 1000
+        classes = next(iter(datasets.values())).classes if datasets else imagenet.wnids()
         training = command.mode == "train"
         if training:
             report.show(check_batches(cfg, datasets.get("train"), args.processes))
             report.show([check_learning_rate(cfg)])
-        report.show(check_model(cfg, classes, training))
+        report.show(check_model(cfg, len(classes), training))
+        if not report.count["FAIL"]:
+            weights = (
+                check_evaluated(cfg, evaluated, classes) if evaluated else check_start(cfg, classes)
+            )
+            report.show(weights)
     report.section("Machine")
     report.show(check_machine(cfg, args.processes))
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; return the exit code."""
+    protect_streams()
     report = Report()
     try:
         args, command = parse(arguments)

@@ -34,6 +34,7 @@ from data.pack import shard_name, write_index
 from data.readers import PackReader, Reader, open_split
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.files import replace_atomically, write_atomically
+from utils.machine import available_cores
 
 SHARD_BYTES = 64 * 2**20
 
@@ -217,7 +218,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count(),
+        default=available_cores(),
         choices=range(1, 257),
         metavar="N",
         help="processes (default: the cores)",

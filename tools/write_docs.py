@@ -84,7 +84,7 @@ def mistakes() -> str:
     """A wrong configuration file, and what main.py prints about it."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "my.yaml")
-        Path(path).write_text(MISTAKES)
+        Path(path).write_text(MISTAKES, encoding="utf-8")
         try:
             config.parse(["--cfg", path, "--data-path", "/imagenet"])
         except ConfigError as error:
@@ -123,10 +123,10 @@ def main(arguments: list[str]) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args(arguments)
     for page in sorted(DOCS.glob("*.md")):
-        before = page.read_text()
+        before = page.read_text(encoding="utf-8")
         after = rewrite(before)
         if after != before:
-            page.write_text(after)
+            page.write_text(after, encoding="utf-8")
             print(f"{page.relative_to(DOCS.parent)}: rewritten")
 
 

@@ -1,6 +1,8 @@
 """Distributed processes: rank, world size, device and collectives; the same program runs with and without torchrun."""
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +11,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from utils.errors import ProcessLost
+from utils.devices import check_gpus_differ, choose_device
+from utils.errors import ConfigError, ProcessLost
+from utils.machine import choose_threads
 
 FOREVER = timedelta(days=365)
+PATIENCE = 10.0  # seconds of waiting for the other processes before that is reported
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    threads_from: str = "torch's default"  # what the number of CPU threads follows from
 
     @property
     def is_main(self) -> bool:
@@ -35,31 +41,60 @@ def init_distributed(
     """Join the process group that torchrun describes in the environment, if any.
 
     device: "cuda", "cpu" or "auto" (CUDA where it is available).
-    threads: CPU threads of this process; 0: its share of the cores, where torchrun would allow each process one.
+    threads: CPU threads of this process; 0: as OMP_NUM_THREADS says, else its share of the cores.
     timeout: seconds after which a collective fails; 0: it waits for ever.
+
+    Raises ConfigError where there is no GPU for the process, and where the processes cannot meet.
     """
     env = {name: int(os.environ.get(name, default)) for name, default in
            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    threads, source = choose_threads(threads, env["LOCAL_WORLD_SIZE"])
     process = Process(
         rank=env["RANK"],
         world_size=env["WORLD_SIZE"],
-        device=torch.device(kind, env["LOCAL_RANK"]) if kind == "cuda" else torch.device(kind),
+        device=choose_device(device, env["LOCAL_RANK"]),
+        threads_from=source,
     )
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or max(1, cores // env["LOCAL_WORLD_SIZE"]))
-    if kind == "cuda":
+    torch.set_num_threads(threads)
+    if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     if process.world_size > 1:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout) if timeout else FOREVER,
-        )
+        _join_group(process, timeout)
     try:
         yield process
     finally:
         if process.world_size > 1:
             dist.destroy_process_group()
+
+
+def _join_group(process: Process, timeout: float) -> None:
+    """Meet the other processes at MASTER_ADDR; who waits long says so on stderr, as no log is open yet."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = (
+        f"Process {process.rank} waits for all {process.world_size} processes to meet at {place}\n"
+    )
+    waiting = threading.Timer(PATIENCE, sys.stderr.write, [text])
+    waiting.daemon = True
+    waiting.start()
+    cuda = process.device.type == "cuda"
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timedelta(seconds=timeout) if timeout else FOREVER,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).partition("\n")[0]
+        taken = "EADDRINUSE" in reason or "address already in use" in reason.lower()
+        remedy = (
+            "That port is in use: set another MASTER_PORT, or let torchrun --standalone find a free one."
+            if taken
+            else "MASTER_ADDR must be a host that every process reaches, the same for all, as MASTER_PORT."
+        )
+        raise ConfigError(f"The processes cannot meet at {place}. {remedy} ({reason})") from error
+    finally:
+        waiting.cancel()
+    if cuda:
+        check_gpus_differ(process.device)
 
 
 @contextmanager

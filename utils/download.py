@@ -28,7 +28,7 @@ def download(source: str) -> Path:
     path = Path(hub.get_dir(), "checkpoints", digest + Path(urlsplit(url).path).suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
+        with path.with_suffix(".lock").open("w", encoding="utf-8") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)
             if not path.exists() or _sha256(path) != digest:
                 logger.info(f"Downloading {url} to {path}")

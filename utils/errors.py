@@ -8,6 +8,8 @@ import functools
 import sys
 from collections.abc import Callable
 
+from utils.streams import protect_streams
+
 
 class UserError(Exception):
     """Base of every error that a user can fix; never raised itself."""
@@ -40,7 +42,7 @@ class DivergedError(UserError):
 
 
 class StorageError(UserError):
-    """The output folder is read-only, full or in use by another run."""
+    """The output folder is read-only, full or in use by another run, or a limit of the machine is met."""
 
     exit_code = 6
 
@@ -60,6 +62,7 @@ def as_exit_code(main: Callable[[list[str]], None]) -> Callable[[list[str]], int
 
     @functools.wraps(main)
     def wrapped(arguments: list[str]) -> int:
+        protect_streams()
         try:
             main(arguments)
         except UserError as error:

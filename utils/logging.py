@@ -78,14 +78,18 @@ class MetricWriter:
 
         try:
             for name in self._waiting:
-                path = self._folder / f"{name}.jsonl"
+                path = self._path(name)
                 last = _cut_records(path, step, epoch)
                 if name == "metrics" and last < step // self._every * self._every:
                     logger.warning(f"{path} lacks records of steps {last + 1} to {step}")
-                self._files[name] = path.open("ab", buffering=0)
+                if name != "skipped" or path.exists():  # few runs skip a step
+                    self._files[name] = path.open("ab", buffering=0)
             self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
         except OSError as error:
             raise StorageError(f"{self._folder}: its records cannot be written: {error}") from error
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.jsonl"
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record values that depend on the seed alone."""
@@ -122,6 +126,8 @@ class MetricWriter:
         """Write the records that wait, as far as there is room."""
         try:
             while waiting := self._waiting[name]:
+                if name not in self._files:
+                    self._files[name] = self._path(name).open("ab", buffering=0)
                 self._waiting[name] = waiting[self._files[name].write(waiting) :]
         except OSError as error:
             if waiting.count(b"\n") == 1:  # the first record that waits
@@ -131,7 +137,7 @@ class MetricWriter:
 
     def flush(self) -> None:
         """Write every record so far to its file, before a checkpoint that is ahead of them is saved."""
-        for name in self._files:
+        for name in self._waiting:
             self._append(name)
         self._draw(lambda board: board.flush())
 

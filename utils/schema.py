@@ -6,6 +6,8 @@ and line or the flag it comes from, and raised as one ConfigError.
 
 import difflib
 import os
+import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +20,10 @@ from utils.yaml_nodes import Loader, convert_node, format_node, locate_node, to_
 
 # --- Keys -----------------------------------------------------------------------------------------
 
+# A space that YAML takes for a letter: before a line's first word, or after the mark that ends a key or an entry.
+ODD_SPACE = re.compile(
+    r"(^[ \t]*|^[^#\n'\"]*?[:,\[{-] *)[\u00a0\u1680\u2000-\u200b\u202f\u205f\u3000]", re.MULTILINE
+)
 KINDS = {bool: "True or False", int: "an integer", float: "a number", str: ""}
 
 
@@ -272,6 +278,12 @@ def _compose_file(path: str, where: str, draft: Draft) -> yaml.MappingNode | Non
 
 
 def _compose_text(text: str, path: str, draft: Draft) -> yaml.MappingNode | None:
+    if match := ODD_SPACE.search(text):
+        line = text.count("\n", 0, match.end()) + 1
+        space = match[0][-1]
+        message = f"holds {unicodedata.name(space).lower()} (U+{ord(space):04X}) where YAML needs a plain space"
+        draft.refuse(f"{path}:{line}", f"{message}, as in text copied from a web page; replace it")
+        return None
     try:
         node = yaml.compose(text, Loader)
     except yaml.MarkedYAMLError as error:

@@ -1,4 +1,4 @@
-"""Words for messages: shortened lists and the nearest known name."""
+"""Words for messages: shortened lists, numbers with their nouns, the nearest known name."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,13 @@ def join_some(items: Iterable[str], count: int = 10) -> str:
     items = list(items)
     more = f" and {len(items) - count} more" if len(items) > count else ""
     return ", ".join(items[:count]) + more
+
+
+def quantity(number: int, noun: str) -> str:
+    """A number with its noun in the singular or plural: 1 epoch, 1,442 images, 2 classes."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}{'es' if noun.endswith(('s', 'x', 'tch', 'sh')) else 's'}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -59,7 +59,7 @@ class Watchdog:
     def _end(self) -> None:
         # First of all, as writing may hang as well, on the disk or on a lock that the main thread holds.
         threading.Timer(GRACE, os._exit, [HANG_EXIT_CODE]).start()
-        with self.file.open("w") as file:
+        with self.file.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file)
         message = (
             f"no progress for {self.seconds:g} s (TRAIN.HANG_SECONDS); "

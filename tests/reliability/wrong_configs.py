@@ -30,6 +30,10 @@ WRONG_FILES = [
     ("AMP_ENABLE: true", "run.yaml:1: AMP_ENABLE: unknown key", "use AMP_DTYPE"),
     ("TRAIN: 30", "run.yaml:1: TRAIN: got 30, expected keys below it", "set TRAIN.<key>"),
     ("TAG: a\nTRAIN:\n", "run.yaml:2: TRAIN: got nothing", "or remove it"),
+    # spaces of web pages
+    ("TAG:\u00a0a", "run.yaml:1: holds no-break space (U+00A0)", "a plain space, as in text copied"),
+    ("MODEL:\n\u00a0\u00a0NAME: dat_tiny", "run.yaml:2: holds no-break space (U+00A0)", "replace it"),
+    ("SEED: 1\nTAG: b\nDATA: {IMG_SIZE:\u202f32}", "run.yaml:3: holds narrow no-break space (U+202F)", ""),
     # types
     ("TRAIN:\n  EPOCHS: many", "run.yaml:2: TRAIN.EPOCHS: got 'many', expected an integer of at least 1", ""),
     ("TRAIN:\n  EPOCHS: 30.5", "run.yaml:2: TRAIN.EPOCHS: got 30.5, expected an integer", "passes over"),

@@ -218,6 +218,77 @@ def test_number_of_classes_against_the_data(images, tmp_path, capsys):
     refused(capsys, argv, 2, "MODEL.NUM_CLASSES", "7", "4 classes")
 
 
+def test_names_of_a_runs_classes_decide_and_not_their_number(
+    copy, unbroken, tmp_path, capsys, logged_warnings
+):
+    for split in ("train", "val"):
+        for label in range(4):
+            (copy / split / f"class_{label}").rename(copy / split / "abcd"[3 - label])
+    weights = checkpoint.list_checkpoints(checkpoints(unbroken))[0]
+    for named in (run_of(unbroken), weights, weights / "model.safetensors"):
+        for flag in ("--pretrained", "--resume")[: 1 if named.is_file() else 2]:
+            argv = arguments(tmp_path, copy, "--eval", flag, str(named))
+            refused(capsys, argv, 3, "a, b, c, d not in the class list of 4 (class_0")
+    one_epoch = ("--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "PRINT_FREQ=50")
+    argv = arguments(tmp_path, copy, "--pretrained", str(run_of(unbroken)), *one_epoch)
+    assert main.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "knows other classes (class_0, class_1, class_2 and 1 more) than the data (a" in printed
+    assert "2 new" in printed  # weight and bias of the classifier
+    assert "only the last step of each epoch is recorded" in printed
+    records = (run_of(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(r)["step"] for r in records if "train/loss" in r] == [2]
+
+
+def test_classes_in_another_order_reorder_the_classifier(images, unbroken, tmp_path, capsys):
+    (tmp_path / "list").write_text("class_3\nclass_1\nclass_0\nclass_2\n")
+    opts = ("--opts", f"DATA.CLASS_LIST={tmp_path / 'list'}", "TRAIN.EPOCHS=1")
+    opts += ("TRAIN.WARMUP_EPOCHS=0", "TRAIN.BASE_LR=1e-9", "TRAIN.MIN_LR=0", "TRAIN.WARMUP_LR=0")
+    source = checkpoint.resolve(run_of(unbroken), best=True)
+    best = json.loads((source / "state.json").read_text())["best"]["acc1"]
+    assert main.main(arguments(tmp_path, images, "--pretrained", str(source), *opts)) == 0
+    assert "another order: its classifier is reordered" in capsys.readouterr().out
+    metrics = (run_of(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(metrics[-1])[f"{name}/acc1"] for name in ("val", "val_ema")) <= best
+    before = checkpoint.read_tensors(source / "model.safetensors")["head.fc.weight"]
+    step = checkpoint.list_checkpoints(checkpoints(tmp_path))[0]
+    after = checkpoint.read_tensors(step / "model.safetensors")["head.fc.weight"]
+    torch.testing.assert_close(after, before[[3, 1, 0, 2]], atol=1e-5, rtol=0)
+
+
+def test_weights_for_more_classes_name_the_keys_that_work(copy, unbroken, tmp_path, capsys):
+    weights = tmp_path / "bare.safetensors"
+    shutil.copy(checkpoint.resolve(run_of(unbroken)) / "model.safetensors", weights)
+    for label in (1, 3):
+        shutil.rmtree(copy / "val" / f"class_{label}")
+    (tmp_path / "list").write_text("".join(f"class_{label}\n" for label in range(4)))
+    command = "--eval", "--pretrained", str(weights)
+    refused(
+        capsys,
+        arguments(tmp_path, copy, *command),
+        *(4, "knows 4 classes, the data has 2", "DATA.CLASS_LIST", "DATA.VAL_SUBSET=True"),
+    )
+    contradiction = arguments(tmp_path, copy, *command, "--opts", "MODEL.NUM_CLASSES", "4")
+    refused(capsys, contradiction, 2, "MODEL.NUM_CLASSES is 4", "DATA.CLASS_LIST", "VAL_SUBSET")
+    advice = ("--opts", f"DATA.CLASS_LIST={tmp_path / 'list'}", "DATA.VAL_SUBSET=True")
+    assert main.main(arguments(tmp_path, copy, *command, *advice)) == 0
+    assert "Labels: 4 classes as in DATA.CLASS_LIST, class_0 first" in capsys.readouterr().out
+
+
+def test_another_class_list_than_the_checkpoints_is_refused(images, unbroken, tmp_path, capsys):
+    (tmp_path / "list").write_text("class_3\nclass_1\nclass_0\nclass_2\n")
+    opts = ("--opts", f"DATA.CLASS_LIST={tmp_path / 'list'}")
+    argv = arguments(tmp_path, images, "--eval", "--resume", str(run_of(unbroken)), *opts)
+    refused(capsys, argv, 2, "is not the class list of", "Leave it out")
+
+
+def test_a_copied_checkpoint_has_any_name(images, unbroken, tmp_path, capsys):
+    kept = shutil.copytree(checkpoint.resolve(run_of(unbroken)), tmp_path / "best")
+    for flag in ("--resume", "--pretrained"):
+        assert main.main(arguments(tmp_path, images, "--eval", flag, str(kept))) == 0
+    assert record_in(capsys.readouterr().out)["weights"] == str(kept)
+
+
 def test_broken_image_in_training_is_replaced_and_named(copy, tmp_path, capsys):
     (copy / "train" / "class_0" / "005.jpg").write_bytes(b"<html>")
     assert main.main(arguments(tmp_path, copy)) == 0

@@ -125,6 +125,36 @@ def test_what_changes_no_bit_is_only_listed(name, value, saved, warnings):
     assert f"{name} was" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "now", "accepted"),
+    [
+        ("device", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe", True),
+        ("device", "Tesla T4", "NVIDIA L4", False),
+        ("device", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", False),
+        ("versions.torch", "2.14.1+cu130", "2.14.2+cu130", True),
+        ("versions.torch", "2.14.1", "2.15.0", False),
+        ("versions.timm", "1.0.31", "1.0.32", False),
+    ],
+)
+def test_a_gpu_of_the_same_kind_resumes_a_run_on_cuda(
+    name, before, now, accepted, tmp_path, warnings
+):
+    cuda = changed("reproducibility", "same samples")
+    group, _, key = name.rpartition(".")
+    for metadata, value in (
+        (old := copy.deepcopy(cuda), before),
+        (new := copy.deepcopy(cuda), now),
+    ):
+        (metadata[group] if group else metadata)[key] = value
+    (tmp_path / "state.json").write_text(json.dumps(COUNTERS | old))
+    if accepted:
+        compat.check_resume(tmp_path, new, "")
+        assert warnings == [f"Changed since the checkpoint: {name} was {before}, is {now}"]
+    else:
+        with pytest.raises(CheckpointError, match=f"--accept {name}"):
+            compat.check_resume(tmp_path, new, "")
+
+
 @pytest.mark.parametrize("name", compat.REQUIRED)
 def test_a_position_that_would_mean_something_else_cannot_be_accepted(name, saved):
     with pytest.raises(CheckpointError, match="--pretrained"):

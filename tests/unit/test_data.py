@@ -22,7 +22,7 @@ from PIL import Image
 
 import data.dataset
 from data import read_class_list
-from data.dataset import sort_classes
+from data.classes import sort_classes
 from data.decode import FORMATS, UNREADABLE, decode, decode_pixels
 from data.listing import EXTENSIONS
 from data.pack import write_index
@@ -83,11 +83,6 @@ def test_one_class_list_decides_the_labels(root, tmp_path):
     (root / "val/class_0").rmdir()
     subset = dataset(root, "val", classes=classes, allow_missing=True)
     assert sorted(set(subset.labels.tolist())) == [0, 2]
-
-
-def test_a_class_list_may_begin_with_a_byte_order_mark(tmp_path):
-    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfdog\r\ncat\r\n")
-    assert read_class_list(tmp_path / "classes.txt") == ["dog", "cat"]
 
 
 def as_kind(root, kind, prefix=""):
@@ -188,12 +183,15 @@ def test_every_name_of_a_format_that_is_decoded_is_an_image():
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_are_known_by_all_their_suffixes(root, kind):
     for number, (name, form) in enumerate(
-        {"jpe": "JPEG", "JFIF": "JPEG", "gif": "GIF", "pnm": "PPM", "AVIF": "AVIF"}.items()
+        {".jpe": "JPEG", ".JFIF": "JPEG", ".gif": "GIF", ".pnm": "PPM", ".AVIF": "AVIF"}.items()
     ):
-        (root / f"train/class_1/x{number}.{name}").write_bytes(encode(PICTURE, form))
+        (root / f"train/class_1/x{number}{name}").write_bytes(encode(PICTURE, form))
+    for form in ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "AVIF"):  # known by their first bytes
+        (root / f"train/class_1/y{form}").write_bytes(encode(PICTURE, form))
+    (root / "train/class_1/README").write_text("BMW and others")
     data = dataset(as_kind(root, kind))
-    assert len(data) == 17
-    assert all(data[index].image.shape == (3, 48, 64) for index in range(8, 13))
+    assert len(data) == 24
+    assert all(data[index].image.shape == (3, 48, 64) for index in range(8, 20))
 
 
 def test_a_zip_with_the_separators_of_windows(root, tmp_path):

@@ -116,4 +116,4 @@ def test_model_table_has_the_numbers_of_the_configurations():
 def test_the_version_is_the_same_everywhere():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
     changes = re.findall(r"^## (\S+)", TEXT[ROOT / "CHANGELOG.md"], re.MULTILINE)
-    assert changes[0] == __version__
+    assert next(title for title in changes if title != "Unreleased") == __version__

@@ -10,12 +10,15 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from helpers.images import write_image_folder, write_zip
 from helpers.pipeline import image_dataset
 from helpers.runs import arguments
 from reliability.bad_files import ANY, BAD, make_bad_images
 
+import config
 import main
+from engine.build import build_model
 from tools import doctor
 from tools.checks import images, machine, report
 from utils.errors import DataError
@@ -50,8 +53,8 @@ def test_a_healthy_run(examine, tmp_path):
         "set/train: 24 images, 3 classes",
         "8 images in each of 3 classes",
         "36 files, decoded: 36 JPEG RGB",
-        "24 images a step = 6 micro-batches of 4, 6 on each of 1 processes",
-        "1 steps, 3 in 3 epochs; every epoch leaves out 0 images (0.0%)",
+        "24 images a step = 6 micro-batches of 4, 6 on each of 1 process",
+        "1 step, 3 in 3 epochs; every epoch leaves out 0 images (0.0%)",
         "0 repeated files",
         "0 FAIL",
     ):
@@ -79,11 +82,11 @@ def test_every_bad_image_is_counted(examine, root):
     assert code == 3
     assert f"FAIL unreadable {bad} of" in text
     assert "→ restore them from the original dataset, or remove them" in text
-    assert "2 links are broken" in text
+    assert "2 links without a target" in text
     assert "WARN odd shapes" in text
     assert "1 JPEG CMYK" in text
-    assert "EXIF rotates 1 images" in text
-    assert "4 images have several frames" in text
+    assert "EXIF rotates 1 image" in text
+    assert "4 images with several frames" in text
     assert "3 files have another format" in text
     code, text = examine("--pixels", "--opts", "DATA.MAX_BAD_SAMPLES=60")
     assert f"WARN unreadable {bad} of" in text
@@ -174,13 +177,13 @@ def test_the_same_image_in_both_splits_or_under_two_labels(examine, root):
     shutil.copy(root / "train/class_0/000.jpg", root / "val/class_0/999.jpg")
     code, text = examine("--sha")
     assert code == 3
-    assert "FAIL duplicates 1 images are in train and in val" in text
+    assert "FAIL duplicates 1 image in train and in val" in text
     assert "train/class_0/000.jpg = val/class_0/999.jpg" in text
     (root / "val/class_0/999.jpg").unlink()
     shutil.copy(root / "train/class_0/000.jpg", root / "train/class_1/999.jpg")
     code, text = examine("--sha")
     assert code == 0
-    assert "WARN duplicates 1 images have two labels" in text
+    assert "WARN duplicates 1 image with two labels" in text
 
 
 def test_links(examine, root, tmp_path):
@@ -190,12 +193,12 @@ def test_links(examine, root, tmp_path):
     (root / "train/class_1/out.jpg").symlink_to(outside)
     code, text = examine()
     assert code == 0
-    assert "WARN links 1 links lead back" in text
-    assert f"WARN links 1 links lead out of {root}" in text
+    assert "WARN links 1 link back" in text
+    assert f"WARN links 1 link out of {root}" in text
     (root / "train/class_1/inside.jpg").symlink_to("000.jpg")
     (root / "train/class_0/back").unlink()
     (root / "train/class_1/out.jpg").unlink()
-    assert "OK links 1 in" in examine()[1]
+    assert "OK links 1 link in" in examine()[1]
 
 
 def test_a_missing_split(examine, root):
@@ -204,7 +207,7 @@ def test_a_missing_split(examine, root):
     assert code == 3
     assert "FAIL train" in text
     assert "→ main.py --eval does not need it" in text
-    assert examine("--eval")[0] == 0
+    assert "val: 12 images" in examine("--eval")[1]
     shutil.rmtree(root / "val")
     assert examine("--eval")[0] == 3
 
@@ -239,13 +242,40 @@ def test_configurations_that_do_not_fit(examine):
     assert code == 3
     assert "FAIL epoch the training set has 24 images, a step takes 48" in text
     code, text = examine("--opts", "TRAIN.GLOBAL_BATCH_SIZE=16")
-    assert (code, "WARN epoch 1 steps" in text, "8 images (33.3%)" in text) == (0, True, True)
+    assert (code, "WARN epoch 1 step" in text, "8 images (33.3%)" in text) == (0, True, True)
     code, text = examine("--opts", "MODEL.ARGS.stagess=3")
     assert code == 3
     assert "FAIL model" in text
     code, text = examine("--opts", "TRAIN.BASE_LRR=1")
     assert code == 2
     assert "did you mean TRAIN.BASE_LR?" in text
+
+
+def test_weights_are_loaded_as_the_run_would(examine, root, tmp_path, monkeypatch):
+    weights = tmp_path / "weights.pth"
+    cfg = config.parse(arguments(tmp_path, root)).cfg
+    torch.save(build_model(cfg, 5, torch.device("cpu")).state_dict(), weights)
+    fits = tmp_path / "fits.pth"
+    torch.save(build_model(cfg, 3, torch.device("cpu")).state_dict(), fits)
+    for words, code, expected in (
+        (("--eval", "--pretrained", "none.pth"), 3, "FAIL weights none.pth does not exist"),
+        (("--eval", "--resume", "nowhere"), 3, "FAIL weights nowhere is neither a run"),
+        (("--eval",), 3, "FAIL weights --eval needs weights"),
+        (("--eval", "--pretrained", str(weights)), 3, "the file knows 5 classes, the data has 3"),
+        (("--eval", "--pretrained", str(fits)), 0, "fits.pth fits dat_micro (model)"),
+        (("--pretrained", "none.pth"), 3, "FAIL weights none.pth does not exist"),
+        (("--pretrained", str(weights)), 0, "2 new"),
+        (("--resume", "nowhere"), 3, "FAIL weights nowhere is neither a run"),
+        (("--opts", "MODEL.ARGS.in_chans=1"), 3, "FAIL model MODEL.ARGS.in_chans is 1"),
+        (("--opts", "TRAIN.EMA_DECAY=0.9999"), 0, "WARN schedule TRAIN.EMA_DECAY 0.9999 averages"),
+        (("--opts", "DEVICE=cuda"), 3, "FAIL device DEVICE is cuda, but"),
+    ):
+        if "DEVICE=cuda" in words:
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+            monkeypatch.setenv("RANK", "x")
+        found, text = examine(*words)
+        assert (found, expected in text) == (code, True), (words, text)
+    assert "FAIL launcher RANK is 'x'" in text
 
 
 def test_commands_that_say_too_little(capsys, root, tmp_path):
@@ -277,7 +307,7 @@ def test_a_machine_that_is_too_small(examine, monkeypatch):
         "FAIL shared memory 1.0 KiB free in /dev/shm",
         "FAIL open files 200 may be open",
         "ulimit -n 4096",
-        "WARN processors 1 cores, 4 loader workers (2 for each of 2 processes here)",
+        "WARN processors 1 core, 4 loader workers (2 for each of 2 processes here)",
         "WARN devices 2 GPUs for 3 processes → use 2 nodes like this one",
     ):
         assert words in text, words

@@ -53,6 +53,26 @@ def test_imports_follow_the_layers(file):
     assert imported(parse(file)) & OURS - {own} <= MAY_IMPORT[own]
 
 
+TEXT_METHODS = {"read_text", "write_text"}
+
+
+@pytest.mark.parametrize("file", source_files(*MAY_IMPORT))
+def test_text_files_are_utf8_in_every_locale(file):
+    for node in ast.walk(parse(file)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
+            continue
+        name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+        modes = [
+            a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
+        ]
+        text = name == "open" and any(
+            mode in ("r", "w", "a", "x", "r+", "w+", "a+") for mode in modes
+        )
+        if name in TEXT_METHODS or text:
+            given = {keyword.arg for keyword in node.keywords}
+            assert "encoding" in given, f"{file}:{node.lineno}: without encoding"
+
+
 def test_every_python_file_belongs_to_a_layer():
     files = {path.name.removesuffix(".py") for path in ROOT.glob("*.py")}
     folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}

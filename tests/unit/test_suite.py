@@ -374,6 +374,24 @@ def test_a_table_aligns():
     assert lines == ["| a   | bb |", "| --- | -- |", "| ccc | d  |"]
 
 
+def test_the_table_has_the_columns_that_its_sets_need():
+    row = {
+        **{"set": "val", "images": 10, "top1": 50.0, "interval": [20.0, 80.0], "top5": 90.0},
+        **{"ece": 3.25, "nll": 1.5, "unreadable": 0, "crop": "squash 0.875, 32 px", "note": ""},
+    }
+    result = {"model": "m", "rows": [row], "corruptions": None, "factors": None}
+    own = suite_table.markdown([result])
+    assert "| ECE (%) | NLL " in own
+    assert "all 1000" not in own
+    assert "clean" not in own
+    masked = row | {"set": "a", "all_classes": 40.0, "clean": 70.0, "gap": 20.0}
+    assert "70.00 (+20.00)" in suite_table.markdown([result | {"rows": [row, masked]}])
+    errors = {"errors": {"fog": [1.0] * 5}, "further": {}, "mean_error": 1.0}
+    errors |= {"further_mean_error": None, "crop": "squash 1, 32 px", "note": ""}
+    alone = suite_table.markdown([result | {"rows": [], "corruptions": errors}])
+    assert alone.startswith("Corruptions, m")
+
+
 def test_the_border_is_cut_before_anything_else():
     seen = []
     cut = suite.WithoutBorder(lambda picture: seen.append(tuple(picture.shape)), 2)

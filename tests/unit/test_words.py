@@ -24,7 +24,9 @@ WORDS = {
     "AfterStep, or between steps": [ANY.format("boundar(y|ies)")],
     "InterruptibleLoader": [r"\bInterruptible\b"],
     "reproducibility": [ANY.format("promise[ds]?"), r"\b[Ll]evel L\d|\bL3\b(?! cache)|L2 without"],
-    "resume compatibility, or world_size": [r"(?i)(?<![a-z])world(?![a-z])(?![ _-]?sizes?)"],
+    "resume compatibility, or world_size": [
+        r"(?i)(?<![a-z])(?<!COMM_)world(?![a-z])(?![ _-]?sizes?)"
+    ],
     "metadata": [ANY.format("facts")],
     "RunDir": [r"\bRunFolder\b"],
     "lock": [ANY.format("claimed")],

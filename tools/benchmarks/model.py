@@ -215,7 +215,9 @@ def peak_mib(name: str, args: argparse.Namespace) -> float:
     subject.train()
     if subject.device.type == "cuda":
         return torch.cuda.max_memory_allocated(subject.device) / 2**20
-    status = Path("/proc/self/status").read_text()  # getrusage would start at the parent's peak
+    status = Path("/proc/self/status").read_text(
+        encoding="utf-8"
+    )  # getrusage would start at the parent's peak
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
 
 

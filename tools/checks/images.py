@@ -18,6 +18,7 @@ from data.decode import EXIF_TRANSPOSES, UNREADABLE, decode, open_image, orienta
 from tools.checks.report import Finding
 from utils.errors import ConfigError
 from utils.files import write_atomically
+from utils.text import quantity
 
 CHUNK = 64  # files examined between two writes of the index
 MIN_SIDE = 32  # pixels
@@ -98,7 +99,7 @@ class Tally:
         self.kinds[f"{record['format']} {record['mode']}"] += 1
         suffix = Path(record["name"]).suffix[1:].upper()
         usual = {"JPG": "JPEG", "TIF": "TIFF", "PGM": "PPM"}.get(suffix, suffix)
-        self.misnamed += usual != record["format"].replace("MPO", "JPEG")
+        self.misnamed += usual not in ("", record["format"].replace("MPO", "JPEG"))
         self.rotated += record["turned"]
         self.animated += record["animated"]
         width, height = record["pixels"]
@@ -120,7 +121,7 @@ def examine(
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
         known = _keep_valid(index, datasets, pixels, sha, tally)
-        file = index.open("a")
+        file = index.open("a", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{index}: {error.strerror}; name another file with --index") from error
     todo = [
@@ -162,7 +163,7 @@ def _keep_valid(
     }
     lines = []
     try:
-        for line in index.read_text().splitlines(keepends=True):
+        for line in index.read_text(encoding="utf-8").splitlines(keepends=True):
             if not line.endswith("\n"):  # cut off when the process was killed
                 break
             record = json.loads(line)
@@ -206,18 +207,18 @@ def judge_images(
         text = f"{tally.misnamed:,} files have another format than their suffix"
         yield Finding("OK", "names", text, "nothing to do: the content counts")
     if tally.rotated:
-        text = f"EXIF rotates {tally.rotated:,} images"
+        text = f"EXIF rotates {quantity(tally.rotated, 'image')}"
         remedy = "published results ignore it; DATA.EXIF=apply rotates them"
         yield Finding("OK", "rotation", text, remedy)
     if tally.animated:
-        text = f"{tally.animated:,} images have several frames: the first one is used"
+        text = f"{quantity(tally.animated, 'image')} with several frames: the first one is used"
         yield Finding("OK", "animation", text)
     if tally.odd:
-        text = f"{len(tally.odd):,} images are below {MIN_SIDE} pixels or more than {MAX_ASPECT} times as long as wide"
+        text = f"{quantity(len(tally.odd), 'image')} below {MIN_SIDE} pixels or over {MAX_ASPECT} times as long as wide"
         remedy = "look at them; they are used unchanged"
         yield Finding("WARN", "odd shapes", text, remedy, tally.odd)
     if tally.huge:
-        text = f"{len(tally.huge):,} images have more than {MAX_PIXELS / 1e6:.0f} million pixels"
+        text = f"{quantity(len(tally.huge), 'image')} of more than {MAX_PIXELS / 1e6:.0f} million pixels"
         remedy = "a worker needs 3 bytes per pixel; resize them if memory is short"
         yield Finding("WARN", "huge images", text, remedy, tally.huge)
     if sha:
@@ -236,11 +237,11 @@ def _duplicates(tally: Tally) -> Iterator[Finding]:
             if len({label for _, label in parts}) > 1:
                 ambiguous.append(" = ".join(paths[:2]))
     if leaked:
-        text = f"{len(leaked):,} images are in train and in val"
+        text = f"{quantity(len(leaked), 'image')} in train and in val"
         remedy = "remove them from train, or the accuracy will be too high"
         yield Finding("FAIL", "duplicates", text, remedy, leaked)
     if ambiguous:
-        text = f"{len(ambiguous):,} images have two labels"
+        text = f"{quantity(len(ambiguous), 'image')} with two labels"
         yield Finding("WARN", "duplicates", text, "keep the correct one", ambiguous)
     if not leaked and not ambiguous:
         text = f"{repeated:,} repeated files, none across splits or classes"

@@ -7,23 +7,30 @@ from pathlib import Path
 import numpy as np
 from yacs.config import CfgNode
 
-from data import ImageDataset, read_class_list
+from data import ImageDataset
+from data.listing import HIDDEN
 from data.readers import FolderReader
+from engine import build
 from tools.checks.report import Finding, format_bytes
 from utils.errors import DataError
+from utils.text import quantity
+
+MANY_IGNORED = 0.05  # ignored files by image that are worth a warning
 
 
 def open_splits(
-    root: Path, splits: list[str], cfg: CfgNode | None
+    root: Path, splits: list[str], cfg: CfgNode | None, classes: list[str] | None = None
 ) -> tuple[dict[str, ImageDataset], list[Finding]]:
-    """The datasets that can be opened, by split, and findings about their layout and classes."""
+    """The datasets that can be opened, by split, and findings about their layout and classes.
+
+    classes: those of a checkpoint, which decides the labels; None: as DATA.CLASS_LIST or the folders have them.
+    """
     opened: dict[str, ImageDataset] = {}
     findings = []
     subset = cfg is not None and cfg.DATA.VAL_SUBSET
-    classes = None
     try:
-        if cfg is not None and cfg.DATA.CLASS_LIST:
-            classes = read_class_list(cfg.DATA.CLASS_LIST)
+        if classes is None and cfg is not None:
+            classes = build.class_list(cfg)
     except DataError as error:
         findings.append(Finding("FAIL", "class list", str(error)))
     for split in splits:
@@ -41,15 +48,18 @@ def open_splits(
         classes = dataset.classes
         total = dataset.reader.sizes.sum()
         findings.append(Finding("OK", split, f"{dataset}, {format_bytes(total)}"))
+        others = sum(n for reason, n in dataset.reader.ignored.items() if reason != HIDDEN)
+        if others > MANY_IGNORED * len(dataset):
+            text = f"{quantity(others, 'file')} beside {quantity(len(dataset), 'image')} ignored"
+            remedy = "convert them, if they are pictures, or remove them; the line above has their suffixes"
+            findings.append(Finding("WARN", split, text, remedy))
         counts = np.bincount(dataset.labels, minlength=len(classes))
         least, most = counts.min(), counts.max()
         spread = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-        spread += f" images in each of {len(classes):,} classes"
+        spread += f" images in each of {quantity(len(classes), 'class')}"
         findings.append(Finding("OK", f"{split} classes", spread))
     if cfg is not None and classes and cfg.MODEL.NUM_CLASSES not in (0, len(classes)):
-        text = (
-            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, the dataset has {len(classes)} classes"
-        )
+        text = f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, the dataset has {quantity(len(classes), 'class')}"
         findings.append(Finding("FAIL", "classes", text, "set it to 0 to follow the dataset"))
     return opened, findings
 
@@ -71,14 +81,18 @@ def check_links(root: Path, dataset: ImageDataset) -> Iterator[Finding]:
         elif not real.startswith(real_root + os.sep):
             kinds["outside"].append(path)
     for kind, level, text, remedy in (
-        ("broken", "FAIL", "links are broken", "restore their targets, or remove them"),
-        ("circular", "WARN", "links lead back to a parent folder and are not followed", "remove them"),
-        ("outside", "WARN", f"links lead out of {root}", "make sure that every node of the run has their targets"),
+        ("broken", "FAIL", "without a target", "restore their targets, or remove them"),
+        ("circular", "WARN", "back to a parent folder, not followed", "remove them"),
+        ("outside", "WARN", f"out of {root}", "make sure that every node of the run has their targets"),
     ):  # fmt: skip
         if paths := kinds[kind]:
-            yield Finding(level, "links", f"{len(paths):,} {text}", remedy, paths)
+            yield Finding(level, "links", f"{quantity(len(paths), 'link')} {text}", remedy, paths)
     if count and not any(kinds.values()):
-        yield Finding("OK", "links", f"{count:,} in {dataset.reader.path}, all inside the dataset")
+        yield Finding(
+            "OK",
+            "links",
+            f"{quantity(count, 'link')} in {dataset.reader.path}, all inside the dataset",
+        )
 
 
 def find_links(folder: str) -> Iterator[str]:

@@ -1,27 +1,40 @@
 """Machine checks: devices, cores, shared memory and open files."""
 
 import os
-import resource
-import shutil
 from collections.abc import Iterator
 
 import torch
 from yacs.config import CfgNode
 
+from engine.build import image_sizes
 from tools.checks.report import Finding, format_bytes
-
-PREFETCH = 2  # batches that a worker prepares ahead, torch's default
+from utils.devices import choose_device
+from utils.errors import ConfigError
+from utils.launcher import set_ranks
+from utils.machine import (
+    available_cores,
+    free_shared_memory,
+    most_open_files,
+    open_files_needed,
+    shared_memory_needed,
+)
+from utils.text import quantity
 
 
 def check_machine(cfg: CfgNode | None, processes: int) -> Iterator[Finding]:
     """Findings about devices, cores, shared memory and open files, for the processes on this node."""
-    cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    cores, gpus = available_cores(), torch.cuda.device_count()
+    yield from _check_launcher(cfg)
     local = min(processes, gpus) if gpus else processes
     if gpus >= processes:
-        yield Finding("OK", "devices", f"{gpus} GPUs for {processes} processes")
+        yield Finding(
+            "OK", "devices", f"{quantity(gpus, 'GPU')} for {quantity(processes, 'process')}"
+        )
     elif gpus:
-        text = f"{gpus} GPUs for {processes} processes"
-        remedy = f"use {-(-processes // gpus)} nodes like this one, or start {gpus} processes"
+        text = f"{quantity(gpus, 'GPU')} for {quantity(processes, 'process')}"
+        remedy = (
+            f"use {-(-processes // gpus)} nodes like this one, or start {quantity(gpus, 'process')}"
+        )
         yield Finding("WARN", "devices", text, remedy)
     else:
         remedy = "that suits small models only; check the driver if there is a GPU"
@@ -30,12 +43,16 @@ def check_machine(cfg: CfgNode | None, processes: int) -> Iterator[Finding]:
         yield Finding(
             "OK",
             "processors",
-            f"{cores} cores",
+            quantity(cores, "core"),
             "--cfg compares them with the workers of a configuration",
         )
         return
     workers = cfg.DATA.NUM_WORKERS * local
-    text = f"{cores} cores, {workers} loader workers ({cfg.DATA.NUM_WORKERS} for each of {local} processes here)"
+    quota = " by a CPU quota" if cores < len(os.sched_getaffinity(0)) else ""
+    text = (
+        f"{quantity(cores, 'core')}{quota}, {quantity(workers, 'loader worker')} ({cfg.DATA.NUM_WORKERS} for "
+        f"each of {quantity(local, 'process')} here)"
+    )
     if workers > cores:
         remedy = f"--workers {max(1, cores // local)}: more would share cores"
         yield Finding("WARN", "processors", text, remedy)
@@ -43,9 +60,8 @@ def check_machine(cfg: CfgNode | None, processes: int) -> Iterator[Finding]:
         yield Finding("OK", "processors", text)
 
     images = cfg.DATA.BATCH_SIZE + (cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
-    size = max([cfg.DATA.IMG_SIZE, *(size for _, size in cfg.DATA.IMG_SIZE_SCHEDULE)])
-    need = workers * PREFETCH * images * 3 * size**2
-    free = shutil.disk_usage("/dev/shm").free
+    need = shared_memory_needed(workers, images, image_sizes(cfg)[-1])
+    free = free_shared_memory()
     text = (
         f"{format_bytes(free)} free in /dev/shm; prefetched batches take up to {format_bytes(need)}"
     )
@@ -55,10 +71,28 @@ def check_machine(cfg: CfgNode | None, processes: int) -> Iterator[Finding]:
     else:
         yield Finding("OK", "shared memory", text)
 
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    need = 256 + 2 * 3 * PREFETCH * cfg.DATA.NUM_WORKERS  # two loaders, three tensors of a batch
+    limit = most_open_files()
+    need = open_files_needed(cfg.DATA.NUM_WORKERS)
     text = f"{limit:,} may be open per process, about {need:,} are needed"
     if need > limit:
-        yield Finding("FAIL", "open files", text, f"ulimit -n {max(4096, need)}")
+        yield Finding(
+            "FAIL",
+            "open files",
+            text,
+            f"ulimit -n {max(4096, need)}, as root or by your administrator",
+        )
     else:
         yield Finding("OK", "open files", text)
+
+
+def _check_launcher(cfg: CfgNode | None) -> Iterator[Finding]:
+    """Findings about the variables of a launcher, and about a GPU that DEVICE demands."""
+    try:
+        set_ranks(dict(os.environ))
+    except ConfigError as error:
+        yield Finding("FAIL", "launcher", str(error))
+    if cfg is not None and cfg.DEVICE == "cuda":
+        try:
+            choose_device("cuda", 0)
+        except ConfigError as error:
+            yield Finding("FAIL", "device", str(error))

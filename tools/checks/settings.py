@@ -10,9 +10,11 @@ from yacs.config import CfgNode
 
 import config
 from data import ImageDataset, steps_per_epoch
-from engine.build import build_model
+from engine.build import build_model, list_schedule_warnings
+from engine.build import check_model as check_forward
 from tools.checks.report import Finding, format_bytes
 from utils.errors import ConfigError, DataError
+from utils.text import quantity
 
 
 def check_batches(cfg: CfgNode, train: ImageDataset | None, processes: int) -> Iterator[Finding]:
@@ -21,8 +23,8 @@ def check_batches(cfg: CfgNode, train: ImageDataset | None, processes: int) -> I
     try:
         config.check_world_size(cfg, processes)
         text = (
-            f"{total:,} images a step = {total // micro_batch} micro-batches of {micro_batch}, "
-            f"{total // micro_batch // processes} on each of {processes} processes"
+            f"{quantity(total, 'image')} a step = {quantity(total // micro_batch, 'micro-batch')} of {micro_batch}, "
+            f"{total // micro_batch // processes} on each of {quantity(processes, 'process')}"
         )
         yield Finding("OK", "step", text)
     except ConfigError as error:
@@ -35,14 +37,16 @@ def check_batches(cfg: CfgNode, train: ImageDataset | None, processes: int) -> I
         else:
             dropped = len(train) - steps * total
             text = (
-                f"{steps:,} steps, {steps * cfg.TRAIN.EPOCHS:,} in {cfg.TRAIN.EPOCHS} epochs; every epoch leaves out "
-                f"{dropped:,} images ({dropped / len(train):.1%}), different ones each time"
+                f"{quantity(steps, 'step')}, {steps * cfg.TRAIN.EPOCHS:,} in {quantity(cfg.TRAIN.EPOCHS, 'epoch')}; "
+                f"every epoch leaves out {quantity(dropped, 'image')} ({dropped / len(train):.1%}), others each time"
             )
             remedy = "a smaller TRAIN.GLOBAL_BATCH_SIZE leaves out less"
             if dropped < 0.05 * len(train):
                 yield Finding("OK", "epoch", text)
             else:
                 yield Finding("WARN", "epoch", text, remedy)
+            for warning in list_schedule_warnings(cfg, steps):
+                yield Finding("WARN", "schedule", warning, "change the key, if that is not meant")
 
 
 def check_learning_rate(cfg: CfgNode) -> Finding:
@@ -52,7 +56,7 @@ def check_learning_rate(cfg: CfgNode) -> Finding:
     text = " → ".join(f"{rate * total / base:.3g}" for rate in rates)
     text += (
         f" (warm-up, highest, last) after scaling by {total} / {base}; "
-        f"{cfg.TRAIN.WARMUP_EPOCHS} of {cfg.TRAIN.EPOCHS} epochs warm up"
+        f"{cfg.TRAIN.WARMUP_EPOCHS} of {quantity(cfg.TRAIN.EPOCHS, 'epoch')} for the warm-up"
     )
     return Finding("OK", "learning rate", text)
 
@@ -60,13 +64,14 @@ def check_learning_rate(cfg: CfgNode) -> Finding:
 def check_model(cfg: CfgNode, classes: int, training: bool) -> Iterator[Finding]:
     """Findings about whether the model can be built and, for training, its checkpoints fit on the disk."""
     try:
+        check_forward(cfg, training=training)
         with torch.device("meta"):
             model = build_model(cfg, classes, torch.device("meta"))
     except ConfigError as error:
         yield Finding("FAIL", "model", str(error))
         return
     parameters = sum(p.numel() for p in model.parameters())
-    text = f"{cfg.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {classes:,} classes"
+    text = f"{cfg.MODEL.NAME}, {parameters / 1e6:.2f} M parameters, {quantity(classes, 'class')}"
     yield Finding("OK", "model", text)
     if training:
         yield _check_disk(cfg, parameters)

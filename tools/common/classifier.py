@@ -200,7 +200,9 @@ def _load_file(args: argparse.Namespace, opts: list[str], device: torch.device) 
         cfg = _timm_config(args.model, opts)
     else:
         cfg = _identified_config(path, opts)
-    classes = build.class_list(cfg) or default_classes(cfg.MODEL.NUM_CLASSES or 1000)
+    step = checkpoint.origin_of(path)
+    saved = checkpoint.read_metadata(step)["classes"] if step else build.class_list(cfg)
+    classes = saved or default_classes(cfg.MODEL.NUM_CLASSES or 1000)
     model = build.build_model(cfg, len(classes), device)
     if args.ema:
         raise ConfigError("--ema belongs to --resume; a file is loaded as it is")

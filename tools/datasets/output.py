@@ -198,7 +198,7 @@ class Progress:
         """Record that `part` is written; images: (name, size, shard, offset, CRC-32)."""
         record = {"part": part.name, "size": part.size, "position": position}
         record |= {"images": images, "unreadable": unreadable}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -55,7 +55,7 @@ def prepare(
 def _begin(out: Path, plan: dict) -> dict:
     """The record of `out`, new or of the same plan. Raises ConfigError."""
     try:
-        record = json.loads((out / RECORD).read_text())
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
         begun = record["plan"]
     except FileNotFoundError:
         if out.exists() and (found := sorted(os.listdir(out))):
@@ -205,7 +205,7 @@ def _report(raw: RawDataset, out: Path, split: str, summary: dict) -> None:
 def _locked(work: Path) -> Iterator[None]:
     """Keep a second process out of `work`. Raises ConfigError if one is there."""
     work.mkdir(exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    with (work / "lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
