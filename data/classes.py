@@ -2,14 +2,13 @@
 
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from data.readers import Reader
 from utils.errors import DataError
-from utils.text import join_some, quantity
+from utils.text import join_some, plain_name, quantity
 
 # A line of ImageNet's synset_words.txt, LOC_synset_mapping.txt and the like: a WordNet id, then words.
 SYNSET_LINE = re.compile(r"(n\d{8})[\s,:;]\s*\S.*")
@@ -95,11 +94,11 @@ def match_folders(reader: Reader, classes: list[str], allow_missing: bool) -> di
         raise DataError(f"{path}: has one class, {classes[0]}, expected at least two{below}")
     by_form: dict[str, list[str]] = {}
     for name in classes:
-        by_form.setdefault(_plain(name), []).append(name)
+        by_form.setdefault(plain_name(name), []).append(name)
     if twins := [names for names in by_form.values() if len(names) > 1]:
         raise DataError(f"{path}: {_describe_twins(twins[0])} are two classes; {_MERGE}")
     found = {
-        folder: folder if folder in known else by_form.get(_plain(folder), [folder])[0]
+        folder: folder if folder in known else by_form.get(plain_name(folder), [folder])[0]
         for folder in folders
     }
     if unknown := set(found.values()) - known:
@@ -126,15 +125,10 @@ def match_folders(reader: Reader, classes: list[str], allow_missing: bool) -> di
 
 def same_names(first: Iterable[str], second: Iterable[str]) -> bool:
     """Whether two class lists have the same names in any order, whatever their Unicode form."""
-    return sorted(map(_plain, first)) == sorted(map(_plain, second))
+    return sorted(map(plain_name, first)) == sorted(map(plain_name, second))
 
 
 _MERGE = "they are one name in two spellings: merge or rename them"
-
-
-def _plain(name: str) -> str:
-    """What is equal of two spellings of one name: composed accents, no spaces at the ends."""
-    return unicodedata.normalize("NFC", name).strip()
 
 
 def _describe_twins(names: Iterable[str]) -> str:

@@ -34,7 +34,7 @@ from data.listing import (
 from data.pack import read_index, shard_name
 from data.raw_forms import describe_raw_form
 from utils.errors import DataError
-from utils.text import join_some
+from utils.text import join_some, quantity
 
 Where = tuple[int, ...]  # a file's size and what else its reader needs to find it
 
@@ -68,7 +68,7 @@ class Reader:
     ):
         if not folders:
             loose = ignored[LOOSE]
-            found = f"{loose} images and no class folder" if loose else "no image"
+            found = f"{quantity(loose, 'image')} and no class folder" if loose else "no image"
             raise DataError(
                 f"{path}: holds {found}, expected <class>/<image>; "
                 f"{describe_raw_form(path.parent) or 'sort the images into one folder per class'}"

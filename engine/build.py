@@ -370,8 +370,9 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
         logger.warning(warning)
     warmup = f"{schedule.start:.3g} (warm-up), " if schedule.warmup else ""
     logger.info(
-        f"Step: {own * process.world_size} micro-batches of {cfg.DATA.BATCH_SIZE} images, {own} on each of "
-        f"{process.world_size} process(es); learning rate {warmup}{schedule.base:.3g} (peak), {schedule.end:.3g} (last)"
+        f"Step: {quantity(own * process.world_size, 'micro-batch')} of {quantity(cfg.DATA.BATCH_SIZE, 'image')}, {own} "
+        f"on each of {process.world_size} process(es); learning rate {warmup}{schedule.base:.3g} (peak), "
+        f"{schedule.end:.3g} (last)"
     )
     return Recipe(
         seed=cfg.SEED,

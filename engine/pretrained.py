@@ -15,7 +15,7 @@ from models.dat import DAT
 from models.identify import Description, identify
 from utils.errors import CheckpointError
 from utils.logging import logger
-from utils.text import join_some
+from utils.text import join_some, plain_name
 
 # What the released DAT and Swin files hold besides tensors: a yacs CfgNode, read as the dict that it is.
 SAFE_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
@@ -185,9 +185,10 @@ def _fit_classes(
     if saved == classes:
         return tensors
     heads = _heads(model)
-    if sorted(saved) == sorted(classes):
+    row_of = {plain_name(name): row for row, name in enumerate(saved)}
+    rows = [row_of.get(plain_name(name)) for name in classes]
+    if len(rows) == len(saved) and None not in rows:
         logger.info(f"{path} knows the same classes in another order: its classifier is reordered")
-        rows = [saved.index(name) for name in classes]
         return {n: t[rows] if n.startswith(heads) else t for n, t in tensors.items()}
     logger.warning(
         f"{path} knows other classes ({join_some(saved, 3)}) than the data ({join_some(classes, 3)}): "

@@ -23,7 +23,7 @@ from data.readers import open_split
 from utils.distributed import Process
 from utils.errors import ConfigError, DataError, StorageError
 from utils.logging import logger
-from utils.text import join_some, nearest
+from utils.text import join_some, nearest, quantity
 
 SUFFIXES = (".pack", ".zip", ".tar")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -367,7 +367,7 @@ class KeptImages(Dataset):
         return sample._replace(label=label, index=index)
 
     def __str__(self) -> str:
-        return f"{self.reader.path}: {len(self)} images of {len(self.classes)} classes"
+        return f"{self.reader.path}: {quantity(len(self), 'image')} of {quantity(len(self.classes), 'class')}"
 
     def path(self, index: int) -> str:
         """Where image `index` lies, for people."""
@@ -450,7 +450,9 @@ def evaluate_sets(
                 record = write_set(evaluation.folder, collector, predictions, logits, record)
             evaluation = replace(evaluation, sets={**evaluation.sets, view.name: record})
             accuracy = 100 * predictions.right.mean()
-            logger.info(f"{view.name}: {len(predictions)} images, top-1 {accuracy:.3f} %")
+            logger.info(
+                f"{view.name}: {quantity(len(predictions), 'image')}, top-1 {accuracy:.3f} %"
+            )
             if view.name == "val":
                 val_accuracy = accuracy
             elif one.group != "a" and accuracy < 1 and val_accuracy > 20:

@@ -47,6 +47,7 @@ from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.files import replace_atomically, write_atomically
 from utils.machine import available_cores
 from utils.rng import key, reseed
+from utils.text import quantity
 
 PACKAGE = "imagecorruptions-imaug"
 LIBRARIES = (
@@ -285,7 +286,7 @@ def main(arguments: list[str]) -> None:
     ):
         for _ in pool.map(_write, indices, itertools.repeat(cells)):
             bar.update()
-    print(f"{args.out}: {len(indices)} images in {len(cells)} cells")
+    print(f"{args.out}: {quantity(len(indices), 'image')} in {quantity(len(cells), 'cell')}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from utils.distributed import Process
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.files import replace_atomically
 from utils.logging import logger
-from utils.text import join_some
+from utils.text import join_some, quantity
 
 TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO (Caron et al. 2021)
 ARCHIVES = (".zip", ".tar", ".pack")
@@ -262,7 +262,7 @@ def run_extract(args: argparse.Namespace) -> None:
         raise DataError(f"{args.path}: no such folder or archive")
     found = extract(load_classifier(args), args.path)
     write(found, args.out)
-    print(f"{args.out}: {len(found)} images, {found.features.shape[1]} features each")
+    print(f"{args.out}: {quantity(len(found), 'image')}, {found.features.shape[1]} features each")
 
 
 def run_knn(args: argparse.Namespace) -> None:

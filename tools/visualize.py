@@ -41,6 +41,7 @@ from engine.build import build_model
 from engine.pretrained import load_pretrained
 from models.dat import DAT
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
+from utils.text import quantity
 
 KINDS = {
     "L": "windows",
@@ -276,7 +277,10 @@ def load_model(cfg: CfgNode, pretrained: str, run: str) -> tuple[DAT, str]:
         )
     if run:
         checkpoint.load_strictly(model, source / "model.safetensors")
-        return model, f"run {metadata['config']['TAG']} after {metadata['epoch']} epochs"
+        return (
+            model,
+            f"run {metadata['config']['TAG']} after {quantity(metadata['epoch'], 'epoch')}",
+        )
     if pretrained:
         load_pretrained(model, Path(pretrained), strict=False)
         return model, f"weights of {Path(pretrained).name}"

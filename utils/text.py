@@ -1,6 +1,7 @@
-"""Words for messages: shortened lists, numbers with their nouns, the nearest known name."""
+"""Words for messages: shortened lists, numbers with their nouns, the nearest known name, plain names."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -22,3 +23,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a message: the entry of `known` most like `word`; empty if none is."""
     match = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def plain_name(name: str) -> str:
+    """What is equal of two spellings of one name: composed accents, no spaces at the ends."""
+    return unicodedata.normalize("NFC", name).strip()

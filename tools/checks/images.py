@@ -185,7 +185,9 @@ def judge_images(
     tally: Tally, index: Path, pixels: bool, sha: bool, allowed: int
 ) -> Iterator[Finding]:
     """Findings about the examined files, for a run in which `allowed` training files may be unreadable."""
-    read = f"{sum(tally.count.values()):,} files, {'decoded' if pixels else 'headers read'}"
+    read = (
+        f"{quantity(sum(tally.count.values()), 'file')}, {'decoded' if pixels else 'headers read'}"
+    )
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in tally.kinds.most_common())
     advice = "" if pixels else "--pixels decodes them too, which finds truncated images"
     yield Finding("OK", "files", f"{read}: {kinds or 'none valid'}; index {index}", advice)
@@ -204,7 +206,7 @@ def judge_images(
         level = "WARN" if harmless else "FAIL"
         yield Finding(level, "unreadable", text, remedy, problems)
     if tally.misnamed:
-        text = f"{tally.misnamed:,} files have another format than their suffix"
+        text = f"{quantity(tally.misnamed, 'file')} of another format than the suffix"
         yield Finding("OK", "names", text, "nothing to do: the content counts")
     if tally.rotated:
         text = f"EXIF rotates {quantity(tally.rotated, 'image')}"

@@ -18,6 +18,7 @@ from tools.checks.report import Finding
 from utils.distributed import Process
 from utils.download import download
 from utils.errors import CheckpointError, UserError
+from utils.text import quantity
 
 CPU = torch.device("cpu")
 
@@ -73,5 +74,5 @@ def _check_resumed(cfg: CfgNode, path: Path, classes: list[str]) -> Finding:
         return Finding("FAIL", "weights", text, remedy)
     model = build.build_model(cfg, len(classes), CPU)
     checkpoint.load_strictly(model, path / "model.safetensors")
-    text = f"{path} is valid: the run resumes there, after {metadata['step']:,} steps"
+    text = f"{path} is valid: the run resumes there, after {quantity(metadata['step'], 'step')}"
     return Finding("OK", "weights", text)
