@@ -87,7 +87,7 @@ def test_every_bad_image_is_counted(examine, root):
     assert "1 JPEG CMYK" in text
     assert "EXIF rotates 1 image" in text
     assert "4 images with several frames" in text
-    assert "3 files have another format" in text
+    assert "3 files of another format than the suffix" in text
     code, text = examine("--pixels", "--opts", "DATA.MAX_BAD_SAMPLES=60")
     assert f"WARN unreadable {bad} of" in text
     (root / "val/class_0/000.jpg").unlink()  # so that its folder is listed again
