@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -19,7 +20,7 @@ from yacs.config import CfgNode
 
 import data
 import models
-from engine import checkpoint, compat, suite
+from engine import agreement, checkpoint, compat, suite
 from engine.grad_sync import DDPSync, DeterministicSync, GradSync
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
@@ -27,10 +28,10 @@ from engine.pretrained import load_pretrained
 from engine.state import TrainState
 from models.dat import VARIANTS
 from models.ops import fused_obstacle, use_kernels
-from utils.distributed import Process
+from utils.distributed import Process, init_distributed, share_errors
 from utils.download import download
 from utils.errors import ConfigError, DataError
-from utils.logging import logger
+from utils.logging import logger, start_logging
 from utils.rng import key, reseed
 from utils.version import CHECKPOINT_FORMAT, __version__
 from utils.yaml_nodes import to_dict
@@ -51,10 +52,25 @@ def run_path(cfg: CfgNode) -> Path:
     return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
 
 
+@contextmanager
+def join_run(cfg: CfgNode, mode: str) -> Iterator[Process]:
+    """This process, once all processes of the run have joined and agree on what to do.
+
+    mode: "train", "eval" or "throughput". Raises ConfigError where they differ in settings, code or packages.
+    """
+    with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
+        start_logging(cfg.MODEL.NAME, process.rank)
+        with share_errors():
+            models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
+            environment = describe_environment(process)
+        agreement.require_same_settings(mode, to_dict(cfg), environment, process.device)
+        yield process
+
+
 def prepare_device(cfg: CfgNode, device: torch.device) -> CfgNode:
     """Make this process compute as `cfg` says; return `cfg` with what AMP_DTYPE and MODEL.KERNELS auto mean here.
 
-    Raises ConfigError for kernels that `device` cannot run.
+    Raises ConfigError for kernels that `device` cannot run, and where auto means something else on another process.
     """
     if cfg.TRAIN.DETERMINISTIC and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product
@@ -62,8 +78,12 @@ def prepare_device(cfg: CfgNode, device: torch.device) -> CfgNode:
         torch.backends.cudnn.benchmark = False
     resolved = cfg.clone()
     resolved.defrost()
-    resolved.AMP_DTYPE = _resolve_amp_dtype(cfg.AMP_DTYPE, device)
-    resolved.MODEL.KERNELS = _resolve_kernels(cfg.MODEL.KERNELS, device)
+    with share_errors():
+        resolved.AMP_DTYPE = _resolve_amp_dtype(cfg.AMP_DTYPE, device)
+        resolved.MODEL.KERNELS = _resolve_kernels(cfg.MODEL.KERNELS, device)
+    agreement.require_same(
+        {"AMP_DTYPE": resolved.AMP_DTYPE, "MODEL.KERNELS": resolved.MODEL.KERNELS}
+    )
     resolved.freeze()
     return resolved
 
@@ -113,25 +133,29 @@ def at_size(cfg: CfgNode, size: int) -> CfgNode:
 
 
 def open_data(
-    cfg: CfgNode, resumed: Path | None = None
+    cfg: CfgNode, saved_classes: list[str] | None = None
 ) -> tuple[data.ImageDataset, data.ImageDataset]:
-    """Training and validation set under one class list.
+    """Training and validation set under one class list, the same on all processes.
 
-    The list is the one of DATA.CLASS_LIST, of the checkpoint `resumed` if it has the same classes, or of the training
-    set's folders. Raises ConfigError where MODEL.NUM_CLASSES is another number.
+    The list is the one of DATA.CLASS_LIST, `saved_classes` of the checkpoint that is resumed if they are the same
+    classes, or of the training set's folders. Raises ConfigError where MODEL.NUM_CLASSES is another number, and
+    DataError where the processes see different data.
     """
-    train_set = open_split(cfg, "train", class_list(cfg))
-    if resumed is not None and not cfg.DATA.CLASS_LIST:
-        saved = checkpoint.read_metadata(resumed)["classes"]
-        if saved != train_set.classes and sorted(saved) == sorted(train_set.classes):
-            train_set = open_split(cfg, "train", saved)  # the order of the run's labels
-    count = len(train_set.classes)
-    if cfg.MODEL.NUM_CLASSES not in (0, count):
-        raise ConfigError(
-            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {cfg.DATA.PATH} has {count} classes. "
-            "Leave it 0 to follow the data."
-        )
-    return train_set, open_split(cfg, "val", train_set.classes)
+    with share_errors():
+        train_set = open_split(cfg, "train", class_list(cfg))
+        if saved_classes is not None and not cfg.DATA.CLASS_LIST:
+            known = train_set.classes
+            if saved_classes != known and sorted(saved_classes) == sorted(known):
+                train_set = open_split(cfg, "train", saved_classes)  # the order of the run's labels
+        count = len(train_set.classes)
+        if cfg.MODEL.NUM_CLASSES not in (0, count):
+            raise ConfigError(
+                f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {cfg.DATA.PATH} has {count} classes. "
+                "Leave it 0 to follow the data."
+            )
+        val_set = open_split(cfg, "val", train_set.classes)
+    agreement.require_same_data(train_set.classes, {"train": train_set, "val": val_set})
+    return train_set, val_set
 
 
 def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.ImageDataset:
@@ -315,7 +339,7 @@ def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Modu
 
 
 def build_state(cfg: CfgNode, num_classes: int, device: torch.device, *, fresh: bool) -> TrainState:
-    """The state before the first step; a `fresh` run starts from the weights of CHECKPOINT.PRETRAINED, if any."""
+    """The state before the first step; a `fresh` one starts from the weights of CHECKPOINT.PRETRAINED, if any."""
     model = build_model(cfg, num_classes, device)
     if fresh and cfg.CHECKPOINT.PRETRAINED:
         load_pretrained(model, download(cfg.CHECKPOINT.PRETRAINED), strict=False)
