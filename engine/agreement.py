@@ -45,7 +45,7 @@ BLOCK = 4096  # bytes that have a sum of their own in a digest
 def require_same_settings(mode: str, config: dict, environment: dict, device: torch.device) -> None:
     """Raise ConfigError unless all processes have the same `mode` of main.py, configuration, packages and code.
 
-    environment: as `build.describe_environment` has it.
+    environment: as `compat.describe_environment` has it.
     """
     revision = environment["revision"].removesuffix("-dirty")
     values = compat.flatten(
@@ -53,7 +53,8 @@ def require_same_settings(mode: str, config: dict, environment: dict, device: to
     )
     values |= {f"MODEL.ARGS.{name}": value for name, value in values.pop("MODEL.ARGS").items()}
     values |= {"versions.numpy": np.__version__, "the type of device": device.type}
-    values |= {"the number of CPU threads": environment["threads"]}  # another sums in another order
+    # Another number of threads adds in another order.
+    values |= {"the number of CPU threads (THREADS)": environment["threads"]}
     settings = {name: str(value) for name, value in values.items() if name not in OWN}
     settings |= {"the command": mode, "the hash of the sources": compat.hash_sources()}
     # Without git the sources alone are compared.
@@ -221,6 +222,8 @@ class Replicas:
             what = (
                 f"The {name} of the processes differ, one of them is corrupt: their hash is {whose}"
             )
+        if not self._alike:
+            what += ". Processors of several kinds may also round otherwise; use one kind"
         return (
             f"{what}. Nothing was saved. Test the memory and the processor of that machine, "
             "then start the same command again: it resumes from the latest checkpoint."
@@ -242,18 +245,18 @@ def hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
     are hashed (BLAKE2b). One changed bit always changes its block's sum. Several in one block go unnoticed only if
     they cancel to the last of 64 bits, as when two words change places.
     """
-    sums, rests = [], []
+    parts: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
         data = as_bytes(tensor.contiguous())
         blocks = len(data) // BLOCK
-        words = data[: blocks * BLOCK]
+        words, rest = data[: blocks * BLOCK], data[blocks * BLOCK :]
         if (
             words.storage_offset() % 8
-        ):  # a part of a larger tensor, which cannot be read as 64-bit integers
+        ):  # part of another tensor: it cannot be read as 64-bit integers
             words = words.clone()
-        sums.append(words.view(torch.int64).view(blocks, BLOCK // 8).sum(1).cpu())
-        rests.append(data[blocks * BLOCK :].cpu())
+        sums = words.view(torch.int64).view(blocks, BLOCK // 8).sum(1)
+        parts.setdefault(tensor.device, []).extend((as_bytes(sums), rest))
     digest = hashlib.blake2b(digest_size=8)
-    for part in (*sums, *rests):
-        digest.update(part.numpy())
+    for own in parts.values():
+        digest.update(torch.cat(own).cpu().numpy())
     return digest.hexdigest()

@@ -5,14 +5,12 @@ Here the configuration is read group by group and goes no further: what is built
 
 import functools
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import timm
 import torch
-import torchvision
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -62,7 +60,7 @@ def join_run(cfg: CfgNode, mode: str) -> Iterator[Process]:
         start_logging(cfg.MODEL.NAME, process.rank)
         with share_errors():
             models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
-            environment = describe_environment(process)
+            environment = compat.describe_environment(process)
         agreement.require_same_settings(mode, to_dict(cfg), environment, process.device)
         yield process
 
@@ -457,26 +455,8 @@ def build_metadata(
             exact_world_size=cfg.TRAIN.EXACT_WORLD_SIZE,
             deterministic=cfg.TRAIN.DETERMINISTIC,
         ),
-        **describe_environment(process),
+        **compat.describe_environment(process),
         "config": to_dict(cfg),
-    }
-
-
-def describe_environment(process: Process) -> dict[str, object]:
-    """Code, versions and hardware, for checkpoints and evaluations."""
-    return {
-        "world_size": process.world_size,
-        "versions": {
-            "project": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-        },
-        "revision": compat.revision(),
-        "device": compat.device_name(process.device),
-        # What a GPU computes does not depend on the threads beside it.
-        "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
     }
 
 

@@ -32,7 +32,7 @@ class RunDir:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._process = process
-        self._name = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        self._holder = ""  # of the lock, in words
 
     @contextmanager
     def lock(self) -> Iterator["RunDir"]:
@@ -41,13 +41,15 @@ class RunDir:
         Raises StorageError, before anything else happens, if it cannot be written or another run holds it. A
         collective.
         """
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
+        self._holder = broadcast_object(holder)
         lock = None
         with share_errors():
             if self._process.is_main:
                 lock = self._lock()
             else:
                 self._make_own_folder()
-        self._name = broadcast_object(self._name)
         self.write_status("running")
         try:
             yield self
@@ -129,7 +131,7 @@ class RunDir:
 
     def _is_locked_by_this_run(self) -> bool:
         try:
-            return (self.path / LOCK).read_text().strip() == self._name
+            return (self.path / LOCK).read_text().strip() == self._holder
         except OSError:
             return False
 
@@ -141,7 +143,7 @@ class RunDir:
             self._acquire(lock)
             lock.truncate(0)
             lock.write(
-                self._name.encode().ljust(4096)
+                self._holder.encode().ljust(4096)
             )  # a block, which tries whether there is room
             os.fsync(lock.fileno())
             for folder in (self.path, self.checkpoints):

@@ -279,8 +279,8 @@ def test_a_process_whose_run_has_lost_the_lock_writes_no_status(tmp_path):
     """Its main process was killed, another run took the folder, and only then did it notice."""
     with RunDir(tmp_path, Process(0, 1, torch.device("cpu"))).lock() as living:
         late = RunDir(tmp_path, Process(1, 2, torch.device("cpu")))
-        for name, state in (("process 1 of before", "running"), (living._name, "failed")):
-            late._name = name
+        for name, state in (("process 1 of before", "running"), (living._holder, "failed")):
+            late._holder = name
             late.write_status("failed", exit_code=1)
             assert json.loads((tmp_path / "status.json").read_text())["state"] == state
 
