@@ -6,7 +6,7 @@ import sys
 from typing import NoReturn
 
 import config
-from utils.errors import DivergedError, StopRequested, UserError
+from utils.errors import UserError
 from utils.launcher import set_ranks
 from utils.machine import raise_open_files
 from utils.memory import use_large_pages
@@ -26,21 +26,32 @@ def main(arguments: list[str]) -> int:
         command = config.parse(arguments)
         if command.mode == "train":
             config.check_world_size(command.cfg, int(os.environ.get("WORLD_SIZE", 1)))
-    except UserError as error:  # every process sees the same command line: one of them says so
-        if rank == 0:
-            print(error, file=sys.stderr)
-        return error.exit_code
+    except UserError as error:
+        return _refuse(error, rank)
     try:
         _execute(command)
     except UserError as error:
-        agreed = isinstance(error, (DivergedError, StopRequested))  # every process says the same
-        if rank == 0 or not agreed:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not error.on_all:
             # In one write: torchrun's processes share the pipe, unbuffered, and print would write the newline apart.
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _refuse(error: UserError, rank: int) -> int:
+    """Print why a command cannot run, and end the other processes of the run, whose command may be another one."""
+    if rank == 0:
+        print(error, file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" in os.environ:
+        from utils.distributed import share_refusal
+
+        shared = share_refusal(error)
+        if rank > 0 and (os.environ.get("LOCAL_RANK", "0") == "0" or not shared.on_all):
+            print(shared, file=sys.stderr)
+        return shared.exit_code
+    return error.exit_code
 
 
 def _execute(command: config.Command) -> None:

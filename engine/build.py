@@ -1,11 +1,12 @@
-"""From configuration to objects: data sets, loaders, model, optimizer, gradient synchronisation, recipe.
+"""From configuration to objects, in one file: data sets, loaders, model, optimizer, gradient synchronisation, recipe.
 
-Here the configuration is read group by group and goes no further: what is built takes plain arguments.
+It is one file so that nothing else reads the configuration, group by group: what is built takes plain arguments.
 """
 
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -17,7 +18,7 @@ from yacs.config import CfgNode
 import data
 import models
 from analysis import imagenet
-from engine import checkpoint, compat, suite
+from engine import agreement, checkpoint, compat, suite
 from engine.grad_sync import DDPSync, DeterministicSync, GradSync, wrap_in_ddp
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
@@ -27,10 +28,10 @@ from engine.sanity import schedule_warnings
 from engine.state import TrainState
 from models.dat import VARIANTS
 from utils.devices import explain_no_gpu
-from utils.distributed import Process
+from utils.distributed import Process, init_distributed, share_errors
 from utils.download import download
 from utils.errors import ConfigError, DataError
-from utils.logging import logger
+from utils.logging import logger, start_logging
 from utils.machine import list_shortages
 from utils.rng import key, reseed
 from utils.text import quantity
@@ -55,10 +56,25 @@ def run_path(cfg: CfgNode) -> Path:
     return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
 
 
+@contextmanager
+def join_run(cfg: CfgNode, mode: str) -> Iterator[Process]:
+    """This process, once all processes of the run have joined and agree on what to do.
+
+    mode: "train", "eval" or "throughput". Raises ConfigError where they differ in settings, code or packages.
+    """
+    with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
+        start_logging(cfg.MODEL.NAME, process.rank)
+        with share_errors():
+            check_model(cfg, training=mode == "train")
+            environment = compat.describe_environment(process)
+        agreement.require_same_settings(mode, to_dict(cfg), environment, process.device)
+        yield process
+
+
 def prepare_device(cfg: CfgNode, device: torch.device) -> CfgNode:
     """Make this process compute as `cfg` says; return `cfg` with what AMP_DTYPE and MODEL.KERNELS auto mean here.
 
-    Raises ConfigError for kernels that `device` cannot run.
+    Raises ConfigError for kernels that `device` cannot run, and where auto means something else on another process.
     """
     if cfg.TRAIN.DETERMINISTIC and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product
@@ -66,8 +82,12 @@ def prepare_device(cfg: CfgNode, device: torch.device) -> CfgNode:
         torch.backends.cudnn.benchmark = False
     resolved = cfg.clone()
     resolved.defrost()
-    resolved.AMP_DTYPE = resolve_amp_dtype(cfg.AMP_DTYPE, device)
-    resolved.MODEL.KERNELS = resolve_kernels(cfg.MODEL.KERNELS, device)
+    with share_errors():
+        resolved.AMP_DTYPE = resolve_amp_dtype(cfg.AMP_DTYPE, device)
+        resolved.MODEL.KERNELS = resolve_kernels(cfg.MODEL.KERNELS, device)
+    agreement.require_same(
+        {"AMP_DTYPE": resolved.AMP_DTYPE, "MODEL.KERNELS": resolved.MODEL.KERNELS}
+    )
     resolved.freeze()
     return resolved
 
@@ -89,20 +109,24 @@ def at_size(cfg: CfgNode, size: int) -> CfgNode:
 
 
 def open_data(
-    cfg: CfgNode, resumed: Path | None = None
+    cfg: CfgNode, saved_classes: list[str] | None = None
 ) -> tuple[data.ImageDataset, data.ImageDataset]:
-    """Training and validation set under one class list.
+    """Training and validation set under one class list, the same on all processes.
 
-    The list is the one of DATA.CLASS_LIST, of the checkpoint `resumed` if it has the same classes, or of the training
-    set's folders. Raises ConfigError where MODEL.NUM_CLASSES is another number.
+    The list is the one of DATA.CLASS_LIST, `saved_classes` of the checkpoint that is resumed if they are the same
+    classes, or of the training set's folders. Raises ConfigError where MODEL.NUM_CLASSES is another number, and
+    DataError where the processes see different data.
     """
-    train_set = open_split(cfg, "train", class_list(cfg))
-    if resumed is not None and not cfg.DATA.CLASS_LIST:
-        saved = checkpoint.read_metadata(resumed)["classes"]
-        if saved != train_set.classes and data.same_names(saved, train_set.classes):
-            train_set = open_split(cfg, "train", saved)  # the run's names and their order
-    check_num_classes(cfg, len(train_set.classes), cfg.DATA.CLASS_LIST or cfg.DATA.PATH)
-    return train_set, open_split(cfg, "val", train_set.classes)
+    with share_errors():
+        train_set = open_split(cfg, "train", class_list(cfg))
+        if saved_classes is not None and not cfg.DATA.CLASS_LIST:
+            known = train_set.classes
+            if saved_classes != known and data.same_names(saved_classes, known):
+                train_set = open_split(cfg, "train", saved_classes)  # the run's names, their order
+        check_num_classes(cfg, len(train_set.classes), cfg.DATA.CLASS_LIST or cfg.DATA.PATH)
+        val_set = open_split(cfg, "val", train_set.classes)
+    agreement.require_same_data(train_set.classes, {"train": train_set, "val": val_set})
+    return train_set, val_set
 
 
 def check_num_classes(cfg: CfgNode, count: int, where: str) -> None:
@@ -320,7 +344,7 @@ def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Modu
 def build_state(
     cfg: CfgNode, classes: list[str], device: torch.device, *, fresh: bool
 ) -> TrainState:
-    """The state before the first step; a `fresh` run starts from the weights of CHECKPOINT.PRETRAINED, if any."""
+    """The state before the first step; a `fresh` one starts from the weights of CHECKPOINT.PRETRAINED, if any."""
     model = build_model(cfg, len(classes), device)
     if fresh and cfg.CHECKPOINT.PRETRAINED:
         path = download(cfg.CHECKPOINT.PRETRAINED)

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from engine.optim import STATE, load_optimizer_state, optimizer_state
+from engine.optim import STATE
 from engine.state import TrainState
 from utils import first_edition
 from utils.errors import CheckpointError, StopRequested, StorageError
@@ -100,7 +100,7 @@ def snapshot(state: TrainState, metadata: dict) -> dict[str, bytes]:
     """The files of a checkpoint of `state`, by name; `metadata` join the counters in state.json."""
     files = {
         "model.safetensors": _serialize(state.model.state_dict()),
-        "optimizer.safetensors": _serialize(_optimizer_tensors(state)),
+        "optimizer.safetensors": _serialize(state.optimizer_tensors()),
         "state.json": json.dumps({**state.counters(), **metadata}, indent=1).encode(),
     }
     if state.ema is not None:
@@ -176,15 +176,6 @@ def _serialize(tensors: dict[str, torch.Tensor]) -> bytes:
     return safetensors.torch.save(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     )
-
-
-def _optimizer_tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    names = {parameter: name for name, parameter in state.model.named_parameters()}
-    return {
-        f"{names[parameter]}.{key}": value
-        for parameter, values in optimizer_state(state.optimizer).items()
-        for key, value in values.items()
-    }
 
 
 def _sync_folder(folder: Path) -> None:
@@ -352,11 +343,7 @@ def restore(path: Path, state: TrainState) -> None:
             logger.warning(f"{path} has no EMA: it starts from the checkpoint's weights")
         load_strictly(state.ema.module, file if file.exists() else path / "model.safetensors")
     _restore_optimizer(path / "optimizer.safetensors", state)
-    metadata = read_metadata(path)
-    if state.scaler.is_enabled() and metadata["scaler"]:
-        state.scaler.load_state_dict(metadata["scaler"])
-    state.step, state.epoch = metadata["step"], metadata["epoch"]
-    state.skipped, state.best = metadata["skipped"], metadata["best"]
+    state.load_counters(read_metadata(path))
 
 
 def load_strictly(model: nn.Module, file: Path) -> None:
@@ -403,8 +390,13 @@ def _restore_optimizer(file: Path, state: TrainState) -> None:
         raise CheckpointError(
             f"{file} does not hold the state of {optimizer} and this model: {join_some(problems)}"
         )
-    found = {parameters[name]: values for name, values in moments.items()}
-    load_optimizer_state(state.optimizer, found)
+    state.set_optimizer_tensors(
+        {
+            f"{name}.{key}": value
+            for name, values in moments.items()
+            for key, value in values.items()
+        }
+    )
 
 
 def _kind(tensor: torch.Tensor) -> str:

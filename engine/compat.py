@@ -1,9 +1,11 @@
 """Resume compatibility: what differs between a checkpoint's metadata and this run's, and whether that was accepted.
 
 The metadata of the checkpoint (state.json) are compared with those of the run that resumes, name by name; keys of the
-configuration go by their own names. In a run of several processes each of them compares.
+configuration go by their own names. In a run of several processes the main one compares; the others agree with it
+(engine/agreement.py).
 """
 
+import hashlib
 import platform
 import re
 import subprocess
@@ -40,6 +42,9 @@ IGNORED = {
     *("TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT", "TEST.SAVE_LOGITS"),
 }
 
+
+SOURCES = "sources-"  # begins what stands for a revision without git
+PACKAGES = ("analysis", "data", "engine", "models", "utils")  # of the code of a run
 
 # What changes the pixels or the logits of an evaluation, beside the weights.
 EVALUATED = (
@@ -123,16 +128,16 @@ def _same_kind(name: str, before: dict, now: dict) -> bool:
 
 def _by_name(metadata: dict) -> dict[str, object]:
     rest = {name: value for name, value in metadata.items() if name != "config"}
-    return _flatten(rest) | _flatten(metadata["config"])
+    return flatten(rest) | flatten(metadata["config"])
 
 
-def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
+def flatten(values: dict, prefix: str = "") -> dict[str, object]:
     """Nested values by dotted names; MODEL.ARGS is one value, because an argument may come and go."""
     flat = {}
     for name, value in values.items():
         full = f"{prefix}{name}"
         if isinstance(value, dict) and full != "MODEL.ARGS":
-            flat |= _flatten(value, f"{full}.")
+            flat |= flatten(value, f"{full}.")
         else:
             flat[full] = value
     return flat
@@ -171,13 +176,27 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def revision() -> str:
-    """The commit of this code, marked "-dirty" if files were changed; "unknown" outside a repository."""
+    """The commit of this code, marked "-dirty" if files were changed; outside a repository the hash of its sources."""
     here = str(Path(__file__).parent)
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"{SOURCES}{hash_sources()}"
+
+
+def hash_sources() -> str:
+    """A hash of the Python files that a run is made of, the same for the same files in any folder."""
+    root = Path(__file__).parents[1]
+    files = [
+        *root.glob("*.py"),
+        *(file for name in PACKAGES for file in root.glob(f"{name}/**/*.py")),
+    ]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def describe_environment(process: Process) -> dict[str, object]:

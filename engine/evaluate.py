@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,15 +21,15 @@ from analysis.predictions import Evaluation
 from analysis.scores import write_scores
 from analysis.suite_table import markdown
 from data import Loader
-from engine import build, checkpoint, compat, suite
+from engine import agreement, build, checkpoint, compat, suite
 from engine.hooks import InterruptibleLoader
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
 from engine.sanity import class_order_warnings
-from utils.distributed import Process, init_distributed
+from utils.distributed import Process, explain_lost_process, on_main, share_errors
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError
-from utils.logging import logger, start_logging
+from utils.logging import logger
 from utils.machine import explain_limits
 from utils.text import join_some, quantity
 from utils.yaml_nodes import to_dict
@@ -41,20 +40,15 @@ class Weights:
     """What is evaluated: a checkpoint of a run, whose class list decides the labels, or a file of weights."""
 
     path: Path
-    classes: (
-        list[str] | None
-    )  # of the checkpoint or of DATA.CLASS_LIST; None: the folders' names decide
+    classes: list[str] | None  # of the checkpoint or of DATA.CLASS_LIST; None: val's folders decide
     source: str  # where `classes` come from, for people
-    is_checkpoint: bool
+    metadata: dict | None  # of the checkpoint
+    files: dict[str, Path]  # that can be evaluated: "model" and, of a checkpoint with an EMA, "ema"
 
-    def files(self) -> Iterator[tuple[str, Path]]:
-        """What can be evaluated: ("model", file) and, of a checkpoint with an EMA, ("ema", file)."""
-        if not self.is_checkpoint:
-            yield "model", self.path
-            return
-        for kind in ("model", "ema"):
-            if (file := self.path / f"{kind}.safetensors").exists():
-                yield kind, file
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a checkpoint of this project."""
+        return self.metadata is not None
 
 
 def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> None:
@@ -63,15 +57,10 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
     sources: where values that are no defaults come from. given: keys set on the command line. Raises CheckpointError
     for weights that do not fit in full.
     """
-    build.check_model(cfg, training=False)
-    with (
-        init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process,
-        explain_limits(),
-    ):
-        start_logging(cfg.MODEL.NAME, process.rank)
+    with build.join_run(cfg, "eval") as process, explain_lost_process(), explain_limits():
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
-        weights = choose_weights(cfg, given)
+        weights = on_main(lambda: choose_weights(cfg, given))
         if cfg.TEST.SETS or cfg.TEST.OUT or cfg.TEST.SIZES or cfg.TEST.SAVE_LOGITS:
             record = evaluate_sets(cfg, weights, process, has_val="DATA.PATH" in sources)
         else:
@@ -82,14 +71,15 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
 
 def evaluate_val(cfg: CfgNode, weights: Weights, process: Process) -> dict:
     """The accuracies of `weights` on the validation images."""
-    val_set = build.open_split(cfg, "val", weights.classes)
-    source = weights.source if weights.classes else None
-    report_labels(cfg, val_set.classes, source)
+    with share_errors():
+        val_set = build.open_split(cfg, "val", weights.classes)
+        report_labels(cfg, val_set.classes, weights.source if weights.classes else None)
+    agreement.require_same_data(val_set.classes, {"val": val_set})
     loader = build.val_loader(cfg, val_set, process)
     model = build.build_model(cfg, len(val_set.classes), process.device)
     changes = changes_since_training(cfg, weights, val_set.fingerprint)
     results = {}
-    for kind, file in weights.files():
+    for kind, file in weights.files.items():
         load_weights(model, file, weights.is_checkpoint)
         results[kind] = score(cfg, loader, model, process)
     preprocessing = build.describe_preprocessing(cfg)
@@ -116,12 +106,15 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
         run = own
     if run:
         path = checkpoint.resolve(Path(run), best=True)
-        return Weights(path, *_saved_classes(cfg, path, given), is_checkpoint=True)
+        metadata = checkpoint.read_metadata(path)
+        files = {kind: path / f"{kind}.safetensors" for kind in ("model", "ema")}
+        files = {kind: file for kind, file in files.items() if file.exists()}
+        return Weights(path, *_saved_classes(cfg, path, given), metadata, files)
     if file:
         path = download(file)
         if step := checkpoint.origin_of(path):
-            return Weights(path, *_saved_classes(cfg, step, given), is_checkpoint=False)
-        return Weights(path, build.class_list(cfg), "DATA.CLASS_LIST", is_checkpoint=False)
+            return Weights(path, *_saved_classes(cfg, step, given), None, {"model": path})
+        return Weights(path, build.class_list(cfg), "DATA.CLASS_LIST", None, {"model": path})
     raise CheckpointError(
         f"--eval needs weights, and {own} has no checkpoints. Add --pretrained FILE or --resume RUN."
     )
@@ -156,11 +149,12 @@ def report_labels(cfg: CfgNode, classes: list[str], source: str | None) -> None:
 
 
 def load_weights(model: nn.Module, file: Path, is_checkpoint: bool) -> None:
-    """Load `file` in full; CheckpointError where it does not fit."""
+    """Load `file`, which the main process reads for all, in full; CheckpointError where it does not fit."""
     if is_checkpoint:
-        checkpoint.load_strictly(model, file)
+        on_main(lambda: checkpoint.load_strictly(model, file))
     else:
-        load_pretrained(model, file, strict=True)
+        on_main(lambda: load_pretrained(model, file, strict=True))
+    agreement.send_weights(model)
 
 
 def changes_since_training(cfg: CfgNode, weights: Weights, val_data: str | None) -> list[str]:
@@ -168,11 +162,11 @@ def changes_since_training(cfg: CfgNode, weights: Weights, val_data: str | None)
 
     val_data: fingerprint of the validation images, None where they are not evaluated.
     """
-    if not weights.is_checkpoint:
+    if weights.metadata is None:
         return []
     now = {"decoder": data.decoder_fingerprint(), "config": to_dict(cfg)}
     now |= {"val_data": val_data} if val_data is not None else {}
-    changes = compat.list_evaluation_changes(checkpoint.read_metadata(weights.path), now)
+    changes = compat.list_evaluation_changes(weights.metadata, now)
     for change in changes:
         logger.warning(f"Differs from the run's own evaluation: {change}")
     return changes
@@ -200,19 +194,13 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
 
     has_val: whether DATA.PATH was set, so that a missing folder is an error.
     """
-    if not weights.is_checkpoint and not cfg.TEST.OUT:
-        raise ConfigError("The predictions of a file of weights need a folder. Add --out DIR.")
-    data_path = Path(cfg.DATA.PATH)
-    found = suite.find_sets(
-        Path(cfg.TEST.SETS) if cfg.TEST.SETS else None,
-        data_path if has_val or data_path.is_dir() else None,
-        suite.parse_only(cfg.TEST.ONLY) if cfg.TEST.SETS else ["val"],
-    )
+    with share_errors():
+        found = find_sets(cfg, weights, has_val=has_val)
+        classes, source = weights.classes, weights.source
+        if classes is None:
+            classes, source = class_list_of(cfg, found)
+        report_labels(cfg, classes, source)
     sizes = [int(size) for size in cfg.TEST.SIZES.split(",") if size] or [cfg.DATA.IMG_SIZE]
-    classes, source = weights.classes, weights.source
-    if classes is None:
-        classes, source = class_list_of(cfg, found)
-    report_labels(cfg, classes, source)
     results = []
     for size in sizes:
         sized = build.at_size(cfg, size)
@@ -223,15 +211,18 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
             val_subset=cfg.DATA.VAL_SUBSET,
             holdout=cfg.DATA.HOLDOUT,
         )
-        passes = suite.open_sets(found, classes, opener)
+        with share_errors():
+            passes = suite.open_sets(found, classes, opener)
+        agreement.require_same_data(classes, {one.title: one.dataset for one in passes})
         val_data = next((one.dataset.fingerprint for one in passes if one.group == "val"), None)
         changes = changes_since_training(sized, weights, val_data)
         model = build.build_model(sized, len(classes), process.device)
-        for kind, file in weights.files():
+        for kind, file in weights.files.items():
             # Another size is another shape for models that have one.
             load_weights(model, file, weights.is_checkpoint and size == cfg.DATA.IMG_SIZE)
-            evaluation = build_evaluation(sized, weights, kind, file, classes, changes, process)
             folder = predictions_folder(cfg, weights, kind, size if len(sizes) > 1 else None)
+            args = sized, weights, kind, file, classes, changes, process
+            evaluation = on_main(functools.partial(build_evaluation, *args))
             evaluation = suite.evaluate_sets(
                 passes,
                 replace(evaluation, folder=folder),
@@ -245,6 +236,18 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
         return {}
     logger.info(f"Evaluated {weights.path}\n\n{markdown(results)}")
     return {"weights": str(weights.path), "results": results}
+
+
+def find_sets(cfg: CfgNode, weights: Weights, *, has_val: bool) -> list[suite.Found]:
+    """The test sets to evaluate. Raises ConfigError where there is no folder for their predictions."""
+    if not weights.is_checkpoint and not cfg.TEST.OUT:
+        raise ConfigError("The predictions of a file of weights need a folder. Add --out DIR.")
+    data_path = Path(cfg.DATA.PATH)
+    return suite.find_sets(
+        Path(cfg.TEST.SETS) if cfg.TEST.SETS else None,
+        data_path if has_val or data_path.is_dir() else None,
+        suite.parse_only(cfg.TEST.ONLY) if cfg.TEST.SETS else ["val"],
+    )
 
 
 def class_list_of(cfg: CfgNode, found: list[suite.Found]) -> tuple[list[str], str | None]:
@@ -264,7 +267,7 @@ def build_evaluation(
     process: Process,
 ) -> Evaluation:
     """The record of what an evaluation depends on, without its folder and sets."""
-    step = checkpoint.read_metadata(weights.path)["step"] if weights.is_checkpoint else None
+    step = weights.metadata["step"] if weights.metadata is not None else None
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return Evaluation(
@@ -354,9 +357,7 @@ def log_accuracy(result: Accuracy, name: str) -> None:
 
 def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Print how many images a second the model classifies, on random images; needs no data."""
-    build.check_model(cfg, training=False)
-    with init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process:
-        start_logging(cfg.MODEL.NAME, process.rank)
+    with build.join_run(cfg, "throughput") as process:
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
         model = build.build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process.device).eval()

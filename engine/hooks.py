@@ -7,11 +7,12 @@ from pathlib import Path
 
 from data import EvalBatch, ImageDataset, Loader, TrainBatchSampler
 from engine import checkpoint
+from engine.agreement import Replicas, send_state
 from engine.checkpoint import Saver
 from engine.run_dir import RunDir
 from engine.state import TrainState
 from utils import distributed
-from utils.distributed import Process, all_reduce_max
+from utils.distributed import Process, all_reduce_max, on_main
 from utils.errors import DivergedError, StopRequested
 from utils.logging import MetricWriter, logger
 from utils.signals import StopRequest
@@ -25,6 +26,7 @@ class AfterStep:
     """Called after every step, on every process."""
 
     state: TrainState
+    replicas: Replicas
     metadata: dict  # of the checkpoints
     run_dir: RunDir
     saver: Saver
@@ -49,7 +51,8 @@ class AfterStep:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint, in the background."""
+        """Write a checkpoint, in the background, once all processes have the same state."""
+        self.replicas.compare(self.state)
         if self.process.is_main:
             self.writer.flush()
             self.saver.save(self.state, self.metadata)
@@ -90,12 +93,12 @@ class AfterStep:
         The steps after it are the same as before. They succeed if the machine was at fault, or fp16's loss scale.
         """
         self.saver.wait()
-        distributed.barrier()  # the main process has written what all processes read
-        path = None if self.rolled_back else latest_finite(self.saver.folder)
+        path = on_main(lambda: None if self.rolled_back else latest_finite(self.saver.folder))
         if path is None:
             raise error
         logger.warning(f"{error} The run rolls back to {path}, once.")
-        checkpoint.restore(path, self.state)
+        on_main(lambda: checkpoint.restore(path, self.state))
+        send_state(self.state)
         self.writer.rewind(self.state.step, self.state.epoch)
         self.rolled_back = True
 

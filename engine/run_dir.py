@@ -12,28 +12,44 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.checkpoint import remove_partial
-from utils.distributed import Process
+from utils.distributed import Process, broadcast_object, share_errors
 from utils.errors import StopRequested, StorageError, UserError
 from utils.files import write_atomically
 from utils.logging import logger
 from utils.watchdog import HANG_EXIT_CODE
 
+LOCK = ".lock"
+
 
 class RunDir:
-    """The directory of one run; every process knows it, the main process writes in it."""
+    """The directory of one run; every process knows it, the main process writes in it.
+
+    Other processes need not see the main one's: what they write themselves, such as their stacks when they hang, may
+    be in a directory of the same name on a disk of their own.
+    """
 
     def __init__(self, path: Path, process: Process):
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._process = process
+        self._holder = ""  # of the lock, in words
 
     @contextmanager
     def lock(self) -> Iterator["RunDir"]:
         """Lock the directory for this run, and write to status.json how the run ended.
 
-        Raises StorageError, before anything else happens, if it cannot be written or another run holds it.
+        Raises StorageError, before anything else happens, if it cannot be written or another run holds it. A
+        collective.
         """
-        lock = self._lock() if self._process.is_main else None
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
+        self._holder = broadcast_object(holder)
+        lock = None
+        with share_errors():
+            if self._process.is_main:
+                lock = self._lock()
+            else:
+                self._make_own_folder()
         self.write_status("running")
         try:
             yield self
@@ -59,9 +75,10 @@ class RunDir:
     def write_status(self, state: str, **values: object) -> None:
         """Write status.json: `state`, the time and `values`; of several processes that fail, the first one's.
 
-        The others fail because it is gone. A failure to write is only a warning: no run ends for want of its status.
+        The others fail because it is gone. Only who holds the lock writes: the main process, and the others of its
+        run where they see its lock file. A failure to write is only a warning: no run ends for want of its status.
         """
-        if state == "running" and not self._process.is_main:
+        if not self._process.is_main and (state == "running" or not self._is_locked_by_this_run()):
             return
         if state != "running" and self._has_ended():
             return
@@ -96,23 +113,41 @@ class RunDir:
 
     def require_space(self, size: int) -> None:
         """Raise StorageError unless two checkpoints of `size` bytes fit: a new one beside the last."""
+        if not self._process.is_main:
+            return
         free = shutil.disk_usage(self.path).free
-        if self._process.is_main and free < 2 * size:
+        if free < 2 * size:
             raise StorageError(
                 f"{self.path}: {free / 2**20:.0f} MiB are free, but two checkpoints need {2 * size / 2**20:.0f} MiB. "
                 "Make room or choose another --output."
             )
 
+    def _make_own_folder(self) -> None:
+        """Make the directory for what another than the main process writes."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning(
+                f"{self.path} cannot be made ({error.strerror}): unreadable images and hangs of this process are "
+                "only in its output"
+            )
+
+    def _is_locked_by_this_run(self) -> bool:
+        try:
+            return (self.path / LOCK).read_text(encoding="utf-8").strip() == self._holder
+        except OSError:
+            return False
+
     def _lock(self) -> io.FileIO:
         """The lock file with this process's name inside; partial files that a kill left are removed."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("ab+", buffering=0)
+            lock = (self.path / LOCK).open("ab+", buffering=0)
             self._acquire(lock)
-            started = time.strftime("%Y-%m-%d %H:%M:%S")
-            name = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
             lock.truncate(0)
-            lock.write(name.encode().ljust(4096))  # a block, which tries whether there is room
+            lock.write(
+                self._holder.encode().ljust(4096)
+            )  # a block, which tries whether there is room
             os.fsync(lock.fileno())
             for folder in (self.path, self.checkpoints):
                 remove_partial(folder)

@@ -6,6 +6,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.optim import load_optimizer_state, optimizer_state
+
 
 @dataclass
 class TrainState:
@@ -29,6 +31,31 @@ class TrainState:
             "best": self.best,
             "scaler": self.scaler.state_dict(),
         }
+
+    def load_counters(self, counters: dict) -> None:
+        """Take over what `counters` gave."""
+        if self.scaler.is_enabled() and counters["scaler"]:
+            self.scaler.load_state_dict(counters["scaler"])
+        self.step, self.epoch = counters["step"], counters["epoch"]
+        self.skipped, self.best = counters["skipped"], counters["best"]
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """The optimizer's tensors as "<parameter>.<name>", such as "head.weight.exp_avg"."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {
+            f"{names[parameter]}.{key}": value
+            for parameter, values in optimizer_state(self.optimizer).items()
+            for key, value in values.items()
+        }
+
+    def set_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Replace the optimizer's tensors by `tensors`, named as `optimizer_tensors` does."""
+        parameters = dict(self.model.named_parameters())
+        state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+        for full_name, tensor in tensors.items():
+            name, _, key = full_name.rpartition(".")
+            state.setdefault(parameters[name], {})[key] = tensor
+        load_optimizer_state(self.optimizer, state)
 
     def num_bytes(self) -> int:
         """Bytes of a checkpoint's tensors: weights, AdamW's two moments and, if there is one, the EMA."""

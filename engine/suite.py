@@ -20,7 +20,7 @@ from analysis.predictions import Evaluation, SetRecord
 from data import ImageDataset
 from data.dataset import EvalSample
 from data.readers import open_split
-from utils.distributed import Process
+from utils.distributed import Process, on_main
 from utils.errors import ConfigError, DataError, StorageError
 from utils.logging import logger
 from utils.text import join_some, nearest, quantity
@@ -409,15 +409,7 @@ def evaluate_sets(
     Raises DataError where that folder holds predictions of other weights or settings, StorageError where it cannot be
     written, DivergedError for logits that are not finite.
     """
-    evaluation = extend_evaluation(evaluation)
-    if process.is_main:
-        try:
-            evaluation.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"{evaluation.folder} cannot be written: {error.strerror}. Choose another folder with --out."
-            ) from error
-        write_evaluation(evaluation)  # before hours of work: can it be written?
+    evaluation = on_main(lambda: _begin(evaluation))
     val_accuracy = 0.0
     for one in passes:
         collectors = [
@@ -459,6 +451,19 @@ def evaluate_sets(
                 logger.warning(permuted_labels(view.name, accuracy, val_accuracy))
         if process.is_main:
             write_evaluation(evaluation)
+    return evaluation
+
+
+def _begin(evaluation: Evaluation) -> Evaluation:
+    """`evaluation` with the sets that its folder has already; written there before hours of work: can it be?"""
+    evaluation = extend_evaluation(evaluation)
+    try:
+        evaluation.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{evaluation.folder} cannot be written: {error.strerror}. Choose another folder with --out."
+        ) from error
+    write_evaluation(evaluation)
     return evaluation
 
 

@@ -6,15 +6,15 @@ import torch
 from yacs.config import CfgNode
 
 import data
-from engine import build, checkpoint, compat
+from engine import agreement, build, checkpoint, compat
+from engine.agreement import Replicas
 from engine.checkpoint import Saver
 from engine.evaluate import log_accuracy, score
 from engine.hooks import AfterStep, Divergence, InterruptibleLoader
 from engine.loop import train_one_epoch
 from engine.run_dir import RunDir
 from engine.state import TrainState
-from utils import distributed
-from utils.distributed import Process, explain_lost_process, init_distributed
+from utils.distributed import Process, explain_lost_process, on_main, share_errors
 from utils.errors import CheckpointError, DivergedError
 from utils.files import write_atomically
 from utils.logging import MetricWriter, logger, start_logging
@@ -31,9 +31,8 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
 
     sources: where the values of `cfg` that are no defaults come from, for the log.
     """
-    build.check_model(cfg, training=True)
     with (
-        init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process,
+        build.join_run(cfg, "train") as process,
         RunDir(build.run_path(cfg), process).lock() as run_dir,
         Saver(run_dir.checkpoints, cfg.CHECKPOINT.KEEP) as saver,
         Watchdog(cfg.TRAIN.HANG_SECONDS, run_dir.hang_file(), run_dir.report_hang) as watchdog,
@@ -46,35 +45,36 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         cfg = build.prepare_device(cfg, process.device)
 
         # --- Data ---------------------------------------------------------------------------------
-        resumed = find_checkpoint(cfg, run_dir)
-        train_set, val_set = build.open_data(cfg, resumed)
+        resumed = on_main(lambda: find_checkpoint(cfg, run_dir))
+        train_set, val_set = build.open_data(cfg, on_main(lambda: saved_classes(resumed)))
         logger.info(f"Training on {train_set}; validating on {val_set}")
         steps_per_epoch = data.steps_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
         metadata = build.build_metadata(cfg, train_set, val_set, steps_per_epoch, process)
         logger.info(f"Reproducibility: {compat.explain_reproducibility(metadata)}")
         if resumed is not None:
-            compat.check_resume(resumed, metadata, cfg.CHECKPOINT.ACCEPT)
+            on_main(lambda: compat.check_resume(resumed, metadata, cfg.CHECKPOINT.ACCEPT))
 
         # --- Model, and what a step does ----------------------------------------------------------
-        state = build.build_state(cfg, train_set.classes, process.device, fresh=resumed is None)
-        run_dir.require_space(state.num_bytes())
+        with share_errors():
+            fresh = resumed is None and process.is_main
+            state = build.build_state(cfg, train_set.classes, process.device, fresh=fresh)
+            run_dir.require_space(state.num_bytes())
         recipe = build.build_recipe(cfg, steps_per_epoch, len(train_set.classes), process)
         grad_sync = build.build_grad_sync(cfg, state.model, recipe.micro_batches, process)
 
         # --- Resume -------------------------------------------------------------------------------
-        if resumed is not None:
-            checkpoint.restore(resumed, state)
-            logger.info(f"Resumed from {resumed}: epoch {state.epoch}, step {state.step}")
-        distributed.barrier()  # all have read what the main process is about to write and prune
-        if process.is_main:
-            write_atomically(run_dir.path / "config.yaml", dump(cfg))
-        writer = MetricWriter(own_path, state.step, state.epoch, cfg.PRINT_FREQ)
+        replicas = start_replicas(state, resumed, process)
+        with share_errors():
+            if process.is_main:
+                write_atomically(run_dir.path / "config.yaml", dump(cfg))
+            writer = MetricWriter(own_path, state.step, state.epoch, cfg.PRINT_FREQ)
 
         # --- After a step -------------------------------------------------------------------------
         sampler = build.train_sampler(cfg, train_set, recipe, process, start_step=0)
         limit = cfg.TRAIN.MAX_SKIPPED
         after_step = AfterStep(
             state=state,
+            replicas=replicas,
             metadata=metadata,
             run_dir=run_dir,
             saver=saver,
@@ -111,6 +111,11 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
 # --- Resume ---------------------------------------------------------------------------------------
 
 
+def saved_classes(path: Path | None) -> list[str] | None:
+    """The class list of the checkpoint at `path`, if any."""
+    return None if path is None else checkpoint.read_metadata(path)["classes"]
+
+
 def find_checkpoint(cfg: CfgNode, run_dir: RunDir) -> Path | None:
     """The checkpoint to resume from: the run's own latest, else the one that CHECKPOINT.RESUME names.
 
@@ -132,6 +137,18 @@ def find_checkpoint(cfg: CfgNode, run_dir: RunDir) -> Path | None:
     return own
 
 
+def start_replicas(state: TrainState, resumed: Path | None, process: Process) -> Replicas:
+    """Restore the checkpoint `resumed`, if any, on the main process, and give its state to all: the replicas."""
+    if resumed is not None:
+        on_main(lambda: checkpoint.restore(resumed, state))
+    agreement.send_state(state)
+    replicas = Replicas(compat.device_name(process.device))
+    replicas.compare(state)
+    if resumed is not None:
+        logger.info(f"Resumed from {resumed}: epoch {state.epoch}, step {state.step}")
+    return replicas
+
+
 # --- End of an epoch ------------------------------------------------------------------------------
 
 
@@ -141,6 +158,7 @@ def end_epoch(cfg: CfgNode, loader: InterruptibleLoader, after_step: AfterStep) 
     last = state.epoch + 1 == cfg.TRAIN.EPOCHS
     improved = False
     if last or (state.epoch + 1) % cfg.EVAL_FREQ == 0:
+        after_step.replicas.compare(state)  # each process evaluates its own
         improved = validate_epoch(cfg, loader, state, after_step.writer, after_step.process)
     state.epoch += 1
     if last or improved or state.epoch % cfg.SAVE_FREQ == 0:

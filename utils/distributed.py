@@ -3,20 +3,27 @@
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from utils.devices import check_gpus_differ, choose_device
-from utils.errors import ConfigError, ProcessLost
+from utils.errors import ConfigError, ProcessLost, UserError
 from utils.machine import choose_threads
 
 FOREVER = timedelta(days=365)
 PATIENCE = 10.0  # seconds of waiting for the other processes before that is reported
+REFUSAL_SECONDS = 60  # in which a process that cannot run its command has to reach the others
+
+T = TypeVar("T")
+
+
+# --- The group ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ def init_distributed(
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     if process.world_size > 1:
-        _join_group(process, timeout)
+        with explain_lost_process():
+            _join_group(process, timeout)
     try:
         yield process
     finally:
@@ -109,6 +117,117 @@ def explain_lost_process() -> Iterator[None]:
             "Another process of this run has ended or hangs: its output, or the launcher's, gives the reason. "
             f"Then start the same command again. Noticed by: {error}"
         ) from error
+
+
+# --- One error for all processes ------------------------------------------------------------------
+
+
+@contextmanager
+def share_errors() -> Iterator[None]:
+    """Around what a process does by itself: an error in it ends every process, with its message and exit code.
+
+    A collective at the end of the block; there must be none inside. Of several errors the lowest rank's counts.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if (shared := _share(error)) is not None:
+            raise shared from error
+        raise
+    if (shared := _share(None)) is not None:
+        raise shared
+
+
+def share_refusal(error: UserError) -> UserError:
+    """Join the group for the sole purpose of ending all its processes with `error`; what they end with.
+
+    That is `error` itself where the others cannot be reached within REFUSAL_SECONDS.
+    """
+    try:
+        with init_distributed("cpu", timeout=REFUSAL_SECONDS), share_errors():
+            raise error
+    except UserError as shared:
+        return error if isinstance(shared, ProcessLost) else shared
+
+
+def _share(own: BaseException | None) -> UserError | None:
+    """Gather the errors of all processes; what this one raises in the place of `own`, None if that is right."""
+    if isinstance(own, UserError):
+        own.on_all = True
+    try:
+        described = gather(None if own is None else (type(own).__name__, str(own)))
+    except ProcessLost:
+        if own is None:
+            raise
+        own.on_all = False
+        return None
+    failures = [(rank, *failure) for rank, failure in enumerate(described) if failure is not None]
+    if not failures or not isinstance(own, UserError | None):  # a bug shows its own traceback
+        return None
+    rank, name, message = failures[0]
+    alone = len(described) == 1
+    if own is not None and (alone or rank == dist.get_rank() or str(own) == message):
+        return None
+    kinds = {kind.__name__: kind for kind in UserError.__subclasses__()}
+    message = message if name in kinds else f"{name}: {message}"
+    error = kinds.get(name, ProcessLost)(f"rank {rank}: {message}")
+    error.on_all = True
+    return error
+
+
+# --- One value for all processes ------------------------------------------------------------------
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What `function()` returns on the main process, which alone calls it; on every process, as its errors are."""
+    with share_errors():
+        value = function() if is_main() else None
+    return broadcast_object(value)
+
+
+def is_main() -> bool:
+    """Whether this is the main process, also before there is a group."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def broadcast_object(value: T) -> T:
+    """The main process's `value`, on every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    with explain_lost_process():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(value: T) -> list[T]:
+    """The `value` of every process, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    with explain_lost_process():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_each(tensors: Iterable[torch.Tensor]) -> None:
+    """Copy the bits of `tensors` on the main process to all others, in place, one after the other."""
+    if not dist.is_initialized():
+        return
+    with explain_lost_process():
+        for tensor in tensors:
+            dense = tensor.detach().contiguous()
+            dist.broadcast(as_bytes(dense), src=0)
+            if dense.data_ptr() != tensor.data_ptr():
+                tensor.copy_(dense)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, uint8 [bytes], in the same memory."""
+    return tensor.detach().flatten().view(torch.uint8)
+
+
+# --- Sums -----------------------------------------------------------------------------------------
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

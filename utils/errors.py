@@ -15,6 +15,7 @@ class UserError(Exception):
     """Base of every error that a user can fix; never raised itself."""
 
     exit_code = 1
+    on_all = False  # whether every process of the run raises it: one on each machine prints it
 
 
 class ConfigError(UserError):
@@ -39,6 +40,7 @@ class DivergedError(UserError):
     """The loss or the gradient is no longer a finite number."""
 
     exit_code = 5
+    on_all = True
 
 
 class StorageError(UserError):
@@ -55,6 +57,7 @@ class StopRequested(UserError):
     """The run was asked to stop; it is saved and resumes when it is started again."""
 
     exit_code = 75
+    on_all = True
 
 
 def as_exit_code(main: Callable[[list[str]], None]) -> Callable[[list[str]], int]:

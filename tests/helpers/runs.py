@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from signal import SIGTERM, Signals
 
@@ -73,16 +74,25 @@ _FORKS.set_forkserver_preload(["engine.train", "torch.utils.tensorboard"])  # im
 
 
 def run_group(
-    processes: int, argv: list[str], at: int = 0, signal: Signals = SIGTERM
+    processes: int,
+    argv: list[str],
+    at: int = 0,
+    signal: Signals = SIGTERM,
+    *,
+    hooks: Iterable[Callable[[int], None]] = (),
+    log: Path | None = None,
 ) -> list[int | None]:
     """Exit codes of main.py with `argv` on so many processes, without torchrun's own start of seconds.
 
-    Each gets `signal` when it asks for the `at`th time whether to stop.
+    Each gets `signal` when it asks for the `at`th time whether to stop. `hooks` are called with the rank in each
+    process before it starts; they are pickled. What rank k prints is in `<log>-k`.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     group = [
-        _FORKS.Process(target=_member, args=(rank, processes, port, argv, at, signal))
+        _FORKS.Process(
+            target=_member, args=(rank, processes, port, argv, at, signal, tuple(hooks), log)
+        )
         for rank in range(processes)
     ]
     for process in group:
@@ -93,7 +103,22 @@ def run_group(
     return [process.exitcode for process in group]
 
 
-def _member(rank: int, size: int, port: int, argv: list[str], at: int, signal: Signals) -> None:
+def _member(
+    rank: int,
+    size: int,
+    port: int,
+    argv: list[str],
+    at: int,
+    signal: Signals,
+    hooks: tuple,
+    log: Path | None,
+) -> None:
+    if log is not None:
+        file = os.open(f"{log}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, sys.stdout.fileno())
+        os.dup2(file, sys.stderr.fileno())
+    for hook in hooks:
+        hook(rank)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     reason, questions = StopRequest.agree, itertools.count(1)

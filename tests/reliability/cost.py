@@ -15,7 +15,7 @@ from helpers.states import make_optimizer
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from engine import checkpoint
+from engine import agreement, checkpoint
 from engine.state import TrainState
 from reliability.harness import (
     ENDLESS,
@@ -122,12 +122,19 @@ def measure_parts() -> dict[str, float]:
     optimizer.step()
     state = TrainState(model, ModelEmaV3(model), optimizer, torch.amp.GradScaler(enabled=False))
     size = sum(len(file) for file in checkpoint.snapshot(state, {}).values())
-    copy = seconds_per_call(lambda n: checkpoint.snapshot(state, {}), 1)
-    return parts | {"stall per 100 MB": copy * 1e8 / size}
+    tensors = [
+        *(*model.state_dict().values(), *state.ema.module.state_dict().values()),
+        *state.optimizer_tensors().values(),
+    ]
+    found = {
+        "copy": seconds_per_call(lambda n: checkpoint.snapshot(state, {}), 1),
+        "compare": seconds_per_call(lambda n: agreement.hash_tensors(tensors), 1),
+    }
+    return parts | {f"{name} per 100 MB": taken * 1e8 / size for name, taken in found.items()}
 
 
 def check_cost(sandbox: Sandbox) -> Result:
-    """Seeding, asking and copying as shares of the tiny run's step, the worst case; the stall of a save."""
+    """Seeding and asking as shares of the tiny run's step, the worst case; the stall of a save, to compare and copy."""
     folder = sandbox.new_folder("cost")
     command = sandbox.arguments(folder, *ENDLESS, "SAVE_STEPS=0", "DATA.NUM_WORKERS=0")
     hook = stop_at(sandbox.count(30, 200))
@@ -138,8 +145,9 @@ def check_cost(sandbox: Sandbox) -> Result:
     extra = (
         8 * parts["seed a sample"] + 2 * parts["seed a micro-batch"] + parts["ask whether to stop"]
     )
-    share, stall = extra / step, parts["stall per 100 MB"]
-    measured = f"{share:.2%} of a step; {stall:.2f} s per 100 MB"
+    compare = parts["compare per 100 MB"]
+    share, stall = extra / step, parts["copy per 100 MB"] + compare
+    measured = f"{share:.2%} of a step; {stall:.2f} s per 100 MB, {compare:.3f} s of it to compare"
     details = {"seconds": parts, "step_s": step}
     return Result(measured, share < 0.01 and stall < 0.5, details)
 

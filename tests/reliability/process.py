@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from data import ImageDataset
-from engine import checkpoint
+from engine import agreement, checkpoint
 from reliability.harness import (
     ENDLESS,
     ROOT,
@@ -40,18 +40,19 @@ INTERVAL = 2  # steps between its checkpoints
 def keep_ledger(path: Path, rank: int) -> None:
     """Have this process write each training image that it reads, "epoch index", and "at step" where it resumes."""
     ledger = os.open(f"{path}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    read, restore = ImageDataset.__getitem__, checkpoint.restore
+    read, send = ImageDataset.__getitem__, agreement.send_state
 
     def read_and_log(self: ImageDataset, item: int | tuple[int, int]) -> object:
         if self.train:
             os.write(ledger, b"%d %d\n" % item)
         return read(self, item)
 
-    def restore_and_log(found: Path, state: checkpoint.TrainState) -> None:
-        restore(found, state)
-        os.write(ledger, b"at %d\n" % state.step)
+    def send_and_log(state: checkpoint.TrainState) -> None:
+        send(state)
+        if state.step:
+            os.write(ledger, b"at %d\n" % state.step)
 
-    ImageDataset.__getitem__, checkpoint.restore = read_and_log, restore_and_log
+    ImageDataset.__getitem__, agreement.send_state = read_and_log, send_and_log
 
 
 def read_ledger(path: Path, rank: int) -> tuple[int, list[str]]:

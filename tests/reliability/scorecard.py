@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Scorecard of reliability: 24 checks of what a run survives, and whether it ends in the same bits.
+"""Scorecard of reliability: 25 checks of what a run survives, and whether it ends in the same bits.
 
 python tests/reliability/scorecard.py --short                    six minutes on two quiet cores
 python tests/reliability/scorecard.py                            an hour
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from engine import compat
-from reliability import cost, exact, inputs, process, storage
+from reliability import agreement, cost, exact, inputs, process, storage
 from reliability.harness import NotRunError, Result, Sandbox, close_workers, find_processes, kill
 from utils.files import write_atomically
 
@@ -77,6 +77,8 @@ CHECKS = (
     Check(22, "resume: middle of an epoch as fast as start", cost.check_resume_time, "< 10 % slower"),
     Check(23, "useful time under a kill per 60 s", process.check_useful_time, "≥ 80 %"),
     Check(24, "metrics.jsonl after kills", process.check_metrics, "byte-equal"),
+    Check(25, "ranks agree, or the run ends and says why", agreement.check_agreement,
+          "10/10, 5/5, 6/6 flips", "10/10, 5/5, 120/120 flips"),
 )
 # fmt: on
 
