@@ -282,7 +282,7 @@
           const panel = make("button", { className: "panel", type: "button" });
           panel.dataset.block = one.name;
           panel.append(make("canvas", { width: 320, height: 320 }), make("b", { textContent: `${one.name} ${page.kinds[one.letter]}` }), make("span", {}));
-          panel.addEventListener("click", () => this.select(one.name));
+          panel.addEventListener("click", () => select(one.name));
           one.panel = panel;
           panels.append(panel);
         }
@@ -310,19 +310,15 @@
       this.find(".predictions ul").replaceChildren(...items);
     }
 
-    select(name) {
-      this.selected = name;
-      redraw();
-    }
-
-    step(delta, byStage) {
+    // The name of the block after or before the selected one, or of the first of the next stage.
+    neighbour(delta, byStage) {
       const index = this.blocks.indexOf(this.block);
       let next = index + delta;
       if (byStage) {
         const stage = this.block.stage + delta;
         next = delta > 0 ? this.blocks.findIndex((b) => b.stage === stage) : this.blocks.findLastIndex((b) => b.stage === stage);
       }
-      if (this.blocks[next]) this.select(this.blocks[next].name);
+      return this.blocks[next]?.name ?? this.selected;
     }
 
     // What is drawn for a block: keys or a map of queries.
@@ -646,6 +642,12 @@
     });
   }
 
+  // Of several models, each that has the block shows it.
+  function select(name) {
+    for (const view of views) if (view.blocks.some((block) => block.name === name)) view.selected = name;
+    redraw();
+  }
+
   function setMode(mode) {
     state.mode = mode;
     document.querySelector(`input[name="mode"][value="${mode}"]`).checked = true;
@@ -715,7 +717,7 @@
         state.x = move(state.x, dx, picture.size[1]);
         redraw();
       } else {
-        for (const view of views) view.step(dy + dx, dy !== 0);
+        select(views[0].neighbour(dy + dx, dy !== 0));
       }
     } else if ("123".includes(key)) setMode(["reads", "readers", "overall"][Number(key) - 1]);
     else if (key === "o") setLayer("offsets", !layers.offsets);
@@ -731,6 +733,7 @@
   async function open(index) {
     state.picture = index;
     await Promise.all(views.map((view) => view.open(index)));
+    select(views[0].selected);
     for (const [k, button] of [...document.getElementById("pictures").children].entries()) button.setAttribute("aria-pressed", String(k === index));
     redraw();
   }

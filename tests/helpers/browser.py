@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,17 +42,14 @@ class Page:
 
     def wait(self, condition: str) -> None:
         """Wait, up to 30 s, until the JavaScript expression is true."""
-        self.run(
-            "new Promise((done, fail) => { const start = Date.now(); const ask = () => "
-            f"({condition}) ? done() : Date.now() - start > 30000 ? fail(Error('waited 30 s')) : "
-            "setTimeout(ask, 20); ask(); })"
-        )
+        end = time.monotonic() + 30
+        while not self.run(condition):
+            assert time.monotonic() < end, f"waited 30 s for {condition}"
+            time.sleep(0.02)
 
     def run(self, expression: str) -> object:
-        """The value of a JavaScript expression, awaited."""
-        answer = self._call(
-            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
-        )
+        """The value of a JavaScript expression."""
+        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -82,7 +80,10 @@ class Page:
 
     def settle(self) -> None:
         """Let the page draw what it has scheduled."""
-        self.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 20)))")
+        self.run(
+            "window.settled = false; requestAnimationFrame(() => setTimeout(() => window.settled = true, 20))"
+        )
+        self.wait("window.settled")
 
     def _call(self, method: str, **params: object) -> dict:
         self._number += 1
