@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python tools/prepare.py digits output/digits
 	$(VENV)/bin/torchrun --standalone --nproc-per-node 2 main.py --cfg configs/digits.yaml --opts $(OPTS)
 	$(VENV)/bin/python main.py --cfg configs/digits.yaml --eval --resume $(RUN) --opts $(OPTS)
-	@echo "The run is in $(RUN); look at it with: $(VENV)/bin/tensorboard --logdir output"
+	@echo "How it went: open $(RUN)/report.html in a browser, or run $(VENV)/bin/tensorboard --logdir output"
 
 test-fast: $(VENV)/installed
 	$(PYTEST) tests/unit

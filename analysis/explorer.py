@@ -123,6 +123,53 @@ def _describe_prediction(prediction: Prediction) -> dict[str, Any]:
     }
 
 
+# --- Still pictures -------------------------------------------------------------------------------
+
+GROUP_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2", "#FFFFFF")  # fmt: skip
+LARGEST = 300  # points of a still picture
+
+
+def draw_overall(explored: Exploration) -> list[tuple[str, str]]:
+    """A title and an SVG for the last deformable block of each stage: its sampled points by the weight of all queries.
+
+    The weight of a point is its average over all queries and the heads of its group; areas are proportional to it.
+    """
+    last = {b.stage: b for b in explored.recording.blocks if isinstance(b.layout, Points)}
+    top = explored.predictions[0]
+    return [
+        (
+            f"{explored.name}, block {block.name}; taken for {top.name} ({100 * top.probability:.0f} %)",
+            _draw_points(block, explored),
+        )
+        for block in last.values()
+    ]
+
+
+def _draw_points(block: BlockWeights, explored: Exploration) -> str:
+    height, width = explored.seen.shape[:2]
+    weights = block.weights.mean(1).numpy()  # (G, S)
+    points = block.cell * block.layout.points.numpy()
+    reference = block.cell * block.layout.reference.numpy()
+    order = np.argsort(-weights, axis=None, kind="stable")[:LARGEST][::-1]  # the strongest on top
+    unit = width / 224
+    lines, circles = [], []
+    for group, s in zip(*np.unravel_index(order, weights.shape), strict=True):
+        (y, x), (y0, x0) = points[group, s], reference[s]
+        share = weights[group, s] / weights.max()
+        colour = GROUP_COLOURS[group % len(GROUP_COLOURS)]
+        ends = f'x1="{x0:.1f}" y1="{y0:.1f}" x2="{x:.1f}" y2="{y:.1f}"'
+        lines.append(f'<line {ends} stroke="{colour}" opacity="{0.2 + 0.5 * share:.2f}"/>')
+        circle = f'cx="{x:.1f}" cy="{y:.1f}" r="{unit * (1 + 4 * share**0.5):.2f}"'
+        circles.append(f'<circle {circle} fill="{colour}" opacity="{0.35 + 0.65 * share:.2f}"/>')
+    size = f'width="{width}" height="{height}"'
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="sampled points">'
+        f'<image href="{pages.picture(explored.shown)}" {size} style="filter:brightness(0.6)"/>'
+        f'<g stroke-width="{0.7 * unit:.2f}">{"".join(lines)}</g>'
+        f'<g stroke="#000" stroke-width="{0.3 * unit:.2f}">{"".join(circles)}</g></svg>'
+    )
+
+
 # --- Store ----------------------------------------------------------------------------------------
 
 

@@ -208,24 +208,17 @@ def _mean(errors: dict[str, list[float | None]]) -> float | None:
 
 # --- Text -----------------------------------------------------------------------------------------
 
+COLUMNS = [
+    *("set", "images", "top-1 [95 %]", "top-5", "ECE", "NLL"),
+    *("all 1000", "clean", "crop mode", "note"),
+]
+
 
 def markdown(results: Sequence[dict]) -> str:
     """The table of several evaluations, such as a model and its EMA or several sizes, and what follows from C and X."""
     several = len(results) > 1
-    header = [
-        "set",
-        "images",
-        "top-1 [95 %]",
-        "top-5",
-        "ECE",
-        "NLL",
-        "all 1000",
-        "clean",
-        "crop mode",
-        "note",
-    ]
-    lines = format_table([*["model"] * several, *header], [
-        [*[result["model"]] * several, *_cells_of(row)] for result in results for row in result["rows"]
+    lines = format_table([*["model"] * several, *COLUMNS], [
+        [*[result["model"]] * several, *cells_of(row)] for result in results for row in result["rows"]
     ])  # fmt: skip
     lines += ["", FOOT]
     for result in results:
@@ -246,7 +239,9 @@ def markdown(results: Sequence[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells_of(row: dict) -> list[str]:
+def cells_of(row: dict) -> list[str]:
+    """A row of `suite_results` under `COLUMNS`."""
+
     def number(name: str, style: str = ".2f") -> str:
         return format(row[name], style) if row.get(name) is not None else "—"
 

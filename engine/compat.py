@@ -25,11 +25,18 @@ REQUIRED = {
 # What changes no weight and no accuracy: paths, frequencies of printing, and settings whose effect another name shows.
 # Everything else has to be accepted, new keys too.
 IGNORED = {
+    *("images.train", "images.val"),  # as the fingerprints do
     *("format", "revision", "versions.project", "versions.python", "reproducibility", "world_size"),
     *("OUTPUT", "TAG", "PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS", "THREADS", "DEVICE"),
     *("DATA.PATH", "DATA.CLASS_LIST", "DATA.VAL_SUBSET"),
     *("DATA.NUM_WORKERS", "DATA.VERIFY", "DATA.MAX_BAD_SAMPLES"),
-    *("MODEL.NUM_CLASSES", "TRAIN.MAX_SECONDS", "TRAIN.HANG_SECONDS", "TRAIN.MAX_SKIPPED"),
+    *(
+        "MODEL.NUM_CLASSES",
+        "TRAIN.MAX_SECONDS",
+        "TRAIN.HANG_SECONDS",
+        "TRAIN.MAX_SKIPPED",
+        "TRAIN.REPORT",
+    ),
     *("CHECKPOINT.RESUME", "CHECKPOINT.AUTO_RESUME", "CHECKPOINT.PRETRAINED"),
     *("CHECKPOINT.ACCEPT", "CHECKPOINT.KEEP"),
     *("TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT", "TEST.SAVE_LOGITS"),

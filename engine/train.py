@@ -1,5 +1,6 @@
 """Training run: from a frozen configuration to checkpoints and accuracies."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -68,6 +69,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         distributed.barrier()  # all have read what the main process is about to write and prune
         if process.is_main:
             write_atomically(run_dir.path / "config.yaml", dump(cfg))
+            write_atomically(run_dir.path / "sources.json", json.dumps(sources, indent=1) + "\n")
         writer = MetricWriter(own_path, state.step, state.epoch, cfg.PRINT_FREQ)
 
         # --- After a step -------------------------------------------------------------------------
