@@ -104,16 +104,16 @@ def list_evaluation_changes(saved: dict, now: dict) -> list[str]:
 
 def _by_name(metadata: dict) -> dict[str, object]:
     rest = {name: value for name, value in metadata.items() if name != "config"}
-    return _flatten(rest) | _flatten(metadata["config"])
+    return flatten(rest) | flatten(metadata["config"])
 
 
-def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
+def flatten(values: dict, prefix: str = "") -> dict[str, object]:
     """Nested values by dotted names; MODEL.ARGS is one value, because an argument may come and go."""
     flat = {}
     for name, value in values.items():
         full = f"{prefix}{name}"
         if isinstance(value, dict) and full != "MODEL.ARGS":
-            flat |= _flatten(value, f"{full}.")
+            flat |= flatten(value, f"{full}.")
         else:
             flat[full] = value
     return flat

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from yacs.config import CfgNode
 
 import data
 import models
+from analysis import offsets
 from engine import build, checkpoint, compat
 from engine.checkpoint import Saver
 from engine.evaluate import log_accuracy, score
@@ -70,7 +72,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         if process.is_main:
             write_atomically(run_dir.path / "config.yaml", dump(cfg))
             write_atomically(run_dir.path / "sources.json", json.dumps(sources, indent=1) + "\n")
-        writer = MetricWriter(own_path, state.step, state.epoch, cfg.PRINT_FREQ)
+        writer = MetricWriter(own_path, state.step, state.epoch, cfg.PRINT_FREQ, build.hparams(cfg))
 
         # --- After a step -------------------------------------------------------------------------
         sampler = build.train_sampler(cfg, train_set, recipe, process, start_step=0)
@@ -166,7 +168,9 @@ def validate_epoch(
         values |= {f"{name}/{key}": getattr(result, key) for key in ("acc1", "acc5", "loss")}
         best = max(best, result.acc1)
     if process.is_main:
-        writer.metrics(state.step, values | measure_offsets(cfg, loader, state.model, process))
+        numbers, pictures = probe_offsets(cfg, loader, state.model, process)
+        writer.metrics(state.step, values | numbers)
+        writer.pictures(state.step, pictures)
     improved = best > state.best["acc1"]
     if improved:
         state.best = {"acc1": best, "step": state.step}
@@ -175,18 +179,16 @@ def validate_epoch(
 
 
 @torch.inference_mode()
-def measure_offsets(
+def probe_offsets(
     cfg: CfgNode, loader: InterruptibleLoader, model: torch.nn.Module, process: Process
-) -> dict[str, float]:
-    """Mean length of the sampling offsets of each deformable stage on a few images, in pixels of the input."""
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Numbers and pictures of the sampling offsets of each deformable stage on a few images."""
     if not hasattr(model, "sampling_positions"):
-        return {}
+        return {}, {}
     images = [loader.dataset[i].image for i in range(min(PROBED_IMAGES, len(loader.dataset)))]
+    images = torch.stack(images)
     model.eval()
-    lengths: dict[str, list[float]] = {}
-    normalize = build.normalize(cfg, process.device)
-    for layer in model.sampling_positions(normalize(torch.stack(images))):
-        name = f"offsets/stage{layer.stage + 1}_pixels"
-        lengths.setdefault(name, []).append(layer.offset_length().mean().item())
+    layers = model.sampling_positions(build.normalize(cfg, process.device)(images))
     model.train()
-    return {name: sum(values) / len(values) for name, values in lengths.items()}
+    numbers = offsets.measure_offsets(layers, clamped=model.config.plus_plus)
+    return numbers, offsets.draw_offsets(layers, images)
