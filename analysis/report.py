@@ -15,20 +15,21 @@ from markupsafe import Markup
 
 from analysis import figures, pages
 from analysis import statistics as st
-from analysis.figures import Band, Chart, Line
-from analysis.predictions import Predictions, read_evaluation, read_predictions
-from analysis.runs import EXIT_CODES, Run, Series, smooth, thin
-from analysis.scores import read_scores
-from analysis.suite_table import COLUMNS, cell_of, cells_of
+from analysis.figures import Chart
+from analysis.report_charts import (
+    Group,
+    comparison_charts,
+    differing_keys,
+    group_runs,
+    run_charts,
+    show,
+)
+from analysis.report_evaluations import Picture, describe_evaluation
+from analysis.runs import EXIT_CODES, Run
 from analysis.tables import format_runs
 from utils.bottleneck import PHASES, bottleneck
-from utils.errors import DataError
 
-POINTS = 1000  # of a curve, at most
-ALL_POINTS = 40_000  # of all curves of a page
 LISTED = 20
-MISTAKES = 24
-SMOOTHED = 50  # points of a curve from which its running mean is drawn too
 SEED_KEYS = {"SEED", "TAG", "OUTPUT"}  # in which runs of a group may differ
 
 
@@ -49,11 +50,11 @@ class Recipes:
 class Thumbnails:
     """Pictures for a report: those of misclassified files by name, and of what the model attends to.
 
-    picture: the data URI of a file of a set; None if it cannot be had.
+    picture: of a file of a set, see analysis/report_evaluations.py.
     explored: (title, SVG) of each explored picture.
     """
 
-    picture: Callable[[str, str], str | None] = lambda name, file: None
+    picture: Picture = lambda name, file: None
     explored: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -75,14 +76,16 @@ def make_report(
 ) -> str:
     """The HTML of `runs`; `evaluations` are folders beyond those of the runs themselves."""
     thumbnails = thumbnails or Thumbnails()
-    groups = group_runs(runs, recipes)
+    groups = group_runs(runs, SEED_KEYS | recipes.ignored)
     charts = run_charts(runs[0]) if len(runs) == 1 else comparison_charts(runs, groups)
     folders = [*evaluations, *(folder for run in runs for folder in run.evaluations)]
     values: dict[str, Any] = {
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "charts": [_chart(chart, len(runs)) for chart in charts],
         "data": {"charts": [chart.describe() for chart in charts]},
-        "evaluations": [describe_evaluation(folder, thumbnails) for folder in folders[:LISTED]],
+        "evaluations": [
+            describe_evaluation(folder, thumbnails.picture) for folder in folders[:LISTED]
+        ],
         "more_evaluations": max(0, len(folders) - LISTED),
         "explored": [(title, Markup(svg)) for title, svg in thumbnails.explored],
         "run": None,
@@ -262,11 +265,6 @@ def differing_settings(
     return rows
 
 
-def show(value: object) -> str:
-    """A setting as a reader writes it."""
-    return repr(value) if value == "" or value is None else str(value)
-
-
 def describe_data(run: Run) -> list[Row]:
     """The data sets, as far as checkpoints know them."""
     metadata, rows = run.metadata, [Row("path", show(run.config.get("DATA.PATH", "—")))]
@@ -334,133 +332,7 @@ def describe_environment(run: Run) -> list[Row]:
     return rows
 
 
-# --- Curves ---------------------------------------------------------------------------------------
-
-
-def run_charts(run: Run) -> list[Chart]:
-    """The curves of one run."""
-    per_epoch = run.steps_per_epoch
-    unit, scale = ("epoch", per_epoch) if per_epoch else ("step", 1.0)
-
-    def line(tag: str, label: str, colour: int, *, faint: bool = False, smoothed: bool = False):
-        series = {**run.timing, **run.metrics}.get(tag)
-        if series is None:
-            return []
-        series = smooth(series) if smoothed else series
-        series = thin(series, POINTS if not smoothed else POINTS // 2)
-        return [Line(label, series.steps / scale, series.values, colour, faint)]
-
-    def noisy(tag: str, label: str) -> list[Line]:
-        many = len({**run.timing, **run.metrics}.get(tag, Series([], [])).steps) >= SMOOTHED
-        if not many:
-            return line(tag, label, 0)
-        single = line(tag, f"{label}, single steps", 0, faint=True)
-        return single + line(tag, label, 0, smoothed=True)
-
-    stages = sorted({tag.partition("_")[0] for tag in run.metrics if tag.startswith("offsets/")})
-
-    def by_stage(quantity: str) -> list[Line]:
-        return [
-            one
-            for k, stage in enumerate(stages)
-            for one in line(
-                f"{stage}_{quantity}", stage.removeprefix("offsets/stage").join(["stage ", ""]), k
-            )
-        ]
-
-    validation = line("val/loss", "validation", 1) + line("val_ema/loss", "validation, EMA", 2)
-    accuracy = line("val/acc1", "weights", 1) + line("val_ema/acc1", "EMA", 2)
-    charts = [
-        Chart("Loss", unit, noisy("train/loss", "training") + validation),
-        Chart("Validation top-1 in %", unit, accuracy),
-        Chart("Learning rate", unit, line("train/lr", "learning rate", 5)),
-        Chart("Gradient norm", unit, noisy("train/grad_norm", "gradient norm"), log=True),
-        Chart("Mean length of the offsets in pixels", unit, by_stage("pixels")),
-        Chart("Share of sampled points outside or clamped", unit, by_stage("outside")),
-        Chart("Images per second", unit, noisy("time/images_per_s", "images per second")),
-    ]
-    return [chart for chart in charts if chart.lines]
-
-
-def comparison_charts(runs: Sequence[Run], groups: "list[Group]") -> list[Chart]:
-    """The curves of several runs, coloured by group; groups of two and more have their mean and its interval."""
-    points = max(16, min(POINTS, ALL_POINTS // (4 * len(runs))))
-    kinds = (
-        ("Validation top-1 in %", "val/acc1", False),
-        ("Validation top-1 of the EMA in %", "val_ema/acc1", False),
-        ("Training loss, smoothed", "train/loss", True),
-        ("Validation loss", "val/loss", False),
-    )
-    charts = []
-    for title, tag, smoothed in kinds:
-        lines, bands = [], []
-        for k, group in enumerate(groups):
-            found = [(run, run.metrics[tag]) for run in group.runs if tag in run.metrics]
-            for run, series in found:
-                drawn = thin(smooth(series) if smoothed else series, points)
-                scale = run.steps_per_epoch or 1
-                faint = len(found) > 1 and not smoothed
-                lines.append(Line(run.name, drawn.steps / scale, drawn.values, k, faint))
-            if len(found) > 1 and not smoothed and (mean := _mean_of([s for _, s in found])):
-                x, middle, low, high = mean
-                x = x / (found[0][0].steps_per_epoch or 1)
-                lines.append(Line(f"{group.title}, mean", x, middle, k))
-                bands.append(Band(f"{group.title}, 95 %", x, low, high, k))
-        charts.append(Chart(title, "epoch", lines, bands))
-    return [chart for chart in charts if chart.lines]
-
-
-def _mean_of(series: Sequence[Series]) -> tuple[np.ndarray, ...] | None:
-    """At the steps that all have: steps, mean, and the ends of its 95 % t interval."""
-    shared = sorted(set.intersection(*(set(one.steps.tolist()) for one in series)))
-    if not shared:
-        return None
-    rows = []
-    for step in shared[:: max(1, len(shared) // 200)]:
-        values = [float(one.values[np.flatnonzero(one.steps == step)[-1]]) for one in series]
-        mean = st.mean_of_runs(values)
-        low, high = mean.interval or (mean.value, mean.value)
-        rows.append((step, mean.value, low, high))
-    return tuple(np.array(column) for column in zip(*rows, strict=True))
-
-
 # --- Several runs ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in nothing but their seed and what changes no result."""
-
-    title: str
-    runs: list[Run]
-
-
-def group_runs(runs: Sequence[Run], recipes: Recipes) -> list[Group]:
-    """`runs` by equal settings, in the order of the first of each; titles say what a group has of its own."""
-    left_out = SEED_KEYS | recipes.ignored
-    by_settings: dict[str, list[Run]] = {}
-    for run in runs:
-        settings = {k: v for k, v in run.config.items() if k not in left_out}
-        by_settings.setdefault(repr(sorted(settings.items())), []).append(run)
-    groups = list(by_settings.values())
-    differing = [key for key in _all_keys(runs) if key not in left_out and _differs(runs, key)]
-    names = ["MODEL.NAME"] if len(groups) > 1 and _differs(runs, "MODEL.NAME") else []
-    titles = []
-    for members in groups:
-        own = [key for key in differing if key not in ("MODEL.NAME", "MODEL.NUM_CLASSES")][:3]
-        words = [str(members[0].config.get("MODEL.NAME", members[0].name))]
-        if not names or len({m[0].config.get("MODEL.NAME") for m in groups}) < len(groups):
-            words += [f"{key.rpartition('.')[2]} {show(members[0].config.get(key))}" for key in own]
-        titles.append(", ".join(words)[:80])
-    return [Group(title, members) for title, members in zip(titles, groups, strict=True)]
-
-
-def _all_keys(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(key for run in runs for key in run.config))
-
-
-def _differs(runs: Sequence[Run], key: str) -> bool:
-    return len({repr(run.config.get(key)) for run in runs}) > 1
 
 
 def describe_comparison(
@@ -484,8 +356,7 @@ def describe_comparison(
                 "faults": len(run.skipped) + len(run.bad) + len(run.faults) + len(run.damage),
             }
         )
-    left_out = SEED_KEYS | recipes.ignored
-    keys = [key for key in _all_keys(runs) if key not in left_out and _differs(runs, key)]
+    keys = differing_keys(runs, SEED_KEYS | recipes.ignored)
     finals = [
         [v for run in group.runs if (v := run.last_accuracy()) is not None] for group in groups
     ]
@@ -514,84 +385,3 @@ def _short_mean(values: Sequence[float]) -> str:
     mean = st.mean_of_runs(values)
     spread = "" if mean.interval is None else f" ± {mean.interval.high - mean.value:.2f}"
     return f"{mean.value:.2f}{spread} ({len(values)} runs, {min(values):.2f} to {max(values):.2f})"
-
-
-# --- Evaluations ----------------------------------------------------------------------------------
-
-
-def describe_evaluation(folder: Path, thumbnails: Thumbnails) -> dict[str, Any]:
-    """Tables, diagrams and mistakes of an evaluation; what is wrong with it in "problem"."""
-    described: dict[str, Any] = {
-        "title": folder.name, "folder": str(folder), "problem": "", "header": COLUMNS, "rows": [],
-        "figures": [], "confusions": [], "classes": [], "mistakes": [], "set": "", "corruptions": None,
-    }  # fmt: skip
-    try:
-        evaluation, scores = read_evaluation(folder), read_scores(folder)
-        described["title"] = f"{evaluation.title} ({folder.name})"
-        described["rows"] = [cells_of(row) for row in scores["suite"]["rows"]]
-        described["corruptions"] = _corruption_rows(scores["suite"].get("corruptions"))
-        plain = [name for name in scores["sets"] if not cell_of(name)]
-        if not plain:
-            return described
-        name = "val" if "val" in plain else plain[0]
-        rows = read_predictions(folder / f"{name}.csv")
-        described["set"] = name
-        described["confusions"] = scores["sets"][name]["confusions"][:12]
-        described["classes"] = scores["sets"][name]["worst_classes"][:12]
-        if rows.readable.any():
-            described["figures"] = [
-                Markup(_prefixed(draw(rows), folder.name))
-                for draw in (
-                    figures.reliability_svg,
-                    figures.confidence_svg,
-                    figures.risk_coverage_svg,
-                )
-            ]
-        described["mistakes"] = _mistakes(evaluation.names_of(name), name, rows, thumbnails)
-    except (DataError, KeyError, TypeError, ValueError) as error:
-        described["problem"] = f"cannot be read: {error}"
-    return described
-
-
-def _prefixed(svg: str, name: str) -> str:
-    """An SVG whose identifiers are those of this evaluation alone."""
-    own = "".join(c if c.isalnum() else "-" for c in name)
-    return (
-        svg.replace(' id="', f' id="{own}-')
-        .replace('href="#', f'href="#{own}-')
-        .replace("url(#", f"url(#{own}-")
-    )
-
-
-def _corruption_rows(found: dict | None) -> dict[str, Any] | None:
-    """The heat table of corruptions: (name, five errors); None without any."""
-    if not found:
-        return None
-    errors = found["errors"] | found["further"]
-    known = [value for row in errors.values() for value in row if value is not None]
-    largest = max(known, default=1) or 1
-    return {
-        "rows": [
-            (name, [("—", 0) if v is None else (f"{v:.1f}", round(100 * v / largest)) for v in row])
-            for name, row in errors.items()
-        ],
-        "mce": found.get("mce"),
-    }
-
-
-def _mistakes(
-    names: Sequence[str], set_name: str, rows: Predictions, thumbnails: Thumbnails
-) -> list[dict[str, Any]]:
-    """The wrong predictions with most confidence."""
-    wrong = np.flatnonzero(rows.readable & ~rows.right)
-    order = wrong[np.argsort(-rows.top_p[wrong, 0], kind="stable")][:MISTAKES]
-    return [
-        {
-            "file": rows.file[i],
-            "label": names[rows.label[i]],
-            "guess": names[rows.top[i, 0]],
-            "p": f"{100 * rows.top_p[i, 0]:.1f} %",
-            "picture": thumbnails.picture(set_name, rows.file[i]),
-        }
-        for i in order.tolist()
-    ]

@@ -157,7 +157,7 @@ def read_run(path: Path) -> Run:
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name; MODEL.ARGS is one value."""
+    """Nested settings by dotted name; MODEL.ARGS is one value, because an argument may come and go."""
     flat = {}
     for name, value in values.items():
         full = f"{prefix}{name}"

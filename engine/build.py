@@ -480,16 +480,6 @@ def load_step(
     return state, recipe, train_set, train_sampler(cfg, train_set, recipe, process, state.step)
 
 
-def hparams(cfg: CfgNode) -> dict[str, bool | int | float | str]:
-    """The settings that TensorBoard lists beside the results: those that change them, by name."""
-    flat = compat.flatten(to_dict(cfg))
-    kept = {name: value for name, value in flat.items() if name not in compat.IGNORED}
-    return {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in kept.items()
-    }
-
-
 # --- Log ------------------------------------------------------------------------------------------
 
 

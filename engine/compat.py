@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from analysis.runs import flatten
 from engine import checkpoint
 from utils import first_edition
 from utils.errors import CheckpointError, ConfigError, DataError
@@ -107,18 +108,6 @@ def _by_name(metadata: dict) -> dict[str, object]:
     return flatten(rest) | flatten(metadata["config"])
 
 
-def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """Nested values by dotted names; MODEL.ARGS is one value, because an argument may come and go."""
-    flat = {}
-    for name, value in values.items():
-        full = f"{prefix}{name}"
-        if isinstance(value, dict) and full != "MODEL.ARGS":
-            flat |= flatten(value, f"{full}.")
-        else:
-            flat[full] = value
-    return flat
-
-
 def _describe_change(name: str, before: dict, now: dict) -> str:
     return f"{name} was {_shorten(before[name])}, is {_shorten(now[name])}"
 
@@ -128,6 +117,15 @@ def _shorten(value: object) -> str:
         return f"a list of {len(value)}"
     text = str(value) or "''"
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def list_hparams(config: dict) -> dict[str, bool | int | float | str]:
+    """The settings of the nested `config` that change the result, by name, for TensorBoard's table."""
+    kept = {name: value for name, value in flatten(config).items() if name not in IGNORED}
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in kept.items()
+    }
 
 
 # --- What is compared -----------------------------------------------------------------------------

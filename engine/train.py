@@ -1,6 +1,5 @@
 """Training run: from a frozen configuration to checkpoints and accuracies."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from engine.state import TrainState
 from utils import distributed
 from utils.distributed import Process, explain_lost_process, init_distributed
 from utils.errors import CheckpointError, DivergedError
-from utils.files import write_atomically
 from utils.logging import MetricWriter, logger, start_logging
 from utils.signals import StopRequest
 from utils.watchdog import Watchdog
@@ -69,10 +67,9 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
             checkpoint.restore(resumed, state)
             logger.info(f"Resumed from {resumed}: epoch {state.epoch}, step {state.step}")
         distributed.barrier()  # all have read what the main process is about to write and prune
-        if process.is_main:
-            write_atomically(run_dir.path / "config.yaml", dump(cfg))
-            write_atomically(run_dir.path / "sources.json", json.dumps(sources, indent=1) + "\n")
-        writer = MetricWriter(own_path, state.step, state.epoch, cfg.PRINT_FREQ, build.hparams(cfg))
+        run_dir.write_settings(dump(cfg), sources)
+        hparams = compat.list_hparams(metadata["config"])
+        writer = MetricWriter(own_path, state.step, state.epoch, cfg.PRINT_FREQ, hparams)
 
         # --- After a step -------------------------------------------------------------------------
         sampler = build.train_sampler(cfg, train_set, recipe, process, start_step=0)

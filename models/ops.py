@@ -115,9 +115,9 @@ def fused_kernels(x: Tensor) -> ModuleType | None:
     """models/fused.py if it is to compute for `x`, else None.
 
     The reference computes what is recorded for other programs (torch.jit, torch.export), transformed by torch.func,
-    in float64, or for analysis.
+    or in float64.
     """
-    if _recorder is not None or _kernels == "reference" or not (x.is_cuda or _kernels == "fused"):
+    if _kernels == "reference" or not (x.is_cuda or _kernels == "fused"):
         return None
     recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
     transformed = torch._C._are_functorch_transforms_active()
@@ -215,7 +215,8 @@ def recorded_attention(recorder: Callable[[Attended], None]) -> Iterator[None]:
     global _recorder
     before, _recorder = _recorder, recorder
     try:
-        yield
+        with reference_kernels():
+            yield
     finally:
         _recorder = before
 
