@@ -517,10 +517,11 @@
       const shownKeys = reading.keys.slice().reverse(); // the strongest on top
       const groups = new Set(reading.all.map((key) => key.group)).size;
       if (layers.offsets) {
+        const thin = Math.min(1, 6 / Math.sqrt(shownKeys.length)); // many lines would hide the picture
         for (const key of shownKeys) {
           const tint = groups > 1 ? GROUPS[key.group % GROUPS.length] : "#ffffff";
-          context.globalAlpha = 0.25 + 0.65 * Math.sqrt(key.w / strongest);
-          arrow(context, key.fromX * sx, key.fromY * sy, key.x * sx, key.y * sy, tint, unit);
+          context.globalAlpha = Math.max(0.12, thin * (0.3 + 0.6 * Math.sqrt(key.w / strongest)));
+          arrow(context, key.fromX * sx, key.fromY * sy, key.x * sx, key.y * sy, tint, unit * Math.max(0.65, thin));
         }
         context.globalAlpha = 1;
       }
