@@ -4,13 +4,15 @@
 # make test-all    also the slow tests; quarter of an hour
 # make scorecard   what a run survives, in its short form; 6 minutes
 # make lint        style
+# make pictures    the explorer and the report of the documentation, from PICTURED; needs Chromium
 PYTHON ?= python3
 VENV ?= .venv
 OPTS ?=                 # further settings of the demo, as TRAIN.EPOCHS=3
 RUN = output/dat_micro/digits
+PICTURED = output/dat_pp_nano/imagenette
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test-fast test test-all scorecard lint
+.PHONY: demo test-fast test test-all scorecard lint pictures
 
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +24,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python tools/prepare.py digits output/digits
 	$(VENV)/bin/torchrun --standalone --nproc-per-node 2 main.py --cfg configs/digits.yaml --opts $(OPTS)
 	$(VENV)/bin/python main.py --cfg configs/digits.yaml --eval --resume $(RUN) --opts $(OPTS)
-	@echo "The run is in $(RUN); look at it with: $(VENV)/bin/tensorboard --logdir output"
+	@echo "How it went: open $(RUN)/report.html in a browser, or run $(VENV)/bin/tensorboard --logdir output"
 
 test-fast: $(VENV)/installed
 	$(PYTEST) tests/unit
@@ -39,3 +41,11 @@ scorecard: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+pictures: $(VENV)/installed
+	photos=$$($(VENV)/bin/python -c "from importlib.resources import files; print(files('sklearn.datasets.images'))"); \
+	$(VENV)/bin/python tools/explore.py $$photos/china.jpg $$photos/flower.jpg --resume $(PICTURED) --size 224 \
+	    --point 0.3,0.42 --out output/explore.html && \
+	$(VENV)/bin/python tools/report.py $(PICTURED) --pictures $$photos/china.jpg $$photos/flower.jpg
+	$(VENV)/bin/python tools/screenshot.py output/explore.html docs/explorer.png
+	$(VENV)/bin/python tools/screenshot.py $(PICTURED)/report.html docs/report.png --size 1280x1150

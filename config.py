@@ -144,6 +144,7 @@ SCHEMA = (
     Key("TRAIN.DETERMINISTIC", False, ANY, "repeat the bits on CUDA too, at the cost of speed; CPUs always do"),
     Key("TRAIN.HANG_SECONDS", 300.0, at_least(0),
         "without progress until stacks are written and the run ends (exit 76); half for a batch to load; 0: never"),
+    Key("TRAIN.REPORT", False, ANY, "write report.html to the run's directory when the run ends or stops"),
     Key("TRAIN.MAX_SKIPPED", 20, at_least(1),
         "steps in a row without a finite gradient that end the run; fp16's loss scale may need 16 to come down"),
 

@@ -2,16 +2,22 @@
 """Train, evaluate or time a model on ImageNet: `torchrun main.py --cfg configs/dat_tiny.yaml --data-path /imagenet`."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import NoReturn
 
+from yacs.config import CfgNode
+
 import config
-from utils.errors import UserError
+from utils.errors import StorageError, UserError
 from utils.launcher import set_ranks
 from utils.machine import raise_open_files
 from utils.memory import use_large_pages
 from utils.signals import StopRequest
 from utils.streams import protect_streams
+
+REPORT_SECONDS = 120  # then it is given up: a launcher may be waiting for the run to end
 
 
 def main(arguments: list[str]) -> int:
@@ -59,10 +65,17 @@ def _execute(command: config.Command) -> None:
     use_large_pages()
     raise_open_files()
     if command.mode == "train":
-        with StopRequest(command.cfg.TRAIN.MAX_SECONDS).handle_signals() as stop:
-            from engine.train import train
+        try:
+            with StopRequest(command.cfg.TRAIN.MAX_SECONDS).handle_signals() as stop:
+                from engine.train import train
 
-            train(command.cfg, command.sources, stop)
+                train(command.cfg, command.sources, stop)
+        except StorageError:
+            raise  # the run's directory is full, read-only or another run's
+        except UserError:
+            _write_report(command.cfg)
+            raise
+        _write_report(command.cfg)
         return
     from engine.evaluate import evaluate, throughput
 
@@ -70,6 +83,20 @@ def _execute(command: config.Command) -> None:
         evaluate(command.cfg, command.sources, command.given)
     else:
         throughput(command.cfg, command.sources)
+
+
+def _write_report(cfg: CfgNode) -> None:
+    """With TRAIN.REPORT, write report.html in a process of its own: whatever fails there, the run has ended."""
+    run = Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    if not (cfg.TRAIN.REPORT and is_main and (run / "metrics.jsonl").exists()):
+        return
+    program = Path(__file__).parent / "tools" / "report.py"
+    try:
+        subprocess.run([sys.executable, program, run], timeout=REPORT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError, KeyboardInterrupt) as error:
+        message = f"No report ({error!r}); write it with python tools/report.py {run}"
+        print(message, file=sys.stderr)
 
 
 def leave(code: int) -> NoReturn:

@@ -15,6 +15,15 @@ def read_records(path: Path) -> Iterator[dict]:
     Damaged lines, and a last line that a kill cut off, are reported and skipped. Raises StorageError if there is no
     such file, or if it cannot be read.
     """
+    for number, record in number_records(path):
+        if record is None:
+            logger.warning(f"{path}:{number}: damaged record, skipped")
+        else:
+            yield record
+
+
+def number_records(path: Path) -> Iterator[tuple[int, dict | None]]:
+    """The line numbers, from 1, and records of `read_records`; None for a damaged one."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -26,7 +35,5 @@ def read_records(path: Path) -> Iterator[dict]:
             record = None
         if isinstance(record, dict):
             record = translate_record(record)
-            if type(record.get("step")) is int:
-                yield record
-                continue
-        logger.warning(f"{path}:{number}: damaged record, skipped")
+        valid = isinstance(record, dict) and type(record.get("step")) is int
+        yield number, record if valid else None

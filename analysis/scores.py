@@ -45,6 +45,19 @@ def write_scores(folder: str | Path, factors_file: Path | None = None) -> Scores
     return scores
 
 
+def read_scores(folder: str | Path) -> Scores:
+    """The scores.json in `folder`, or the scores of the evaluation there if it has none. Raises DataError."""
+    path = Path(folder) / "scores.json"
+    if not path.exists():
+        return score_evaluation(folder)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); make it again with tools/score.py {folder}"
+        ) from error
+
+
 def write_comparison(folder: str | Path, comparison: Scores) -> None:
     """Write comparison.json and comparison.md to `folder`. Raises StorageError if they cannot be written."""
     _write(Path(folder), "comparison", comparison, tables.format_comparison(comparison))

@@ -214,18 +214,16 @@ def markdown(results: Sequence[dict]) -> str:
     """The table of several evaluations, such as a model and its EMA or several sizes, and what follows from C and X."""
     several = len(results) > 1
     rows = [row for result in results for row in result["rows"]]
-    masked = any("all_classes" in row or "clean" in row for row in rows)
+    masked = has_masked(rows)
     lines = []
     if rows:  # not of corruptions alone
-        header = ["set", "images", "top-1 [95 %]", "top-5", "ECE (%)", "NLL"]
-        header += [*(["all 1000", "clean"] if masked else []), "crop mode", "note"]
         body = [
-            [*[result["model"]] * several, *_cells_of(row, masked)]
+            [*[result["model"]] * several, *cells_of(row, masked)]
             for result in results
             for row in result["rows"]
         ]
         foot = FOOT + MASKED_FOOT if masked else FOOT
-        lines = [*format_table([*["model"] * several, *header], body), "", foot]
+        lines = [*format_table([*["model"] * several, *columns(masked)], body), "", foot]
     for result in results:
         if result["corruptions"]:
             lines += ["", *_corruption_lines(result)]
@@ -244,8 +242,19 @@ def markdown(results: Sequence[dict]) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _cells_of(row: dict, masked: bool) -> list[str]:
-    """The cells of a row; `masked`: with those that compare A and R with all classes and with val."""
+def has_masked(rows: Sequence[dict]) -> bool:
+    """Whether there is A or R among the rows of `suite_results`, whose masked accuracy is compared with others."""
+    return any("all_classes" in row or "clean" in row for row in rows)
+
+
+def columns(masked: bool) -> list[str]:
+    """The names of `cells_of`."""
+    names = ["set", "images", "top-1 [95 %]", "top-5", "ECE (%)", "NLL"]
+    return [*names, *(["all 1000", "clean"] if masked else []), "crop mode", "note"]
+
+
+def cells_of(row: dict, masked: bool) -> list[str]:
+    """A row of `suite_results`; `masked`: with what compares A and R with all classes and with val."""
 
     def number(name: str, style: str = ".2f") -> str:
         return format(row[name], style) if row.get(name) is not None else "—"

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from analysis.runs import flatten
 from data import ImageDataset, decoder_fingerprint
 from engine import compat
 from engine.state import TrainState
@@ -48,7 +49,7 @@ def require_same_settings(mode: str, config: dict, environment: dict, device: to
     environment: as `compat.describe_environment` has it.
     """
     revision = environment["revision"].removesuffix("-dirty")
-    values = compat.flatten(
+    values = flatten(
         {"decoder": decoder_fingerprint(), "versions": environment["versions"], **config}
     )
     values |= {f"MODEL.ARGS.{name}": value for name, value in values.pop("MODEL.ARGS").items()}

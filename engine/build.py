@@ -447,6 +447,7 @@ def build_metadata(
         "classes": train_set.classes,
         "data": train_set.fingerprint,
         "val_data": val_set.fingerprint,
+        "images": {"train": len(train_set), "val": len(val_set)},
         "decoder": data.decoder_fingerprint(),
         "steps_per_epoch": steps_per_epoch,
         "reproducibility": compat.reproducibility(

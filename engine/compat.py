@@ -15,6 +15,7 @@ import timm
 import torch
 import torchvision
 
+from analysis.runs import flatten
 from engine import checkpoint
 from utils import first_edition
 from utils.distributed import Process
@@ -32,11 +33,18 @@ REQUIRED = {
 # What changes no weight and no accuracy: paths, frequencies of printing, and settings whose effect another name shows.
 # Everything else has to be accepted, new keys too.
 IGNORED = {
+    *("images.train", "images.val"),  # as the fingerprints do
     *("format", "revision", "versions.project", "versions.python", "reproducibility", "world_size"),
     *("OUTPUT", "TAG", "PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS", "THREADS", "DEVICE"),
     *("DATA.PATH", "DATA.CLASS_LIST", "DATA.VAL_SUBSET"),
     *("DATA.NUM_WORKERS", "DATA.VERIFY", "DATA.MAX_BAD_SAMPLES"),
-    *("MODEL.NUM_CLASSES", "TRAIN.MAX_SECONDS", "TRAIN.HANG_SECONDS", "TRAIN.MAX_SKIPPED"),
+    *(
+        "MODEL.NUM_CLASSES",
+        "TRAIN.MAX_SECONDS",
+        "TRAIN.HANG_SECONDS",
+        "TRAIN.MAX_SKIPPED",
+        "TRAIN.REPORT",
+    ),
     *("CHECKPOINT.RESUME", "CHECKPOINT.AUTO_RESUME", "CHECKPOINT.PRETRAINED"),
     *("CHECKPOINT.ACCEPT", "CHECKPOINT.KEEP"),
     *("TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT", "TEST.SAVE_LOGITS"),
@@ -131,18 +139,6 @@ def _by_name(metadata: dict) -> dict[str, object]:
     return flatten(rest) | flatten(metadata["config"])
 
 
-def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """Nested values by dotted names; MODEL.ARGS is one value, because an argument may come and go."""
-    flat = {}
-    for name, value in values.items():
-        full = f"{prefix}{name}"
-        if isinstance(value, dict) and full != "MODEL.ARGS":
-            flat |= flatten(value, f"{full}.")
-        else:
-            flat[full] = value
-    return flat
-
-
 def _describe_change(name: str, before: dict, now: dict) -> str:
     return f"{name} was {_shorten(before[name])}, is {_shorten(now[name])}"
 
@@ -152,6 +148,15 @@ def _shorten(value: object) -> str:
         return f"a list of {len(value)}"
     text = str(value) or "''"
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def list_hparams(config: dict) -> dict[str, bool | int | float | str]:
+    """The settings of the nested `config` that change the result, by name, for TensorBoard's table."""
+    kept = {name: value for name, value in flatten(config).items() if name not in IGNORED}
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in kept.items()
+    }
 
 
 # --- What is compared -----------------------------------------------------------------------------

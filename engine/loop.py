@@ -18,10 +18,11 @@ from data import NO_LABEL
 from engine.grad_sync import GradSync
 from engine.optim import Schedule
 from engine.state import TrainState
+from utils.bottleneck import bottleneck, shares
 from utils.distributed import Process, all_reduce_sum
 from utils.logging import MetricWriter, logger
 from utils.rng import key, reseed
-from utils.step_timer import StepTimer, bottleneck, shares
+from utils.step_timer import StepTimer
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,15 @@ class RunDir:
         except StorageError as error:
             logger.warning(str(error))
 
+    def write_settings(self, config: str, sources: dict[str, str]) -> None:
+        """Write config.yaml, and sources.json: where the settings that are no defaults come from.
+
+        Raises StorageError.
+        """
+        if self._process.is_main:
+            write_atomically(self.path / "config.yaml", config)
+            write_atomically(self.path / "sources.json", json.dumps(sources, indent=1) + "\n")
+
     def hang_file(self) -> Path:
         """Where this process writes its stacks when it hangs."""
         return self.path / f"hang-rank{self._process.rank}.txt"

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from yacs.config import CfgNode
 
 import data
+from analysis import offsets
 from engine import agreement, build, checkpoint, compat
 from engine.agreement import Replicas
 from engine.checkpoint import Saver
@@ -16,7 +18,6 @@ from engine.run_dir import RunDir
 from engine.state import TrainState
 from utils.distributed import Process, explain_lost_process, on_main, share_errors
 from utils.errors import CheckpointError, DivergedError
-from utils.files import write_atomically
 from utils.logging import MetricWriter, logger, start_logging
 from utils.machine import explain_limits
 from utils.signals import StopRequest
@@ -65,9 +66,9 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         # --- Resume -------------------------------------------------------------------------------
         replicas = start_replicas(state, resumed, process)
         with share_errors():
-            if process.is_main:
-                write_atomically(run_dir.path / "config.yaml", dump(cfg))
-            writer = MetricWriter(own_path, state.step, state.epoch, cfg.PRINT_FREQ)
+            run_dir.write_settings(dump(cfg), sources)
+            hparams = compat.list_hparams(metadata["config"])
+            writer = MetricWriter(own_path, state.step, state.epoch, cfg.PRINT_FREQ, hparams)
 
         # --- After a step -------------------------------------------------------------------------
         sampler = build.train_sampler(cfg, train_set, recipe, process, start_step=0)
@@ -182,7 +183,9 @@ def validate_epoch(
         values |= {f"{name}/{key}": getattr(result, key) for key in ("acc1", "acc5", "loss")}
         best = max(best, result.acc1)
     if process.is_main:
-        writer.metrics(state.step, values | measure_offsets(cfg, loader, state.model, process))
+        numbers, pictures = probe_offsets(cfg, loader, state.model, process)
+        writer.metrics(state.step, values | numbers)
+        writer.pictures(state.step, pictures)
     improved = best > state.best["acc1"]
     if improved:
         state.best = {"acc1": best, "step": state.step}
@@ -191,18 +194,16 @@ def validate_epoch(
 
 
 @torch.inference_mode()
-def measure_offsets(
+def probe_offsets(
     cfg: CfgNode, loader: InterruptibleLoader, model: torch.nn.Module, process: Process
-) -> dict[str, float]:
-    """Mean length of the sampling offsets of each deformable stage on a few images, in pixels of the input."""
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Numbers and pictures of the sampling offsets of each deformable stage on a few images."""
     if not hasattr(model, "sampling_positions"):
-        return {}
+        return {}, {}
     images = [loader.dataset[i].image for i in range(min(PROBED_IMAGES, len(loader.dataset)))]
+    images = torch.stack(images)
     model.eval()
-    lengths: dict[str, list[float]] = {}
-    normalize = build.normalize(cfg, process.device)
-    for layer in model.sampling_positions(normalize(torch.stack(images))):
-        name = f"offsets/stage{layer.stage + 1}_pixels"
-        lengths.setdefault(name, []).append(layer.offset_length().mean().item())
+    layers = model.sampling_positions(build.normalize(cfg, process.device)(images))
     model.train()
-    return {name: sum(values) / len(values) for name, values in lengths.items()}
+    numbers = offsets.measure_offsets(layers, clamped=model.config.plus_plus)
+    return numbers, offsets.draw_offsets(layers, images)

@@ -16,6 +16,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -197,11 +198,36 @@ def mlp_bytes(module: nn.Module, x: Tensor) -> int:
 # --- Attention ------------------------------------------------------------------------------------
 
 
+class Attended(NamedTuple):
+    """What a call of `attend` computed, float32; b = batch · windows · heads."""
+
+    q: Tensor  # (b, N, D)
+    k: Tensor  # (b, S, D)
+    weights: Tensor  # (b, N, S), the softmax
+
+
+_recorder: Callable[[Attended], None] | None = None
+
+
+@contextmanager
+def recorded_attention(recorder: Callable[[Attended], None]) -> Iterator[None]:
+    """Inside, `attend` is its reference in float32 and passes on to `recorder` what it computed. For analysis alone."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        with reference_kernels():
+            yield
+    finally:
+        _recorder = before
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q · kᵀ / √D + bias) · v with q (b, N, D), k and v (b, S, D), to (b, N, D); b = batch · windows · heads.
 
     bias is (b', N, S): b' divides b, and the bias is repeated. It may be overwritten.
     """
+    if _recorder is not None:
+        return attend_recorded(q, k, v, bias, _recorder)
     bias = bias.to(q.dtype)
     if q.is_cuda:  # the fused kernel repeats the bias as it reads
         q, k, v = (part.unflatten(0, (-1, bias.shape[0])) for part in (q, k, v))
@@ -212,6 +238,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1)
     scores = bias.baddbmm_(q, k.mT, alpha=q.shape[-1] ** -0.5)
     return torch.bmm(scores.softmax(dim=-1), v)
+
+
+def attend_recorded(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, recorder: Callable[[Attended], None]
+) -> Tensor:
+    """The reference of `attend`, in float32; its weights are shown to `recorder`."""
+    queries, keys = q.float(), k.float()
+    scores = queries @ keys.mT * q.shape[-1] ** -0.5
+    weights = (scores.unflatten(0, (-1, len(bias))) + bias.float()).flatten(0, 1).softmax(dim=-1)
+    recorder(Attended(queries, keys, weights))
+    return (weights @ v.float()).to(v.dtype)
 
 
 def split_heads(

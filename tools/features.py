@@ -33,7 +33,13 @@ import data
 from analysis.statistics import wilson
 from engine import build
 from engine.suite import file_name
-from tools.common.classifier import Classifier, add_arguments, load_classifier, log_to_stderr
+from tools.common.classifier import (
+    Classifier,
+    add_arguments,
+    add_loader_arguments,
+    load_classifier,
+    log_to_stderr,
+)
 from tools.predict import Pictures, list_pictures
 from utils.distributed import Process
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
@@ -294,6 +300,7 @@ def main(arguments: list[str]) -> None:
     sub.add_argument("path", type=Path, metavar="FOLDER", help="or .zip, .tar, .pack")
     sub.add_argument("--out", type=Path, required=True, help=".npz or .parquet")
     add_arguments(sub)
+    add_loader_arguments(sub)
     sub.set_defaults(run=run_extract)
     for name, run, text in (
         ("knn", run_knn, "accuracy of k nearest neighbours"),

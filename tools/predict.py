@@ -32,7 +32,13 @@ from analysis.predictions import TOP, Predictions
 from data.dataset import EvalSample
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
 from engine import build
-from tools.common.classifier import Classifier, add_arguments, load_classifier, log_to_stderr
+from tools.common.classifier import (
+    Classifier,
+    add_arguments,
+    add_loader_arguments,
+    load_classifier,
+    log_to_stderr,
+)
 from utils.distributed import Process
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.files import write_atomically
@@ -170,6 +176,7 @@ def main(arguments: list[str]) -> None:
         "paths", nargs="+", metavar="PATH", help="file, folder, glob, or - for stdin"
     )
     add_arguments(parser)
+    add_loader_arguments(parser)
     parser.add_argument("--topk", type=int, choices=range(1, TOP + 1), default=TOP)
     parser.add_argument(
         "--names",

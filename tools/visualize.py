@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config
 import data
 from analysis.attention import NEGLIGIBLE, BlockAttention, record_attention
+from analysis.recording import KINDS
 from data.decode import UNREADABLE, decode_pixels
 from engine import checkpoint
 from engine.build import build_model
@@ -42,16 +43,6 @@ from engine.pretrained import load_pretrained
 from models.dat import DAT
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.text import quantity
-
-KINDS = {
-    "L": "windows",
-    "S": "shifted windows",
-    "N": "neighbourhood attention",
-    "D": "deformable attention",
-    "G": "global attention",
-    "P": "spatial reduction",
-    "C": "deformable convolution",
-}
 
 # --- Picture --------------------------------------------------------------------------------------
 

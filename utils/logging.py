@@ -8,13 +8,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
+from utils.bottleneck import PHASES
 from utils.errors import StorageError
 from utils.files import write_atomically
 from utils.first_edition import translate_record
 
 logger = logging.getLogger("dat")
+
+# TensorBoard: charts of several curves, and the results beside the settings.
+LAYOUT = {
+    "Training": {
+        "loss": ["Multiline", ["train/loss", "val/loss", "val_ema/loss"]],
+        "top-1 in %": ["Multiline", ["val/acc1", "val_ema/acc1"]],
+        "learning rate": ["Multiline", ["train/lr"]],
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+    },
+    "Offsets": {
+        name: ["Multiline", [f"offsets/stage{stage}_{quantity}" for stage in range(1, 5)]]
+        for quantity, name in (
+            ("pixels", "mean length in pixels"),
+            ("outside", "share outside or clamped"),
+            ("coverage", "share of cells that are read"),
+            ("distance", "distance between groups in pixels"),
+        )
+    },
+    "Speed": {
+        "images per second": ["Multiline", ["time/images_per_s"]],
+        "share of the time": ["Multiline", [f"time/{phase}" for phase in PHASES]],
+    },
+}
+RESULTS = ("val/acc1", "val_ema/acc1", "val/loss")
 
 
 class _Console(logging.Handler):
@@ -57,8 +83,16 @@ class MetricWriter:
     nothing is written. Raises StorageError.
     """
 
-    def __init__(self, folder: Path | None, step: int, epoch: int, every: int):
+    def __init__(
+        self,
+        folder: Path | None,
+        step: int,
+        epoch: int,
+        every: int,
+        hparams: dict[str, bool | int | float | str] | None = None,
+    ):
         self._folder = folder
+        self._hparams = hparams or {}
         self._every = every
         self._files: dict[str, io.FileIO] = {}
         self._waiting = {"metrics": b"", "timing": b"", "skipped": b""}
@@ -85,6 +119,7 @@ class MetricWriter:
                 if name != "skipped" or path.exists():  # few runs skip a step
                     self._files[name] = path.open("ab", buffering=0)
             self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+            self._draw(self._describe)
         except OSError as error:
             raise StorageError(f"{self._folder}: its records cannot be written: {error}") from error
 
@@ -102,6 +137,24 @@ class MetricWriter:
     def skipped(self, step: int, micro_batches: list[list[str]]) -> None:
         """Record the paths of a step's images, by micro-batch: it was not applied."""
         self._write("skipped", step, {"micro_batches": micro_batches})
+
+    def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        """Show pictures (H, W, 3) uint8 in TensorBoard."""
+        self._draw(
+            lambda board: [
+                board.add_image(tag, pixels, step, dataformats="HWC")
+                for tag, pixels in pictures.items()
+            ]
+        )
+
+    def _describe(self, board: object) -> None:
+        """Tell TensorBoard which curves belong together, and the run's settings."""
+        # Not the writer's own add_hparams, which begins a run of its own.
+        from torch.utils.tensorboard.summary import hparams
+
+        board.add_custom_scalars(LAYOUT)
+        for summary in hparams(self._hparams, dict.fromkeys(RESULTS, 0.0)):
+            board.file_writer.add_summary(summary)
 
     def _write(self, name: str, step: int, values: dict) -> None:
         if not self._files:

@@ -21,7 +21,7 @@ from tools import benchmark, compare
 from tools.benchmarks import loop as bench_loop
 from tools.benchmarks import model as bench_model
 from tools.benchmarks import scaling as bench_scaling
-from utils.step_timer import PHASES
+from utils.bottleneck import PHASES
 
 TINY = ["--size", "32", "--batch", "2", "--rounds", "2", "--threads", "1"]
 

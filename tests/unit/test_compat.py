@@ -18,6 +18,7 @@ from utils.logging import logger
 
 COUNTERS = {"step": 3, "epoch": 1, "skipped": 0, "best": {"acc1": 0.0, "step": 0}, "scaler": {}}
 METADATA = {
+    "images": {"train": 100, "val": 20},
     "model": "dat_micro",
     "classes": ["cat", "dog"],
     "data": "1f" * 32,

@@ -12,8 +12,9 @@ from helpers.runs import arguments
 
 import main
 from engine.grad_sync import DDPSync, DeterministicSync
+from utils.bottleneck import PHASES, bottleneck, shares
 from utils.distributed import Process
-from utils.step_timer import PHASES, StepTimer, bottleneck, shares
+from utils.step_timer import StepTimer
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ import config
 import main
 from analysis.records import read_records
 from tools.benchmarks.model import at_least
+from utils.bottleneck import PHASES, bottleneck, shares
 from utils.errors import ConfigError
-from utils.step_timer import PHASES, bottleneck, shares
 
 IMAGES = 20_000  # a long epoch: what happens between epochs is not measured
 OVERHEAD = ("transform", "save", "other")  # neither computing nor waiting for images

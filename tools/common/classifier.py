@@ -98,17 +98,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="default: the configuration's; float32 without one",
     )
-    parser.add_argument("--batch-size", type=int, default=0, help="default: TEST.BATCH_SIZE")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     parser.add_argument(
         "--opts", nargs="*", default=[], metavar="KEY VALUE", help="any key of the configuration"
     )
+    parser.set_defaults(batch_size=0, workers=0)
 
 
-def load_classifier(args: argparse.Namespace, names: str = "lemma") -> Classifier:
+def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how pictures are loaded, for tools that take many; after `add_arguments`."""
+    parser.add_argument("--batch-size", type=int, default=0, help="default: TEST.BATCH_SIZE")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+
+
+def load_classifier(
+    args: argparse.Namespace, names: str = "lemma", *, untrained: bool = False
+) -> Classifier:
     """The classifier that the flags of `add_arguments` name.
 
-    names: "lemma", "definition", "wnid" or a text file, a name a line. Raises ConfigError, CheckpointError, DataError.
+    names: "lemma", "definition", "wnid" or a text file, a name a line. untrained: a configuration alone is enough, and
+    has random weights, as the title says. Raises ConfigError, CheckpointError, DataError.
     """
     opts = [*args.opts]
     if args.amp_dtype:
@@ -129,6 +137,8 @@ def load_classifier(args: argparse.Namespace, names: str = "lemma") -> Classifie
         cfg, model, classes, title = _load_file(args, opts, device)
     elif args.model:
         cfg, model, classes, title = _load_timm(args.model, opts, device)
+    elif args.cfg and untrained:
+        cfg, model, classes, title = _build_untrained(args.cfg, opts, device)
     else:
         raise ConfigError("name the weights: --resume RUN, --pretrained FILE or --model NAME")
     count = len(classes)
@@ -190,6 +200,13 @@ def _load_run(path: Path, ema: bool, opts: list[str], device: torch.device) -> t
     model = build.build_model(cfg, len(classes), device)
     checkpoint.load_strictly(model, file)
     return cfg, model, classes, f"{cfg.MODEL.NAME}, {file}"
+
+
+def _build_untrained(file: str, opts: list[str], device: torch.device) -> tuple:
+    cfg = config.load(file, opts)
+    classes = build.class_list(cfg) or default_classes(cfg.MODEL.NUM_CLASSES or 1000)
+    model = build.build_model(cfg, len(classes), device)
+    return cfg, model, classes, f"{cfg.MODEL.NAME}, untrained, random weights"
 
 
 def _load_file(args: argparse.Namespace, opts: list[str], device: torch.device) -> tuple:

@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""Report: one HTML file that says how a run went, or compares several; no server, no network, readable without scripts.
+
+Verdict, curves, speed and what bounds it, settings and where they come from, data, faults, evaluations with their
+diagrams and mistakes, environment, checkpoints. Several runs are grouped by settings: seeds have mean and interval.
+Everything comes from the runs' files; TRAIN.REPORT True writes <run>/report.html whenever a run ends.
+
+examples:
+  python tools/report.py output/dat_tiny/default
+  python tools/report.py output/dat_tiny/default --data-path /imagenet --pictures cat.jpg dog.jpg
+  python tools/report.py output/seed0/dat_micro/digits output/seed1/dat_micro/digits --out seeds.html
+"""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from PIL import Image
+
+import config
+from analysis.pages import picture
+from analysis.report import Recipes, Thumbnails, make_report
+from analysis.runs import flatten, read_run
+from data.readers import open_split
+from engine.compat import IGNORED
+from utils.errors import ConfigError, DataError, as_exit_code
+from utils.files import write_atomically
+from utils.yaml_nodes import to_dict
+
+SIDE = 144  # pixels of a misclassified picture
+
+
+def load_recipe(file: str) -> tuple[dict, str] | None:
+    """The settings and the text of a configuration file; None if it is gone or no longer valid."""
+    path = Path(file)
+    try:
+        return flatten(to_dict(config.load(file))), path.read_text(encoding="utf-8")
+    except (ConfigError, OSError, UnicodeDecodeError):
+        return None
+
+
+def recipes() -> Recipes:
+    """What settings are compared with."""
+    defaults = {key.name: key.default for key in config.SCHEMA}
+    return Recipes(defaults, load_recipe, frozenset(IGNORED))
+
+
+class Mistakes:
+    """Thumbnails of val's images from the data set at `root`."""
+
+    def __init__(self, root: Path):
+        self.reader = open_split(root, "val")
+        names = [name.decode(errors="backslashreplace") for name in self.reader.names.tolist()]
+        self.index = {name: i for i, name in enumerate(names)}
+
+    def __call__(self, set_name: str, file: str) -> str | None:
+        """The image as a data URI, None where it is not in val or cannot be read."""
+        if set_name != "val" or file not in self.index:
+            return None
+        try:
+            image = Image.open(io.BytesIO(self.reader.read(self.index[file]))).convert("RGB")
+        except (OSError, EOFError, ValueError):
+            return None
+        image.thumbnail((SIDE, SIDE))
+        return picture(np.asarray(image), quality=80)
+
+
+def explore_pictures(run: Path, pictures: list[Path]) -> list[tuple[str, str]]:
+    """What the run's best weights attend to, one still picture per image and stage with deformable attention."""
+    # Without pictures a report needs no model.
+    from analysis.explorer import draw_overall
+    from tools import explore
+
+    words = [*map(str, pictures), "--resume", str(run), "--blocks", "last"]
+    (classifier,) = explore.load_models(explore.parse(words))
+    return [
+        still
+        for path in pictures
+        for still in draw_overall(explore.explore(classifier, path, heads=False, last=True))
+    ]
+
+
+@as_exit_code
+def main(arguments: list[str]) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file to write; default: report.html in the run, or here for several",
+    )
+    parser.add_argument(
+        "--eval", nargs="*", type=Path, default=[], help="folders of further evaluations"
+    )
+    parser.add_argument(
+        "--data-path", type=Path, help="data set, for pictures of the most confident mistakes"
+    )
+    parser.add_argument(
+        "--pictures", nargs="*", type=Path, default=[], help="images on which to show the attention"
+    )
+    args = parser.parse_args(arguments)
+    if args.pictures and len(args.runs) > 1:
+        raise ConfigError("--pictures needs one run; leave it out to compare several")
+    if len({run.resolve() for run in args.runs}) < len(args.runs):
+        raise ConfigError("a run is named twice")
+    runs = [read_run(run) for run in args.runs]
+    thumbnails = Thumbnails(
+        **({"picture": Mistakes(args.data_path)} if args.data_path else {}),
+        explored=explore_pictures(args.runs[0], args.pictures) if args.pictures else [],
+    )
+    out = args.out or (args.runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    if not out.parent.is_dir():
+        raise DataError(f"{out.parent}: no such folder for --out")
+    page = make_report(runs, recipes(), evaluations=args.eval, thumbnails=thumbnails)
+    write_atomically(out, page)
+    print(f"{out}: {len(page.encode()) / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
