@@ -122,10 +122,12 @@ SCHEMA = (
     Key("AUG.MIXUP_PROB", 1.0, SHARE, "probability that a micro-batch is mixed"),
     Key("AUG.MIXUP_SWITCH_PROB", 0.5, SHARE, "probability of CutMix where both are on"),
     Key("AUG.MIXUP_MODE", "batch", one_of("batch", "pair", "elem"), "what shares one mixing coefficient"),
+    Key("AUG.MIXUP_OFF_EPOCH", 0, at_least(0), "epoch, counted from 0, from which on nothing is mixed; 0: never"),
 
     # ---- training; the learning rates are for a global batch of LR_BASE_SIZE and scale with it ----
     Key("TRAIN.EPOCHS", 300, at_least(1), "passes over the training set"),
     Key("TRAIN.WARMUP_EPOCHS", 20, at_least(0), "epochs of linear warm-up, part of EPOCHS"),
+    Key("TRAIN.WARMUP_STEPS", 0, at_least(0), "steps of linear warm-up instead; 0: WARMUP_EPOCHS"),
     Key("TRAIN.GLOBAL_BATCH_SIZE", 4096, between(1, 1_000_000), "images of a step, over all processes"),
     Key("TRAIN.BASE_LR", 5e-4, POSITIVE, "peak learning rate, per LR_BASE_SIZE images"),
     Key("TRAIN.WARMUP_LR", 5e-7, at_least(0), "first learning rate, per LR_BASE_SIZE images"),
@@ -138,6 +140,9 @@ SCHEMA = (
     Key("TRAIN.ADAM_BETAS", [0.9, 0.999], BETAS, "of AdamW, LAMB, Lion and the AdamW in Muon"),
     Key("TRAIN.ADAM_EPS", 1e-8, POSITIVE, "of AdamW, LAMB and Muon"),
     Key("TRAIN.EMA_DECAY", 0.0, DECAY, "fraction of the averaged weights kept by a step; 0: no average"),
+    Key("TRAIN.EMA_WARMUP", False, ANY, "average over few steps at first; docs/finetuning.md has the formula"),
+    Key("TRAIN.EMA_WARMUP_GAMMA", 1.0, POSITIVE, "timm's warmup_gamma"),
+    Key("TRAIN.EMA_WARMUP_POWER", 2 / 3, POSITIVE, "timm's warmup_power; 3/4 reaches 0.999 after 10,000 steps"),
     Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
     Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
     Key("TRAIN.DETERMINISTIC", False, ANY, "repeat the bits on CUDA too, at the cost of speed; CPUs always do"),
@@ -468,14 +473,19 @@ def _nearest_divisors(number: int, wanted: int, even: bool = False) -> str:
 
 
 def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
-    if train.WARMUP_EPOCHS >= train.EPOCHS:
+    if not train.WARMUP_STEPS and train.WARMUP_EPOCHS >= train.EPOCHS:
         message = "the warm-up must end before the training; shorten it, 0 switches it off"
         yield "TRAIN.WARMUP_EPOCHS TRAIN.EPOCHS", message
     if train.MIN_LR > train.BASE_LR:
         yield "TRAIN.MIN_LR TRAIN.BASE_LR", "the last rate is above the highest; lower MIN_LR"
-    if train.WARMUP_EPOCHS and train.WARMUP_LR > train.BASE_LR:
+    if (train.WARMUP_STEPS or train.WARMUP_EPOCHS) and train.WARMUP_LR > train.BASE_LR:
         message = "the first rate is above the highest; lower WARMUP_LR"
         yield "TRAIN.WARMUP_LR TRAIN.BASE_LR", message
+    if train.EMA_WARMUP and not train.EMA_DECAY:
+        yield (
+            "TRAIN.EMA_WARMUP TRAIN.EMA_DECAY",
+            "there is no average to warm up; set EMA_DECAY, such as 0.9999",
+        )
     scale = train.GLOBAL_BATCH_SIZE / train.LR_BASE_SIZE
     if train.OPTIMIZER.NAME == "adamw" and scale > 1 and train.BASE_LR * scale > 0.02:
         message = (

@@ -322,9 +322,20 @@ def build_state(cfg: CfgNode, num_classes: int, device: torch.device, *, fresh: 
     optimizer = build_optimizer(cfg.TRAIN, model)
     return TrainState(
         model=model,
-        ema=ModelEmaV3(model, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
+        ema=build_ema(cfg.TRAIN, model) if cfg.TRAIN.EMA_DECAY else None,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=cfg.AMP_DTYPE == "float16"),
+    )
+
+
+def build_ema(train: CfgNode, model: nn.Module) -> ModelEmaV3:
+    """The average of the weights, which begins as a copy."""
+    return ModelEmaV3(
+        model,
+        decay=train.EMA_DECAY,
+        use_warmup=train.EMA_WARMUP,
+        warmup_gamma=train.EMA_WARMUP_GAMMA,
+        warmup_power=train.EMA_WARMUP_POWER,
     )
 
 
@@ -377,7 +388,7 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
     scale = cfg.TRAIN.GLOBAL_BATCH_SIZE / cfg.TRAIN.LR_BASE_SIZE
     schedule = Schedule(
         total=cfg.TRAIN.EPOCHS * steps_per_epoch,
-        warmup=cfg.TRAIN.WARMUP_EPOCHS * steps_per_epoch,
+        warmup=warmup_steps(cfg.TRAIN, steps_per_epoch),
         base=cfg.TRAIN.BASE_LR * scale,
         start=cfg.TRAIN.WARMUP_LR * scale,
         end=cfg.TRAIN.MIN_LR * scale,
@@ -402,11 +413,22 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
             interpolation=cfg.DATA.INTERPOLATION,
             **lower(cfg.AUG, BATCH_KEYS),
         ),
+        mixup_off_epoch=cfg.AUG.MIXUP_OFF_EPOCH,
         label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
         clip_grad=cfg.TRAIN.CLIP_GRAD,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
         print_freq=cfg.PRINT_FREQ,
     )
+
+
+def warmup_steps(train: CfgNode, steps_per_epoch: int) -> int:
+    """Steps of warm-up. Raises ConfigError where that is the entire training."""
+    total = train.EPOCHS * steps_per_epoch
+    if total <= train.WARMUP_STEPS:
+        raise ConfigError(
+            f"TRAIN.WARMUP_STEPS is {train.WARMUP_STEPS}, but the training has {total} steps. Shorten the warm-up."
+        )
+    return train.WARMUP_STEPS or train.WARMUP_EPOCHS * steps_per_epoch
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
