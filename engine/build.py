@@ -5,24 +5,22 @@ Here the configuration is read group by group and goes no further: what is built
 
 import functools
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import timm
 import torch
-import torchvision
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 import data
 import models
 from engine import checkpoint, compat, suite
-from engine.grad_sync import DDPSync, DeterministicSync, GradSync
+from engine.grad_sync import DDPSync, DeterministicSync, GradSync, wrap_in_ddp
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
+from engine.parameters import freeze, learning_rate_scales
 from engine.pretrained import load_pretrained
 from engine.state import TrainState
 from models.dat import VARIANTS
@@ -297,16 +295,20 @@ def describe_preprocessing(cfg: CfgNode) -> str:
 # --- Model and state ------------------------------------------------------------------------------
 
 
+def check_model(cfg: CfgNode) -> None:
+    """Raise ConfigError for a model that does not exist, and for names of parameters that it does not have."""
+    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
+    if cfg.TRAIN.FREEZE or cfg.TRAIN.LR_SCALES:
+        model = models.build(cfg.MODEL.NAME, **_model_arguments(cfg, num_classes=2))
+        if cfg.TRAIN.FREEZE:
+            freeze(model, cfg.TRAIN.FREEZE)
+        learning_rate_scales(model, 1.0, cfg.TRAIN.LR_SCALES)
+
+
 def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Module:
     """The model with its initial weights, a function of SEED, on `device`."""
     reseed(key(cfg.SEED, "model"))
-    model = models.build(
-        cfg.MODEL.NAME,
-        num_classes=num_classes,
-        img_size=cfg.DATA.IMG_SIZE,
-        drop_path_rate=cfg.MODEL.DROP_PATH_RATE,
-        **cfg.MODEL.ARGS,
-    )
+    model = models.build(cfg.MODEL.NAME, **_model_arguments(cfg, num_classes))
     if cfg.MODEL.GRAD_CHECKPOINTING:
         model.set_grad_checkpointing()
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -314,11 +316,21 @@ def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Modu
     return model.to(device)
 
 
+def _model_arguments(cfg: CfgNode, num_classes: int) -> dict[str, object]:
+    return {
+        "num_classes": num_classes,
+        "img_size": cfg.DATA.IMG_SIZE,
+        "drop_path_rate": cfg.MODEL.DROP_PATH_RATE,
+        **cfg.MODEL.ARGS,
+    }
+
+
 def build_state(cfg: CfgNode, num_classes: int, device: torch.device, *, fresh: bool) -> TrainState:
     """The state before the first step; a `fresh` run starts from the weights of CHECKPOINT.PRETRAINED, if any."""
     model = build_model(cfg, num_classes, device)
     if fresh and cfg.CHECKPOINT.PRETRAINED:
         load_pretrained(model, download(cfg.CHECKPOINT.PRETRAINED), strict=False)
+    freeze_some(cfg.TRAIN, model)
     optimizer = build_optimizer(cfg.TRAIN, model)
     return TrainState(
         model=model,
@@ -326,6 +338,15 @@ def build_state(cfg: CfgNode, num_classes: int, device: torch.device, *, fresh: 
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=cfg.AMP_DTYPE == "float16"),
     )
+
+
+def freeze_some(train: CfgNode, model: nn.Module) -> None:
+    """Freeze the parameters of `model` that TRAIN.FREEZE names."""
+    if train.FREEZE:
+        freeze(model, train.FREEZE)
+        sizes = [(p.numel() / 1e6, p.requires_grad) for p in model.parameters()]
+        trained, total = sum(n for n, needed in sizes if needed), sum(n for n, _ in sizes)
+        logger.info(f"Trained: {trained:.2f} M of {total:.2f} M parameters; the others are frozen")
 
 
 def build_ema(train: CfgNode, model: nn.Module) -> ModelEmaV3:
@@ -348,6 +369,7 @@ def build_optimizer(train: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         momentum=train.OPTIMIZER.MOMENTUM,
         betas=train.ADAM_BETAS,
         eps=train.ADAM_EPS,
+        lr_scales=learning_rate_scales(model, train.LAYER_DECAY, train.LR_SCALES),
     )
 
 
@@ -357,29 +379,7 @@ def build_grad_sync(
     """How the gradients of `micro_batches`, those of this process, and of all others become one."""
     if cfg.TRAIN.EXACT_WORLD_SIZE:
         return DeterministicSync(model, micro_batches, process)
-    return DDPSync(_wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process), micro_batches, process)
-
-
-def _wrap_in_ddp(model: nn.Module, img_size: int, process: Process) -> nn.Module:
-    """`model` in DDP where there is more than one process.
-
-    DDP regroups its gradients after the first backward pass and then sums them in another order, which shows in the
-    last bits of three and more processes. After one discarded pass every step, resumed or not, is a later one.
-    """
-    if process.world_size == 1:
-        return model
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    net = DistributedDataParallel(
-        model,
-        device_ids=[process.device] if process.device.type == "cuda" else None,
-        forward_sync_buffers=False,  # GradSync does it, after a step instead of before
-        gradient_as_bucket_view=True,
-    )
-    net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()
-    model.zero_grad(set_to_none=True)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    return net
+    return DDPSync(wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process), micro_batches, process)
 
 
 def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: Process) -> Recipe:
@@ -455,26 +455,8 @@ def build_metadata(
             exact_world_size=cfg.TRAIN.EXACT_WORLD_SIZE,
             deterministic=cfg.TRAIN.DETERMINISTIC,
         ),
-        **describe_environment(process),
+        **compat.describe_environment(process),
         "config": to_dict(cfg),
-    }
-
-
-def describe_environment(process: Process) -> dict[str, object]:
-    """Code, versions and hardware, for checkpoints and evaluations."""
-    return {
-        "world_size": process.world_size,
-        "versions": {
-            "project": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-        },
-        "revision": compat.revision(),
-        "device": compat.device_name(process.device),
-        # What a GPU computes does not depend on the threads beside it.
-        "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
     }
 
 
@@ -494,6 +476,7 @@ def load_step(
     num_classes = len(metadata["classes"])
     recipe = build_recipe(cfg, metadata["steps_per_epoch"], num_classes, process)
     model = build_model(cfg, num_classes, process.device)
+    freeze_some(cfg.TRAIN, model)
     optimizer = build_optimizer(cfg.TRAIN, model)
     scaler = torch.amp.GradScaler(process.device.type, enabled=False)
     state = TrainState(model, None, optimizer, scaler)

@@ -8,12 +8,16 @@ import platform
 import subprocess
 from pathlib import Path
 
+import timm
 import torch
+import torchvision
 
 from engine import checkpoint
 from utils import first_edition
+from utils.distributed import Process
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.logging import logger
+from utils.version import __version__
 
 # A position counts steps of one model on one class list: with others it would mean something else.
 REQUIRED = {
@@ -152,6 +156,24 @@ def revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def describe_environment(process: Process) -> dict[str, object]:
+    """Code, versions and hardware, for checkpoints and evaluations."""
+    return {
+        "world_size": process.world_size,
+        "versions": {
+            "project": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+        },
+        "revision": revision(),
+        "device": device_name(process.device),
+        # What a GPU computes does not depend on the threads beside it.
+        "threads": torch.get_num_threads() if process.device.type == "cpu" else None,
+    }
 
 
 # --- Reproducibility ------------------------------------------------------------------------------

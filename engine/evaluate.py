@@ -246,7 +246,7 @@ def build_evaluation(
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         },
         environment={
-            **build.describe_environment(process),
+            **compat.describe_environment(process),
             "batch_size": cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE,
             "changes": changes,
         },

@@ -10,11 +10,34 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from utils import distributed
 from utils.distributed import Process
 from utils.step_timer import StepTimer
+
+
+def wrap_in_ddp(model: nn.Module, img_size: int, process: Process) -> nn.Module:
+    """`model` in DDP where there is more than one process.
+
+    DDP regroups its gradients after the first backward pass and then sums them in another order, which shows in the
+    last bits of three and more processes. After one discarded pass every step, resumed or not, is a later one.
+    """
+    if process.world_size == 1:
+        return model
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    net = DistributedDataParallel(
+        model,
+        device_ids=[process.device] if process.device.type == "cuda" else None,
+        forward_sync_buffers=False,  # GradSync does it, after a step instead of before
+        gradient_as_bucket_view=True,
+    )
+    net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()
+    model.zero_grad(set_to_none=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return net
 
 
 class DDPSync:

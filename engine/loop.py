@@ -78,7 +78,7 @@ def train_one_epoch(
     while state.step < end:
         rate = recipe.schedule(state.step)
         for group in state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         losses = forward_backward(state, grad_sync, batches, recipe, process, timer)
         with timer("optimizer"):
             norm = _step(state, recipe.clip_grad)

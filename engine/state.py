@@ -6,6 +6,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.optim import STATE
+
 
 @dataclass
 class TrainState:
@@ -31,6 +33,9 @@ class TrainState:
         }
 
     def num_bytes(self) -> int:
-        """Bytes of a checkpoint's tensors: weights, AdamW's two moments and, if there is one, the EMA."""
-        copies = 3 + (self.ema is not None)
-        return copies * sum(4 * p.numel() for p in self.model.parameters())
+        """Bytes of a checkpoint's tensors: weights, optimizer state and, if there is one, the EMA."""
+        moments = max(len(keys - {"step"}) for keys in STATE[type(self.optimizer)])
+        copies = 1 + (self.ema is not None)
+        return sum(
+            4 * p.numel() * (copies + moments * p.requires_grad) for p in self.model.parameters()
+        )

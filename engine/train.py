@@ -6,7 +6,6 @@ import torch
 from yacs.config import CfgNode
 
 import data
-import models
 from engine import build, checkpoint, compat
 from engine.checkpoint import Saver
 from engine.evaluate import log_accuracy, score
@@ -31,7 +30,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
 
     sources: where the values of `cfg` that are no defaults come from, for the log.
     """
-    models.check(cfg.MODEL.NAME, cfg.MODEL.ARGS)
+    build.check_model(cfg)
     with (
         init_distributed(cfg.DEVICE, cfg.THREADS, 2 * cfg.TRAIN.HANG_SECONDS) as process,
         RunDir(build.run_path(cfg), process).lock() as run_dir,

@@ -39,7 +39,10 @@ LATER_KEYS = {
     "MODEL.KERNELS": "reference",
     "TRAIN.DETERMINISTIC": False,
     "TRAIN.EMA_WARMUP": False,
+    "TRAIN.FREEZE": "",
+    "TRAIN.LAYER_DECAY": 1.0,
     "TRAIN.LR_BASE_SIZE": 512,
+    "TRAIN.LR_SCALES": [],
     "TRAIN.OPTIMIZER.NAME": "adamw",
     "TRAIN.WARMUP_STEPS": 0,
 }

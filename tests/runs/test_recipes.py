@@ -19,6 +19,9 @@ KNOBS = (
     "TRAIN.WARMUP_STEPS=3",
     "TRAIN.EMA_WARMUP=True",
     "TRAIN.OPTIMIZER.NAME=lamb",
+    "TRAIN.LAYER_DECAY=0.9",
+    "TRAIN.LR_SCALES=[['*.positions', 0.1]]",
+    "TRAIN.FREEZE=stem,stages.0,!stages.0.blocks.1",
 )
 
 

@@ -84,7 +84,8 @@ def test_schedule_is_the_released_one(total, warmup):
 )
 def test_what_is_not_decayed(name, exempt):
     model = timm.create_model(name)
-    decayed, free = parameter_groups(model, 0.05)
+    scales = {name: 1.0 for name, _ in model.named_parameters()}
+    decayed, free = parameter_groups(model, 0.05, scales)
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0)
     assert len(decayed["params"]) + len(free["params"]) == len(names)
