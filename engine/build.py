@@ -27,7 +27,7 @@ from models.dat import VARIANTS
 from models.ops import fused_obstacle, use_kernels
 from utils.distributed import Process
 from utils.download import download
-from utils.errors import ConfigError, DataError
+from utils.errors import ConfigError
 from utils.logging import logger
 from utils.rng import key, reseed
 from utils.version import CHECKPOINT_FORMAT, __version__
@@ -458,30 +458,6 @@ def build_metadata(
         **compat.describe_environment(process),
         "config": to_dict(cfg),
     }
-
-
-def load_step(
-    cfg: CfgNode, path: Path, process: Process
-) -> tuple[TrainState, Recipe, data.ImageDataset, data.TrainBatchSampler]:
-    """The state saved at `path` and what trains its next step, with all micro-batches in this one process.
-
-    Raises DataError where the images have changed since.
-    """
-    metadata = checkpoint.read_metadata(path)
-    train_set = open_split(cfg, "train", metadata["classes"])
-    if train_set.fingerprint != metadata["data"]:
-        raise DataError(
-            f"{train_set.reader.path} does not hold the images that {path} was trained on"
-        )
-    num_classes = len(metadata["classes"])
-    recipe = build_recipe(cfg, metadata["steps_per_epoch"], num_classes, process)
-    model = build_model(cfg, num_classes, process.device)
-    freeze_some(cfg.TRAIN, model)
-    optimizer = build_optimizer(cfg.TRAIN, model)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=False)
-    state = TrainState(model, None, optimizer, scaler)
-    checkpoint.restore(path, state)
-    return state, recipe, train_set, train_sampler(cfg, train_set, recipe, process, state.step)
 
 
 # --- Log ------------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ class Recipe:
     global_batch: int  # images of one step
     micro_batches: range  # the micro-batches of every step that are this process's
     schedule: Schedule
-    transform: Callable  # (uint8 images, labels, ops, mix=…) on the CPU -> (images, targets) on the device
+    transform: (
+        Callable  # (uint8 images, labels, ops, mix=…) on the CPU -> (images, targets) on the device
+    )
     mixup_off_epoch: int  # from which on images are not mixed; 0: never
     label_smoothing: float
     clip_grad: float  # largest gradient norm; 0 leaves the gradient as it is
