@@ -116,6 +116,7 @@ SCHEMA = (
     Key("AUG.COLOR_JITTER", 0.4, SHARE, "strength; timm applies it only without AUTO_AUGMENT or with 3a"),
     Key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", POLICY, "timm's policy; empty: none"),
     Key("AUG.ON_DEVICE", False, ANY, "the policy, a RandAugment, changes pixels on the device; the workers draw it"),
+    Key("AUG.REPEATS", 1, at_least(1), "times that a step holds each image, augmented differently (DeiT: 3)"),
     Key("AUG.REPROB", 0.25, SHARE, "probability of random erasing"),
     Key("AUG.REMODE", "pixel", one_of("const", "rand", "pixel"), "filling of erased boxes"),
     Key("AUG.RECOUNT", 1, at_least(1), "most boxes erased in an image"),
@@ -417,7 +418,7 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)
-        yield from _augmentation_conflicts(cfg.AUG, cfg.DATA)
+        yield from _augmentation_conflicts(cfg.AUG, cfg.DATA, cfg.TRAIN.GLOBAL_BATCH_SIZE)
     elif cfg.TEST.ONLY and not cfg.TEST.SETS:
         yield "TEST.ONLY TEST.SETS", "chooses among the test sets of --sets; add it"
 
@@ -500,7 +501,10 @@ def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
         yield "TRAIN.BASE_LR TRAIN.GLOBAL_BATCH_SIZE", message
 
 
-def _augmentation_conflicts(aug: CfgNode, data: CfgNode) -> Iterator[Conflict]:
+def _augmentation_conflicts(aug: CfgNode, data: CfgNode, batch: int) -> Iterator[Conflict]:
+    if batch < aug.REPEATS:
+        message = "a step is too small for the repeats of one image; lower REPEATS"
+        yield "AUG.REPEATS TRAIN.GLOBAL_BATCH_SIZE", message
     for name in ("SCALE", "RATIO"):
         if aug.PADDING and aug[name] != KEYS[f"AUG.{name}"].default:
             message = "padded crops do not use it; remove it, or set AUG.PADDING to 0"

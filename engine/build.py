@@ -231,6 +231,7 @@ def train_sampler(
         start_step=start_step,
         total_steps=recipe.epochs * recipe.steps_per_epoch,
         seed=cfg.SEED,
+        repeats=cfg.AUG.REPEATS,
         rank=process.rank,
         world_size=process.world_size,
     )

@@ -34,6 +34,7 @@ TENSORS = {".perception.": ".lpu.", "displacement_bias_table": "rpe_table"}
 LATER_KEYS = {
     "AUG.MIXUP_OFF_EPOCH": 0,
     "AUG.ON_DEVICE": False,
+    "AUG.REPEATS": 1,
     "DATA.HOLDOUT": 0.0,
     "DATA.IMG_SIZE_SCHEDULE": [],
     "MODEL.KERNELS": "reference",

@@ -16,6 +16,8 @@ KNOBS = (
     "--opts",
     "DATA.IMG_SIZE_SCHEDULE=[[0, 32], [1, 48]]",
     "AUG.MIXUP_OFF_EPOCH=2",
+    "AUG.REPEATS=3",
+    "AUG.AUTO_AUGMENT=3a",
     "TRAIN.WARMUP_STEPS=3",
     "TRAIN.EMA_WARMUP=True",
     "TRAIN.OPTIMIZER.NAME=lamb",
