@@ -27,10 +27,12 @@ from utils.checks import (
     NAME,
     NAMES,
     PATH,
+    PATTERNS,
     POLICY,
     POSITIVE,
     RATIOS,
     RUN_PATH,
+    SCALES,
     SET_NAMES,
     SHARE,
     SHARE_ABOVE_0,
@@ -115,6 +117,7 @@ SCHEMA = (
     Key("AUG.COLOR_JITTER", 0.4, SHARE, "strength; timm applies it only without AUTO_AUGMENT or with 3a"),
     Key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", POLICY, "timm's policy; empty: none"),
     Key("AUG.ON_DEVICE", False, ANY, "the policy, a RandAugment, changes pixels on the device; the workers draw it"),
+    Key("AUG.REPEATS", 1, at_least(1), "times that a step holds each image, augmented differently (DeiT: 3)"),
     Key("AUG.REPROB", 0.25, SHARE, "probability of random erasing"),
     Key("AUG.REMODE", "pixel", one_of("const", "rand", "pixel"), "filling of erased boxes"),
     Key("AUG.RECOUNT", 1, at_least(1), "most boxes erased in an image"),
@@ -123,10 +126,12 @@ SCHEMA = (
     Key("AUG.MIXUP_PROB", 1.0, SHARE, "probability that a micro-batch is mixed"),
     Key("AUG.MIXUP_SWITCH_PROB", 0.5, SHARE, "probability of CutMix where both are on"),
     Key("AUG.MIXUP_MODE", "batch", one_of("batch", "pair", "elem"), "what shares one mixing coefficient"),
+    Key("AUG.MIXUP_OFF_EPOCH", 0, at_least(0), "epoch, counted from 0, from which on nothing is mixed; 0: never"),
 
     # ---- training; the learning rates are for a global batch of LR_BASE_SIZE and scale with it ----
     Key("TRAIN.EPOCHS", 300, at_least(1), "passes over the training set"),
     Key("TRAIN.WARMUP_EPOCHS", 20, at_least(0), "epochs of linear warm-up, part of EPOCHS"),
+    Key("TRAIN.WARMUP_STEPS", 0, at_least(0), "steps of linear warm-up instead; 0: WARMUP_EPOCHS"),
     Key("TRAIN.GLOBAL_BATCH_SIZE", 4096, between(1, 1_000_000), "images of a step, over all processes"),
     Key("TRAIN.BASE_LR", 5e-4, POSITIVE, "peak learning rate, per LR_BASE_SIZE images"),
     Key("TRAIN.WARMUP_LR", 5e-7, at_least(0), "first learning rate, per LR_BASE_SIZE images"),
@@ -134,11 +139,17 @@ SCHEMA = (
     Key("TRAIN.LR_BASE_SIZE", 512, at_least(1), "global batch that the learning rates are for"),
     Key("TRAIN.OPTIMIZER.NAME", "adamw", one_of("adamw", "sgd", "lamb", "lion", "muon"), "AdamW, or one of timm's"),
     Key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, SHARE_BELOW_1, "SGD's, which is Nesterov's, and Muon's"),
+    Key("TRAIN.LAYER_DECAY", 1.0, SHARE_ABOVE_0, "learning rate of a layer / that of the next (BEiT)"),
+    Key("TRAIN.LR_SCALES", [], SCALES, "factors on learning rates by name, such as of the offset networks"),
+    Key("TRAIN.FREEZE", "", PATTERNS, "what is not trained; ! takes back"),
     Key("TRAIN.WEIGHT_DECAY", 0.05, between(0, 1), "for weights of two and more dimensions"),
     Key("TRAIN.CLIP_GRAD", 5.0, at_least(0), "largest norm of the gradient; 0: not clipped"),
     Key("TRAIN.ADAM_BETAS", [0.9, 0.999], BETAS, "of AdamW, LAMB, Lion and the AdamW in Muon"),
     Key("TRAIN.ADAM_EPS", 1e-8, POSITIVE, "of AdamW, LAMB and Muon"),
     Key("TRAIN.EMA_DECAY", 0.0, DECAY, "fraction of the averaged weights kept by a step; 0: no average"),
+    Key("TRAIN.EMA_WARMUP", False, ANY, "average over few steps at first; docs/finetuning.md has the formula"),
+    Key("TRAIN.EMA_WARMUP_GAMMA", 1.0, POSITIVE, "timm's warmup_gamma"),
+    Key("TRAIN.EMA_WARMUP_POWER", 2 / 3, POSITIVE, "timm's warmup_power; 3/4 reaches 0.999 after 10,000 steps"),
     Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
     Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
     Key("TRAIN.DETERMINISTIC", False, ANY, "repeat the bits on CUDA too, at the cost of speed; CPUs always do"),
@@ -409,7 +420,7 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)
-        yield from _augmentation_conflicts(cfg.AUG, cfg.DATA)
+        yield from _augmentation_conflicts(cfg.AUG, cfg.DATA, cfg.TRAIN.GLOBAL_BATCH_SIZE)
     elif cfg.TEST.ONLY and not cfg.TEST.SETS:
         yield "TEST.ONLY TEST.SETS", "chooses among the test sets of --sets; add it"
 
@@ -470,14 +481,19 @@ def _nearest_divisors(number: int, wanted: int, even: bool = False) -> str:
 
 
 def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
-    if train.WARMUP_EPOCHS >= train.EPOCHS:
+    if not train.WARMUP_STEPS and train.WARMUP_EPOCHS >= train.EPOCHS:
         message = "the warm-up must end before the training; shorten it, 0 switches it off"
         yield "TRAIN.WARMUP_EPOCHS TRAIN.EPOCHS", message
     if train.MIN_LR > train.BASE_LR:
         yield "TRAIN.MIN_LR TRAIN.BASE_LR", "the last rate is above the highest; lower MIN_LR"
-    if train.WARMUP_EPOCHS and train.WARMUP_LR > train.BASE_LR:
+    if (train.WARMUP_STEPS or train.WARMUP_EPOCHS) and train.WARMUP_LR > train.BASE_LR:
         message = "the first rate is above the highest; lower WARMUP_LR"
         yield "TRAIN.WARMUP_LR TRAIN.BASE_LR", message
+    if train.EMA_WARMUP and not train.EMA_DECAY:
+        yield (
+            "TRAIN.EMA_WARMUP TRAIN.EMA_DECAY",
+            "there is no average to warm up; set EMA_DECAY, such as 0.9999",
+        )
     scale = train.GLOBAL_BATCH_SIZE / train.LR_BASE_SIZE
     if train.OPTIMIZER.NAME == "adamw" and scale > 1 and train.BASE_LR * scale > 0.02:
         message = (
@@ -487,7 +503,10 @@ def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
         yield "TRAIN.BASE_LR TRAIN.GLOBAL_BATCH_SIZE", message
 
 
-def _augmentation_conflicts(aug: CfgNode, data: CfgNode) -> Iterator[Conflict]:
+def _augmentation_conflicts(aug: CfgNode, data: CfgNode, batch: int) -> Iterator[Conflict]:
+    if batch < aug.REPEATS:
+        message = "a step is too small for the repeats of one image; lower REPEATS"
+        yield "AUG.REPEATS TRAIN.GLOBAL_BATCH_SIZE", message
     for name in ("SCALE", "RATIO"):
         if aug.PADDING and aug[name] != KEYS[f"AUG.{name}"].default:
             message = "padded crops do not use it; remove it, or set AUG.PADDING to 0"

@@ -1,7 +1,7 @@
 """Image dataset: images with labels, addressed by position, and what happens to bad files.
 
-An evaluation sample is addressed by its index. A training sample is addressed by (epoch, index),
-which fixes every random number of its augmentation and, if its file is damaged, its substitute.
+An evaluation sample is addressed by its index. A training sample is addressed by
+(epoch, index, repeat), which fixes every random number of its augmentation and, if its file is damaged, its substitute.
 """
 
 import errno
@@ -82,7 +82,7 @@ class ImageDataset(Dataset):
     """The images of `<root>/<split>`, a folder, .zip, .tar or .pack of `<class>/<file>`.
 
     transform: an image's pixels, uint8 [height, width, 3], to uint8 [3, H, W].
-    train: whether samples are `TrainSample`s, addressed by (epoch, index), or `EvalSample`s.
+    train: whether samples are `TrainSample`s, addressed by (epoch, index, repeat), or `EvalSample`s.
     classes: the class list that decides the labels, in order; None: the folder names, sorted.
     allow_missing: declares the split a subset, so that classes may have no images.
     seed: of the augmentation and of substitutes; only training uses it.
@@ -139,7 +139,7 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> TrainSample | EvalSample:
+    def __getitem__(self, item: int | tuple[int, int, int]) -> TrainSample | EvalSample:
         return self._train_sample(*item) if self.train else self._eval_sample(item)
 
     def __str__(self) -> str:
@@ -176,7 +176,7 @@ class ImageDataset(Dataset):
             digest.update(b"".join(lines))
         return digest.hexdigest()
 
-    def _train_sample(self, epoch: int, index: int) -> TrainSample:
+    def _train_sample(self, epoch: int, index: int, repeat: int = 0) -> TrainSample:
         bad = []
         for candidate in self._candidates(epoch, index):
             try:
@@ -184,7 +184,8 @@ class ImageDataset(Dataset):
             except UnreadableError as error:
                 bad.append(BadFile(self.path(candidate), str(error), epoch, index))
                 continue
-            reseed(key(self.seed, "sample", epoch, index))
+            # Without the repeat where it is the first, as for images that are not repeated.
+            reseed(key(self.seed, "sample", epoch, index, *([repeat] if repeat else [])))
             image = self._transform_at(epoch)(image)
             image, ops = image if isinstance(image, tuple) else (image, torch.empty(0, 2))
             return TrainSample(image, int(self.labels[index]), bad, ops)

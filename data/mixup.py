@@ -90,11 +90,16 @@ class BatchTransform:
             )
 
     def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor, ops: torch.Tensor | None = None
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        ops: torch.Tensor | None = None,
+        *,
+        mix: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Images uint8 [B, 3, H, W], labels int64 [B] and what is left of RandAugment to model input and targets.
 
-        Targets are labels [B], or with mixing switched on probabilities [B, num_classes].
+        Targets are labels [B], or with mixing switched on probabilities [B, num_classes]; `mix` False leaves it out.
         """
         if self.augment is not None:
             images = self.augment(images, ops)
@@ -102,6 +107,6 @@ class BatchTransform:
         targets = labels.to(self.device, non_blocking=True)
         if self.erase is not None:
             images = self.erase(images)
-        if self.mix is not None:
+        if self.mix is not None and mix:
             images, targets = self.mix(images, targets)
         return images, targets

@@ -27,11 +27,15 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     return num_samples // global_batch_size
 
 
-class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
-    """The micro-batches of one process from the first step to the last, each a list of (epoch, index).
+class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
+    """The micro-batches of one process from the first step to the last, each a list of (epoch, index, repeat).
 
     The `micro_batches` of a step, a multiple of `world_size`, go to the processes in contiguous runs; they
     come step by step from `start_step` to `total_steps`, without a break between epochs.
+
+    repeats: how often a step holds each of its images (repeated augmentation, Hoffer et al. 2020, as in DeiT and
+    timm's RepeatAugSampler): an epoch has its number of steps, with the first 1 / `repeats` of its images in them.
+    The repeats of an image are in different micro-batches, where there are so many.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         micro_batches: int,
         total_steps: int,
         seed: int,
+        repeats: int = 1,
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -55,22 +60,29 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
             rank * micro_batches // world_size, (rank + 1) * micro_batches // world_size
         )
         self.seed = seed
+        self.repeats = repeats
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.own_micro_batches)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for step in self.steps:
             for micro_batch in self.own_micro_batches:
                 yield self.micro_batch(step, micro_batch)
 
-    def micro_batch(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
-        """The (epoch, index) pairs of any micro-batch of any step, whichever process has it."""
+    def micro_batch(self, step: int, micro_batch: int) -> list[tuple[int, int, int]]:
+        """The (epoch, index, repeat) of any micro-batch of any step, whichever process has it."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.global_batch_size + micro_batch * self.batch_size
-        indices = self._epoch_order(epoch)[start : start + self.batch_size]
-        return [(epoch, index) for index in indices.tolist()]
+        start = position * self.global_batch_size
+        if self.repeats == 1:
+            places = start + micro_batch * self.batch_size + np.arange(self.batch_size)
+        else:  # dealt out, so that the repeats of an image, which are neighbours, part
+            count = self.global_batch_size // self.batch_size
+            places = start + micro_batch + count * np.arange(self.batch_size)
+        places, repeats = np.divmod(places, self.repeats)
+        indices = self._epoch_order(epoch)[places]
+        return [(epoch, *pair) for pair in zip(indices.tolist(), repeats.tolist(), strict=True)]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:

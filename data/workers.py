@@ -38,7 +38,7 @@ class TrackedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> TrainSample | EvalSample:
+    def __getitem__(self, item: int | tuple[int, int, int]) -> TrainSample | EvalSample:
         worker = get_worker_info()
         if worker is None:
             return self.dataset[item]

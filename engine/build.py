@@ -18,10 +18,11 @@ from yacs.config import CfgNode
 import data
 import models
 from analysis import imagenet
-from engine import agreement, checkpoint, compat, suite
+from engine import agreement, compat, suite
 from engine.grad_sync import DDPSync, DeterministicSync, GradSync, wrap_in_ddp
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
+from engine.parameters import freeze, learning_rate_scales
 from engine.precision import resolve_amp_dtype, resolve_kernels
 from engine.pretrained import load_pretrained
 from engine.sanity import schedule_warnings
@@ -30,7 +31,7 @@ from models.dat import VARIANTS
 from utils.devices import explain_no_gpu
 from utils.distributed import Process, init_distributed, share_errors
 from utils.download import download
-from utils.errors import ConfigError, DataError
+from utils.errors import ConfigError
 from utils.logging import logger, start_logging
 from utils.machine import list_shortages
 from utils.rng import key, reseed
@@ -240,6 +241,7 @@ def train_sampler(
         start_step=start_step,
         total_steps=recipe.epochs * recipe.steps_per_epoch,
         seed=cfg.SEED,
+        repeats=cfg.AUG.REPEATS,
         rank=process.rank,
         world_size=process.world_size,
     )
@@ -305,7 +307,10 @@ def describe_preprocessing(cfg: CfgNode) -> str:
 
 
 def check_model(cfg: CfgNode, *, training: bool) -> None:
-    """Raise ConfigError for a model that cannot be built or take a batch of the images; reads no data."""
+    """Raise ConfigError for a model that cannot be built or take a batch of the images; reads no data.
+
+    training: also for TRAIN.FREEZE and TRAIN.LR_SCALES with names of parameters that it does not have.
+    """
     models.check_forward(
         cfg.MODEL.NAME,
         num_classes=cfg.MODEL.NUM_CLASSES or 1000,
@@ -317,6 +322,11 @@ def check_model(cfg: CfgNode, *, training: bool) -> None:
         grad_checkpointing=cfg.MODEL.GRAD_CHECKPOINTING,
         **cfg.MODEL.ARGS,
     )
+    if training and (cfg.TRAIN.FREEZE or cfg.TRAIN.LR_SCALES):
+        model = models.build(cfg.MODEL.NAME, **_model_arguments(cfg, num_classes=2))
+        if cfg.TRAIN.FREEZE:
+            freeze(model, cfg.TRAIN.FREEZE)
+        learning_rate_scales(model, 1.0, cfg.TRAIN.LR_SCALES)
 
 
 def image_sizes(cfg: CfgNode) -> list[int]:
@@ -327,18 +337,21 @@ def image_sizes(cfg: CfgNode) -> list[int]:
 def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Module:
     """The model with its initial weights, a function of SEED, on `device`."""
     reseed(key(cfg.SEED, "model"))
-    model = models.build(
-        cfg.MODEL.NAME,
-        num_classes=num_classes,
-        img_size=cfg.DATA.IMG_SIZE,
-        drop_path_rate=cfg.MODEL.DROP_PATH_RATE,
-        **cfg.MODEL.ARGS,
-    )
+    model = models.build(cfg.MODEL.NAME, **_model_arguments(cfg, num_classes))
     if cfg.MODEL.GRAD_CHECKPOINTING:
         models.set_grad_checkpointing(model)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info(f"Model: {cfg.MODEL.NAME}, {millions:.2f} M parameters, {num_classes} classes")
     return model.to(device)
+
+
+def _model_arguments(cfg: CfgNode, num_classes: int) -> dict[str, object]:
+    return {
+        "num_classes": num_classes,
+        "img_size": cfg.DATA.IMG_SIZE,
+        "drop_path_rate": cfg.MODEL.DROP_PATH_RATE,
+        **cfg.MODEL.ARGS,
+    }
 
 
 def build_state(
@@ -349,12 +362,33 @@ def build_state(
     if fresh and cfg.CHECKPOINT.PRETRAINED:
         path = download(cfg.CHECKPOINT.PRETRAINED)
         load_pretrained(model, path, strict=False, classes=classes)
+    freeze_some(cfg.TRAIN, model)
     optimizer = build_optimizer(cfg.TRAIN, model)
     return TrainState(
         model=model,
-        ema=ModelEmaV3(model, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
+        ema=build_ema(cfg.TRAIN, model) if cfg.TRAIN.EMA_DECAY else None,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=cfg.AMP_DTYPE == "float16"),
+    )
+
+
+def freeze_some(train: CfgNode, model: nn.Module) -> None:
+    """Freeze the parameters of `model` that TRAIN.FREEZE names."""
+    if train.FREEZE:
+        freeze(model, train.FREEZE)
+        sizes = [(p.numel() / 1e6, p.requires_grad) for p in model.parameters()]
+        trained, total = sum(n for n, needed in sizes if needed), sum(n for n, _ in sizes)
+        logger.info(f"Trained: {trained:.2f} M of {total:.2f} M parameters; the others are frozen")
+
+
+def build_ema(train: CfgNode, model: nn.Module) -> ModelEmaV3:
+    """The average of the weights, which begins as a copy."""
+    return ModelEmaV3(
+        model,
+        decay=train.EMA_DECAY,
+        use_warmup=train.EMA_WARMUP,
+        warmup_gamma=train.EMA_WARMUP_GAMMA,
+        warmup_power=train.EMA_WARMUP_POWER,
     )
 
 
@@ -367,6 +401,7 @@ def build_optimizer(train: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         momentum=train.OPTIMIZER.MOMENTUM,
         betas=train.ADAM_BETAS,
         eps=train.ADAM_EPS,
+        lr_scales=learning_rate_scales(model, train.LAYER_DECAY, train.LR_SCALES),
     )
 
 
@@ -385,7 +420,7 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
     scale = cfg.TRAIN.GLOBAL_BATCH_SIZE / cfg.TRAIN.LR_BASE_SIZE
     schedule = Schedule(
         total=cfg.TRAIN.EPOCHS * steps_per_epoch,
-        warmup=cfg.TRAIN.WARMUP_EPOCHS * steps_per_epoch,
+        warmup=warmup_steps(cfg.TRAIN, steps_per_epoch),
         base=cfg.TRAIN.BASE_LR * scale,
         start=cfg.TRAIN.WARMUP_LR * scale,
         end=cfg.TRAIN.MIN_LR * scale,
@@ -413,6 +448,7 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
             interpolation=cfg.DATA.INTERPOLATION,
             **lower(cfg.AUG, BATCH_KEYS),
         ),
+        mixup_off_epoch=cfg.AUG.MIXUP_OFF_EPOCH,
         label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
         clip_grad=cfg.TRAIN.CLIP_GRAD,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
@@ -428,6 +464,16 @@ def list_schedule_warnings(cfg: CfgNode, steps_per_epoch: int) -> list[str]:
         ema_decay=cfg.TRAIN.EMA_DECAY,
         **lower(cfg, ("PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS")),
     )
+
+
+def warmup_steps(train: CfgNode, steps_per_epoch: int) -> int:
+    """Steps of warm-up. Raises ConfigError where that is the entire training."""
+    total = train.EPOCHS * steps_per_epoch
+    if total <= train.WARMUP_STEPS:
+        raise ConfigError(
+            f"TRAIN.WARMUP_STEPS is {train.WARMUP_STEPS}, but the training has {total} steps. Shorten the warm-up."
+        )
+    return train.WARMUP_STEPS or train.WARMUP_EPOCHS * steps_per_epoch
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -458,29 +504,6 @@ def build_metadata(
         **compat.describe_environment(process),
         "config": to_dict(cfg),
     }
-
-
-def load_step(
-    cfg: CfgNode, path: Path, process: Process
-) -> tuple[TrainState, Recipe, data.ImageDataset, data.TrainBatchSampler]:
-    """The state saved at `path` and what trains its next step, with all micro-batches in this one process.
-
-    Raises DataError where the images have changed since.
-    """
-    metadata = checkpoint.read_metadata(path)
-    train_set = open_split(cfg, "train", metadata["classes"])
-    if train_set.fingerprint != metadata["data"]:
-        raise DataError(
-            f"{train_set.reader.path} does not hold the images that {path} was trained on"
-        )
-    num_classes = len(metadata["classes"])
-    recipe = build_recipe(cfg, metadata["steps_per_epoch"], num_classes, process)
-    model = build_model(cfg, num_classes, process.device)
-    optimizer = build_optimizer(cfg.TRAIN, model)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=False)
-    state = TrainState(model, None, optimizer, scaler)
-    checkpoint.restore(path, state)
-    return state, recipe, train_set, train_sampler(cfg, train_set, recipe, process, state.step)
 
 
 # --- Log ------------------------------------------------------------------------------------------

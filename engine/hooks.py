@@ -177,7 +177,7 @@ def images_of(step: int, dataset: ImageDataset, sampler: TrainBatchSampler) -> l
     """The paths of the images of a step, by micro-batch."""
     numbers = range(sampler.global_batch_size // sampler.batch_size)
     batches = [sampler.micro_batch(step, number) for number in numbers]
-    return [[dataset.path(index) for _, index in batch] for batch in batches]
+    return [[dataset.path(index) for _, index, _ in batch] for batch in batches]
 
 
 def latest_finite(folder: Path) -> Path | None:

@@ -35,7 +35,10 @@ class Recipe:
     global_batch: int  # images of one step
     micro_batches: range  # the micro-batches of every step that are this process's
     schedule: Schedule
-    transform: Callable  # (uint8 images, labels, ops) on the CPU -> (images, targets) on the device
+    transform: (
+        Callable  # (uint8 images, labels, ops, mix=…) on the CPU -> (images, targets) on the device
+    )
+    mixup_off_epoch: int  # from which on images are not mixed; 0: never
     label_smoothing: float
     clip_grad: float  # largest gradient norm; 0 leaves the gradient as it is
     amp_dtype: torch.dtype
@@ -78,7 +81,7 @@ def train_one_epoch(
     while state.step < end:
         rate = recipe.schedule(state.step)
         for group in state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         losses = forward_backward(state, grad_sync, batches, recipe, process, timer)
         with timer("optimizer"):
             norm = _step(state, recipe.clip_grad)
@@ -120,12 +123,13 @@ def forward_backward(
     """Leave the mean gradient of a step's micro-batches; return the losses of this process's."""
     state.optimizer.zero_grad(set_to_none=True)
     losses = []
+    mix = not 0 < recipe.mixup_off_epoch <= state.step // recipe.steps_per_epoch
     for micro_batch in recipe.micro_batches:
         with timer("data_wait"):
             batch = next(batches)
         reseed(key(recipe.seed, "slot", state.step, micro_batch), process.device)
         with timer("transform"):
-            images, targets = recipe.transform(batch.images, batch.labels, batch.ops)
+            images, targets = recipe.transform(batch.images, batch.labels, batch.ops, mix=mix)
         with grad_sync.accumulate(micro_batch, timer):
             with timer("forward"), autocast(process.device, recipe.amp_dtype):
                 logits = grad_sync.net(images)
@@ -147,7 +151,7 @@ def _step(state: TrainState, clip_grad: float) -> float:
         state.scaler.step(state.optimizer)
         state.scaler.update()
     if finite and state.ema is not None:
-        state.ema.update(state.model)
+        state.ema.update(state.model, state.step + 1 if state.ema.use_warmup else None)
     state.skipped = 0 if finite else state.skipped + 1
     if not finite:
         logger.warning(f"step {state.step + 1}: the gradient norm is {norm}, it is skipped")

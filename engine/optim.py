@@ -22,17 +22,21 @@ STATE = {
 # --- Optimizers -----------------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, hybrid: bool = False) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scales: dict[str, float], *, hybrid: bool = False
+) -> list[dict]:
     """Groups of parameters, decayed and not: vectors, biases and what `model.no_weight_decay()` names are not decayed.
 
     A name of `no_weight_decay` is a parameter's full name or its last part, as timm's models use both.
+    Frozen parameters are in none.
 
+    lr_scales: the factor on the learning rate, "lr_scale" of a group, of every parameter by name.
     hybrid: for Muon, further groups with `use_fallback`, of what its AdamW moves: the names of `no_weight_decay`, the
     classifier and the first convolution, which embeds the image. Muon itself finds other shapes that it cannot take.
     """
     exempt = set(getattr(model, "no_weight_decay", set)())
     ends = _ends(model) if hybrid else ()
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, False): [], (True, False): []}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -40,11 +44,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, hybrid: bool = Fa
         named = name in exempt or last in exempt
         free = named or parameter.ndim <= 1 or last == "bias"
         fallback = hybrid and (named or name.startswith(ends))
-        groups.setdefault((free, fallback), []).append(parameter)
+        groups.setdefault((free, fallback, lr_scales[name]), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": 0.0 if free else weight_decay}
+        {"params": parameters, "weight_decay": 0.0 if free else weight_decay, "lr_scale": scale}
         | ({"use_fallback": True} if fallback else {})
-        for (free, fallback), parameters in groups.items()
+        for (free, fallback, scale), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
@@ -64,14 +68,15 @@ def create_optimizer(
     momentum: float,
     betas: Sequence[float],
     eps: float,
+    lr_scales: dict[str, float],
 ) -> torch.optim.Optimizer:
     """torch's AdamW, or timm's optimizer `name`: "sgd", "lamb", "lion" or "muon". It ignores what it does not have.
 
     AdamW is fused: the bits of this form differ from the other forms' and it is one for every device, so it is fixed.
     SGD has Nesterov's momentum. LAMB clips no gradients, because the loop does. The learning rate is set at every
-    step from `Schedule`.
+    step, from `Schedule` and the `lr_scale` of a group.
     """
-    groups = parameter_groups(model, weight_decay, hybrid=name == "muon")
+    groups = parameter_groups(model, weight_decay, lr_scales, hybrid=name == "muon")
     settings = {"lr": 0.0, "betas": tuple(betas), "eps": eps}
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **settings)

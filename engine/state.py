@@ -6,7 +6,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from engine.optim import load_optimizer_state, optimizer_state
+from engine.optim import STATE, load_optimizer_state, optimizer_state
 
 
 @dataclass
@@ -58,6 +58,9 @@ class TrainState:
         load_optimizer_state(self.optimizer, state)
 
     def num_bytes(self) -> int:
-        """Bytes of a checkpoint's tensors: weights, AdamW's two moments and, if there is one, the EMA."""
-        copies = 3 + (self.ema is not None)
-        return copies * sum(4 * p.numel() for p in self.model.parameters())
+        """Bytes of a checkpoint's tensors: weights, optimizer state and, if there is one, the EMA."""
+        moments = max(len(keys - {"step"}) for keys in STATE[type(self.optimizer)])
+        copies = 1 + (self.ema is not None)
+        return sum(
+            4 * p.numel() * (copies + moments * p.requires_grad) for p in self.model.parameters()
+        )

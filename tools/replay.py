@@ -29,9 +29,11 @@ import data
 from engine import build, checkpoint
 from engine.grad_sync import DDPSync
 from engine.hooks import images_of
-from engine.loop import forward_backward
+from engine.loop import Recipe, forward_backward
+from engine.state import TrainState
 from utils import distributed
-from utils.errors import CheckpointError, as_exit_code
+from utils.distributed import Process
+from utils.errors import CheckpointError, DataError, as_exit_code
 from utils.files import write_atomically
 from utils.logging import start_logging
 from utils.step_timer import StepTimer
@@ -71,11 +73,40 @@ def observe(model: nn.Module) -> list[dict]:
     return rows
 
 
+def load_step(
+    cfg: CfgNode, path: Path, process: Process
+) -> tuple[TrainState, Recipe, data.ImageDataset, data.TrainBatchSampler]:
+    """The state saved at `path` and what trains its next step, with all micro-batches in this one process.
+
+    Raises DataError where the images have changed since.
+    """
+    metadata = checkpoint.read_metadata(path)
+    train_set = build.open_split(cfg, "train", metadata["classes"])
+    if train_set.fingerprint != metadata["data"]:
+        raise DataError(
+            f"{train_set.reader.path} does not hold the images that {path} was trained on"
+        )
+    num_classes = len(metadata["classes"])
+    recipe = build.build_recipe(cfg, metadata["steps_per_epoch"], num_classes, process)
+    model = build.build_model(cfg, num_classes, process.device)
+    build.freeze_some(cfg.TRAIN, model)
+    optimizer = build.build_optimizer(cfg.TRAIN, model)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=False)
+    state = TrainState(model, None, optimizer, scaler)
+    checkpoint.restore(path, state)
+    return (
+        state,
+        recipe,
+        train_set,
+        build.train_sampler(cfg, train_set, recipe, process, state.step),
+    )
+
+
 def replay(cfg: CfgNode, path: Path) -> dict:
     """Run the step after the state at `path`; describe the weights, every micro-batch and the mean gradient."""
     with distributed.init_distributed(cfg.DEVICE, cfg.THREADS) as process:
         start_logging(cfg.MODEL.NAME, process.rank)
-        state, recipe, train_set, sampler = build.load_step(cfg, path, process)
+        state, recipe, train_set, sampler = load_step(cfg, path, process)
         images = images_of(state.step, train_set, sampler)
         batches = iter(data.train_loader(train_set, sampler, num_workers=0, timeout=0))
         parameters = dict(state.model.named_parameters())

@@ -63,6 +63,15 @@ def _is_size_schedule(value: list) -> bool:
     return epochs == sorted({*epochs}) and all(e >= 0 and size >= 32 for e, size in pairs)
 
 
+def _is_scale_list(value: list) -> bool:
+    """Whether `value` is a list of [pattern, factor] pairs."""
+    pairs = [pair for pair in value if isinstance(pair, list) and len(pair) == 2]
+    return len(pairs) == len(value) and all(
+        isinstance(pattern, str) and pattern and type(factor) in (int, float) and factor > 0
+        for pattern, factor in pairs
+    )
+
+
 WEIGHT_FILES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
 PATH_TEXT = "a path, written out (no ~, $ or URL)"
 
@@ -91,6 +100,14 @@ FOLDER_NAME = Check(
 NAMES = Check(
     "names with commas between, such as TRAIN.EPOCHS,threads",
     lambda value: re.fullmatch(r"([\w.]+(,[\w.]+)*)?", value),
+)
+PATTERNS = Check(
+    "names of parameters or modules, with * or ?, with commas between, such as stem,stages.0 or '*,!head'",
+    lambda value: re.fullmatch(r"(!?[\w.*?]+(,!?[\w.*?]+)*)?", value),
+)
+SCALES = Check(
+    "a list of [name of a parameter or module, factor above 0], such as [['*.positions', 0.1]]",
+    _is_scale_list,
 )
 SET_NAMES = Check(
     "names of test sets with commas between, such as val,v2,a",

@@ -32,13 +32,20 @@ RECORDS = {"update": "step", "slots": "micro_batches"}
 TENSORS = {".perception.": ".lpu.", "displacement_bias_table": "rpe_table"}
 # What keys that came later would have been, in checkpoints of either edition that lack them.
 LATER_KEYS = {
+    "AUG.MIXUP_OFF_EPOCH": 0,
     "AUG.ON_DEVICE": False,
+    "AUG.REPEATS": 1,
     "DATA.HOLDOUT": 0.0,
     "DATA.IMG_SIZE_SCHEDULE": [],
     "MODEL.KERNELS": "reference",
     "TRAIN.DETERMINISTIC": False,
+    "TRAIN.EMA_WARMUP": False,
+    "TRAIN.FREEZE": "",
+    "TRAIN.LAYER_DECAY": 1.0,
     "TRAIN.LR_BASE_SIZE": 512,
+    "TRAIN.LR_SCALES": [],
     "TRAIN.OPTIMIZER.NAME": "adamw",
+    "TRAIN.WARMUP_STEPS": 0,
 }
 REPRODUCIBILITY = {
     "L2": "bitwise",

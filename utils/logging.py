@@ -6,15 +6,17 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from utils.bottleneck import PHASES
 from utils.errors import StorageError
 from utils.files import write_atomically
 from utils.first_edition import translate_record
+
+if TYPE_CHECKING:  # a refused command need not wait for it
+    import numpy as np
 
 logger = logging.getLogger("dat")
 
@@ -138,7 +140,7 @@ class MetricWriter:
         """Record the paths of a step's images, by micro-batch: it was not applied."""
         self._write("skipped", step, {"micro_batches": micro_batches})
 
-    def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+    def pictures(self, step: int, pictures: dict[str, "np.ndarray"]) -> None:
         """Show pictures (H, W, 3) uint8 in TensorBoard."""
         self._draw(
             lambda board: [

@@ -14,6 +14,7 @@ from engine.optim import create_optimizer
 def make_optimizer(model: nn.Module, name: str = "adamw", weight_decay: float = 0.01):
     """The optimizer `name` with the usual settings."""
     settings = {"momentum": 0.9, "betas": (0.9, 0.99), "eps": 1e-8}
+    settings["lr_scales"] = {name: 1.0 for name, _ in model.named_parameters()}
     return create_optimizer(model, name, weight_decay=weight_decay, **settings)
 
 

@@ -43,7 +43,7 @@ def images(tmp_path_factory) -> Path:
     """Two steps of 24 images an epoch, one image of which, in steps 2 and 3, is white."""
     root = write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=4)
     sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=6, total_steps=6, seed=0)
-    second, third = ({index for micro_batch in range(6) for _, index in sampler.micro_batch(step, micro_batch)}
+    second, third = ({index for micro_batch in range(6) for _, index, _ in sampler.micro_batch(step, micro_batch)}
                      for step in (1, 2))  # fmt: skip
     white = min(second & third)
     Image.new("RGB", (40, 40), "white").save(root / "train" / name_of(white))

@@ -1,5 +1,6 @@
 """Parts of the engine: schedule, decay groups, checkpoint folder, skipped steps, evaluation, records."""
 
+import dataclasses
 import json
 import os
 import threading
@@ -15,14 +16,17 @@ from torch.utils.data import DataLoader
 
 import config
 import models  # noqa: F401  registers the variants
+from data import TrainBatch
 from engine import build, checkpoint, compat
-from engine.loop import Accuracy, _step, validate
+from engine.grad_sync import DDPSync
+from engine.loop import Accuracy, _step, forward_backward, validate
 from engine.optim import Schedule, parameter_groups
 from engine.state import TrainState
 from utils.distributed import Process
-from utils.errors import CheckpointError, StorageError
+from utils.errors import CheckpointError, ConfigError, StorageError
 from utils.logging import MetricWriter
 from utils.rng import key, permutation
+from utils.step_timer import StepTimer
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Process(0, 1, torch.device("cpu"))
@@ -80,7 +84,8 @@ def test_schedule_is_the_released_one(total, warmup):
 )
 def test_what_is_not_decayed(name, exempt):
     model = timm.create_model(name)
-    decayed, free = parameter_groups(model, 0.05)
+    scales = {name: 1.0 for name, _ in model.named_parameters()}
+    decayed, free = parameter_groups(model, 0.05, scales)
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0)
     assert len(decayed["params"]) + len(free["params"]) == len(names)
@@ -127,6 +132,51 @@ def test_step_without_a_finite_gradient_is_skipped(optimizer, value, fp16):
     train_a_little(state, 1)
     assert bits(state) != before
     assert state.skipped == 0
+
+
+# --- What depends on the step ---------------------------------------------------------------------
+
+
+def test_the_average_warms_up_by_timms_formula():
+    state = make_state()
+    state.ema.use_warmup, state.ema.warmup_gamma, state.ema.warmup_power = True, 2.0, 0.75
+    expected = state.ema.module[0].weight.clone()
+    for step in range(1, 40):
+        train_a_little(state, 1)
+        keep = min(1 - (1 + (step - 1) / 2) ** -0.75, 0.9)
+        expected = keep * expected + (1 - keep) * state.model[0].weight
+        torch.testing.assert_close(state.ema.module[0].weight, expected)
+    assert keep == pytest.approx(0.9, abs=0.01)
+
+
+def test_images_are_mixed_until_the_epoch_in_which_mixing_is_off():
+    asked = []
+
+    def transform(images, labels, ops, *, mix):
+        asked.append(mix)
+        return torch.ones(2, 4), labels
+
+    cfg = config.load(
+        str(ROOT / "configs/digits.yaml"), ["AUG.MIXUP_OFF_EPOCH=2", "AMP_DTYPE=float32"]
+    )
+    recipe = build.build_recipe(cfg, 3, 2, CPU)
+    recipe = dataclasses.replace(recipe, transform=transform, micro_batches=range(1))
+    state, batch = make_state(), TrainBatch(torch.zeros(2), torch.tensor([0, 1]), [], None)
+    for state.step in range(9):
+        sync = DDPSync(state.model, recipe.micro_batches, CPU)
+        forward_backward(state, sync, iter([batch]), recipe, CPU, StepTimer(CPU.device))
+    assert asked == [True] * 6 + [False] * 3
+
+
+def test_warm_up_in_steps():
+    cfg = config.load(
+        str(ROOT / "configs/digits.yaml"), ["TRAIN.WARMUP_STEPS=7", "AMP_DTYPE=float32"]
+    )
+    assert build.build_recipe(cfg, 10, 10, CPU).schedule.warmup == 7
+    with pytest.raises(ConfigError, match=r"WARMUP_STEPS is 7, but the training has 7 steps\. Sh"):
+        build.warmup_steps(
+            config.load_values({"TRAIN": {"WARMUP_STEPS": 7, "EPOCHS": 7}}, "").TRAIN, 1
+        )
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------

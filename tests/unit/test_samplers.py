@@ -15,10 +15,11 @@ from helpers.pipeline import (
     train_loader,
     train_transform,
 )
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from data import ShardSampler, TrainBatchSampler, steps_per_epoch
 from utils.errors import DataError
-from utils.rng import key, reseed
+from utils.rng import key, permutation, reseed
 
 STREAM = {"batch_size": 4, "micro_batches": 4, "total_steps": 5, "seed": 7}  # two steps per epoch
 
@@ -95,11 +96,42 @@ def test_every_epoch_is_a_new_order_without_repeats():
     sampler = TrainBatchSampler(103, batch_size=5, micro_batches=4, total_steps=15, seed=1)
     epochs = [[], [], []]
     for batch in sampler:
-        for epoch, index in batch:
+        for epoch, index, repeat in batch:
+            assert repeat == 0
             epochs[epoch].append(index)
     assert [len(set(epoch)) for epoch in epochs] == [len(epoch) for epoch in epochs] == [100] * 3
     assert epochs[0] != epochs[1] != epochs[2]
     assert len(sampler) == 60
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_repeats_are_those_of_timms_sampler(world_size):
+    """As on `world_size` GPUs with one micro-batch each: the same images in the same places."""
+    settings = {"batch_size": 8, "micro_batches": world_size, "total_steps": 4 // world_size * 2}
+    samplers = [
+        TrainBatchSampler(40, **settings, seed=5, repeats=3, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    order = permutation(40, key(5, "order", 0))
+    theirs = RepeatAugSampler(
+        range(40), world_size, 0, shuffle=False, num_repeats=3, selected_round=32, selected_ratio=0
+    )
+    for rank, sampler in enumerate(samplers):
+        theirs.rank = rank
+        ours = [sample for batch in list(sampler)[: 4 // world_size] for sample in batch]
+        assert [index for _, index, _ in ours] == order[list(theirs)][: len(ours)].tolist()
+        assert len({sample[1:] for sample in ours}) == len(ours)
+        if world_size == 4:
+            assert len({index for _, index, _ in next(iter(sampler))}) == 8, "an image twice"
+
+
+def test_repeats_are_augmented_differently_and_the_first_as_ever(root):
+    data = train_set(root)
+    first, second = data[0, 3, 0], data[0, 3, 1]
+    assert torch.equal(first.image, data[0, 3].image)
+    assert not torch.equal(first.image, second.image)
+    assert torch.equal(second.image, data[0, 3, 1].image)
+    assert first.label == second.label
 
 
 def test_resuming_costs_no_more_at_the_end_of_an_epoch():

@@ -167,6 +167,28 @@ def test_moved_rows_are_pillows_with_other_rounding(theirs):
     assert np.mean(differing) < 1e-3
 
 
+@pytest.mark.parametrize("policy", ["3a", "augmix-m3-w3", "original", "rand-m9-n3-p0.3-t3a"])
+def test_every_policy_is_timms_to_the_bit(policy):
+    """3-Augment (DeiT III) with its colour jitter, AugMix, AutoAugment: nothing of them is left out."""
+    settings = {"auto_augment": policy, "color_jitter": 0.3, "interpolation": "nearest"}
+    ours = train_transform(48, **settings)
+    theirs = create_transform(48, is_training=True, use_prefetcher=True, **settings)
+    plain = train_transform(48, **settings | {"auto_augment": "", "color_jitter": 0.0})
+    picture, changed = PICTURE.resize((64, 56)), 0
+    for number in range(60):
+        results = []
+        for transform, image in (
+            (ours, pixels_of(picture)),
+            (theirs, picture),
+            (plain, pixels_of(picture)),
+        ):
+            reseed(number)
+            results.append(np.asarray(transform(image)))
+        assert (results[0] == results[1]).all()
+        changed += (results[0] != results[2]).any()
+    assert changed > 30
+
+
 def test_every_decision_is_timms(monkeypatch):
     """The same seed: the same crop, flip, operations, strengths and signs, and the same end."""
     calls = []

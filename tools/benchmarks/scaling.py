@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 from engine.loop import autocast
-from engine.optim import create_optimizer
 from tools.benchmarks.macs import count_macs
 from tools.benchmarks.model import at_least, format_spread, ratios, spread
 from utils.errors import ConfigError
@@ -77,9 +76,7 @@ def run_worker(
         net = DistributedDataParallel(
             model, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
-    optimizer = create_optimizer(
-        model, "adamw", weight_decay=0.05, momentum=0.0, betas=(0.9, 0.999), eps=1e-8
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images = torch.randn(args.batch // world_size, 3, args.size, args.size)
     while pipe.recv():
         start = time.perf_counter()
