@@ -133,7 +133,7 @@ def reliability_svg(rows: Predictions) -> str:
         markersize=4, linewidth=1.5, elinewidth=0.9, label="measured, 95 %",
     )  # fmt: skip
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-    _finish(ax, legend=True)
+    _finish(ax, legend=True, place="lower right")
     return to_svg(figure, "Reliability")
 
 
@@ -185,10 +185,10 @@ def _plain(text: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def _finish(ax: Axes, legend: bool) -> None:
+def _finish(ax: Axes, legend: bool, place: str = "best") -> None:
     ax.grid(color="#888888", alpha=0.25, linewidth=0.6)
     if legend:
-        ax.legend(frameon=False, fontsize=8.5, labelcolor=TEXT)
+        ax.legend(frameon=False, fontsize=8.5, labelcolor=TEXT, loc=place)
 
 
 def to_svg(figure: Figure, title: str) -> str:

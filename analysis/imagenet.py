@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from timm.data import ImageNetInfo
 
 from utils.errors import DataError
 
@@ -64,6 +63,9 @@ def subset_wnids(letter: str) -> list[str]:
 
 def describe(classes: Sequence[str]) -> list[str] | None:
     """The classes in words where all of them are wnids that timm knows, "tench, Tinca tinca"; else None."""
+    # A report of scores that are there needs no timm, which brings torch and takes seconds.
+    from timm.data import ImageNetInfo
+
     info = ImageNetInfo("imagenet-22k")
     try:
         return [info.label_name_to_description(name) for name in classes]

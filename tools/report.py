@@ -26,7 +26,6 @@ from analysis.pages import picture
 from analysis.report import Recipes, Thumbnails, make_report
 from analysis.runs import flatten, read_run
 from data.readers import open_split
-from engine.compat import IGNORED
 from utils.errors import ConfigError, DataError, as_exit_code
 from utils.files import write_atomically
 from utils.yaml_nodes import to_dict
@@ -43,10 +42,16 @@ def load_recipe(file: str) -> tuple[dict, str] | None:
         return None
 
 
-def recipes() -> Recipes:
-    """What settings are compared with."""
+def recipes(*, several: bool) -> Recipes:
+    """What the settings of a run, or of `several`, are compared with."""
+    ignored = frozenset()
+    if several:
+        # It imports torch, for which a single run need not wait.
+        from engine.compat import IGNORED
+
+        ignored = frozenset(IGNORED)
     defaults = {key.name: key.default for key in config.SCHEMA}
-    return Recipes(defaults, load_recipe, frozenset(IGNORED))
+    return Recipes(defaults, load_recipe, ignored)
 
 
 class Mistakes:
@@ -118,7 +123,9 @@ def main(arguments: list[str]) -> None:
     out = args.out or (args.runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if not out.parent.is_dir():
         raise DataError(f"{out.parent}: no such folder for --out")
-    page = make_report(runs, recipes(), evaluations=args.eval, thumbnails=thumbnails)
+    page = make_report(
+        runs, recipes(several=len(runs) > 1), evaluations=args.eval, thumbnails=thumbnails
+    )
     write_atomically(out, page)
     print(f"{out}: {len(page.encode()) / 1e3:.0f} kB")
 

@@ -36,7 +36,7 @@
       scales: { x: { time: false }, y: { distr: chart.log ? 3 : 1 } },
       cursor: { focus: { prox: 30 }, drag: { x: true, y: false } },
       focus: { alpha: 0.35 },
-      legend: { live: series.length <= 14, show: series.length <= 14 },
+      legend: { show: chart.bands.length + chart.lines.filter((line) => !line.faint).length <= 14 },
     };
   }
 
@@ -66,7 +66,11 @@
         figure.append(live);
         figure.querySelector(".still").style.display = "none";
       }
-      plots.push(new uPlot(options(chart, figure.clientWidth), table(chart), live));
+      const plot = new uPlot(options(chart, figure.clientWidth), table(chart), live);
+      // The ends of bands, and the runs behind a mean, are seen without names.
+      const quiet = [false, ...chart.bands.flatMap(() => [true, true]), ...chart.lines.map((line) => line.faint && chart.bands.length > 0)];
+      plot.root.querySelectorAll(".u-series").forEach((row, index) => (row.hidden = quiet[index]));
+      plots.push(plot);
     }
   }
 
