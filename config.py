@@ -25,6 +25,7 @@ from utils.checks import (
     FILLED_PATH,
     FOLDER_NAME,
     NAME,
+    NAME_OR_NONE,
     NAMES,
     PATH,
     PATTERNS,
@@ -158,6 +159,13 @@ SCHEMA = (
     Key("TRAIN.REPORT", False, ANY, "write report.html to the run's directory when the run ends or stops"),
     Key("TRAIN.MAX_SKIPPED", 20, at_least(1),
         "steps in a row without a finite gradient that end the run; fp16's loss scale may need 16 to come down"),
+
+    # ---- distillation (DeiT) ----
+    Key("DISTILL.TEACHER_PATH", "", WEIGHTS, "a run or checkpoint, or TEACHER_MODEL's weights; empty: no teacher"),
+    Key("DISTILL.TEACHER_MODEL", "", NAME_OR_NONE, "timm's name of the teacher, whose weights are a file"),
+    Key("DISTILL.TYPE", "hard", one_of("hard", "soft"), "follow the teacher's class, or its probabilities"),
+    Key("DISTILL.ALPHA", 0.5, SHARE_ABOVE_0, "part of the loss that follows the teacher (DeiT: 0.5 hard, 0.1 soft)"),
+    Key("DISTILL.TAU", 1.0, POSITIVE, "temperature of the probabilities, soft (DeiT: 3)"),
 
     # ---- checkpoints ----
     Key("CHECKPOINT.RESUME", "", RUN_PATH, "run or checkpoint folder to resume from; overrides PRETRAINED"),
@@ -420,6 +428,7 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)
+        yield from _teacher_conflicts(cfg.DISTILL)
         yield from _augmentation_conflicts(cfg.AUG, cfg.DATA, cfg.TRAIN.GLOBAL_BATCH_SIZE)
     elif cfg.TEST.ONLY and not cfg.TEST.SETS:
         yield "TEST.ONLY TEST.SETS", "chooses among the test sets of --sets; add it"
@@ -501,6 +510,20 @@ def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
             f"if it was scaled already, write {train.BASE_LR / scale:g}"
         )
         yield "TRAIN.BASE_LR TRAIN.GLOBAL_BATCH_SIZE", message
+
+
+def _teacher_conflicts(distill: CfgNode) -> Iterator[Conflict]:
+    for name in ("TEACHER_MODEL", "TYPE", "ALPHA", "TAU"):
+        if not distill.TEACHER_PATH and distill[name] != KEYS[f"DISTILL.{name}"].default:
+            yield (
+                f"DISTILL.{name} DISTILL.TEACHER_PATH",
+                "there is no teacher; set TEACHER_PATH to its weights",
+            )
+    if distill.TYPE == "hard" and KEYS["DISTILL.TAU"].default != distill.TAU:
+        yield (
+            "DISTILL.TAU DISTILL.TYPE",
+            "a class has no temperature; remove it, or set TYPE to soft",
+        )
 
 
 def _augmentation_conflicts(aug: CfgNode, data: CfgNode, batch: int) -> Iterator[Conflict]:

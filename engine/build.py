@@ -19,6 +19,7 @@ import data
 import models
 from analysis import imagenet
 from engine import agreement, compat, suite
+from engine.distill import Colours, Distillation, fingerprint, load_teacher
 from engine.grad_sync import DDPSync, DeterministicSync, GradSync, wrap_in_ddp
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
@@ -29,7 +30,7 @@ from engine.sanity import schedule_warnings
 from engine.state import TrainState
 from models.dat import VARIANTS
 from utils.devices import explain_no_gpu
-from utils.distributed import Process, init_distributed, share_errors
+from utils.distributed import Process, init_distributed, on_main, share_errors
 from utils.download import download
 from utils.errors import ConfigError
 from utils.logging import logger, start_logging
@@ -414,7 +415,9 @@ def build_grad_sync(
     return DDPSync(wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process), micro_batches, process)
 
 
-def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: Process) -> Recipe:
+def build_recipe(
+    cfg: CfgNode, steps_per_epoch: int, classes: list[str], process: Process
+) -> Recipe:
     """What every step does."""
     own = cfg.TRAIN.GLOBAL_BATCH_SIZE // cfg.DATA.BATCH_SIZE // process.world_size
     scale = cfg.TRAIN.GLOBAL_BATCH_SIZE / cfg.TRAIN.LR_BASE_SIZE
@@ -441,7 +444,7 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
         micro_batches=range(process.rank * own, (process.rank + 1) * own),
         schedule=schedule,
         transform=data.BatchTransform(
-            num_classes=num_classes,
+            num_classes=len(classes),
             device=process.device,
             mean=cfg.DATA.MEAN,
             std=cfg.DATA.STD,
@@ -450,6 +453,7 @@ def build_recipe(cfg: CfgNode, steps_per_epoch: int, num_classes: int, process: 
         ),
         mixup_off_epoch=cfg.AUG.MIXUP_OFF_EPOCH,
         label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
+        distillation=build_distillation(cfg, classes, process.device),
         clip_grad=cfg.TRAIN.CLIP_GRAD,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
         print_freq=cfg.PRINT_FREQ,
@@ -464,6 +468,18 @@ def list_schedule_warnings(cfg: CfgNode, steps_per_epoch: int) -> list[str]:
         ema_decay=cfg.TRAIN.EMA_DECAY,
         **lower(cfg, ("PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS")),
     )
+
+
+def build_distillation(
+    cfg: CfgNode, classes: list[str], device: torch.device
+) -> Distillation | None:
+    """How the student follows its teacher; None without one."""
+    if not cfg.DISTILL.TEACHER_PATH:
+        return None
+    path = download(cfg.DISTILL.TEACHER_PATH)
+    teacher = load_teacher(path, cfg.DISTILL.TEACHER_MODEL, classes, device)
+    colours = Colours(cfg.DATA.MEAN, cfg.DATA.STD)
+    return Distillation(teacher, colours, **lower(cfg.DISTILL, ("TYPE", "ALPHA", "TAU")))
 
 
 def warmup_steps(train: CfgNode, steps_per_epoch: int) -> int:
@@ -487,6 +503,8 @@ def build_metadata(
     process: Process,
 ) -> dict:
     """What a checkpoint holds beside the state: enough to understand it, and to notice what changed since."""
+    path = cfg.DISTILL.TEACHER_PATH
+    teacher = on_main(lambda: fingerprint(download(path))) if path else None
     return {
         "format": CHECKPOINT_FORMAT,
         "model": cfg.MODEL.NAME,
@@ -495,6 +513,7 @@ def build_metadata(
         "val_data": val_set.fingerprint,
         "images": {"train": len(train_set), "val": len(val_set)},
         "decoder": data.decoder_fingerprint(),
+        "teacher": teacher,
         "steps_per_epoch": steps_per_epoch,
         "reproducibility": compat.reproducibility(
             process.device,

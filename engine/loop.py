@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from analysis.collector import Collector
 from data import NO_LABEL
+from engine.distill import Distillation
 from engine.grad_sync import GradSync
 from engine.optim import Schedule
 from engine.state import TrainState
@@ -40,6 +41,7 @@ class Recipe:
     )
     mixup_off_epoch: int  # from which on images are not mixed; 0: never
     label_smoothing: float
+    distillation: Distillation | None
     clip_grad: float  # largest gradient norm; 0 leaves the gradient as it is
     amp_dtype: torch.dtype
     print_freq: int  # steps between records
@@ -133,7 +135,11 @@ def forward_backward(
         with grad_sync.accumulate(micro_batch, timer):
             with timer("forward"), autocast(process.device, recipe.amp_dtype):
                 logits = grad_sync.net(images)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+                teacher = recipe.distillation and recipe.distillation.logits(images)
+            logits = logits.float()
+            loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+            if recipe.distillation:
+                loss = recipe.distillation(loss, logits, teacher)
             loss = loss / grad_sync.divisor
             with timer("backward"):
                 state.scaler.scale(loss).backward()

@@ -60,7 +60,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
             fresh = resumed is None and process.is_main
             state = build.build_state(cfg, train_set.classes, process.device, fresh=fresh)
             run_dir.require_space(state.num_bytes())
-        recipe = build.build_recipe(cfg, steps_per_epoch, len(train_set.classes), process)
+            recipe = build.build_recipe(cfg, steps_per_epoch, train_set.classes, process)
         grad_sync = build.build_grad_sync(cfg, state.model, recipe.micro_batches, process)
 
         # --- Resume -------------------------------------------------------------------------------

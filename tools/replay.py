@@ -86,9 +86,8 @@ def load_step(
         raise DataError(
             f"{train_set.reader.path} does not hold the images that {path} was trained on"
         )
-    num_classes = len(metadata["classes"])
-    recipe = build.build_recipe(cfg, metadata["steps_per_epoch"], num_classes, process)
-    model = build.build_model(cfg, num_classes, process.device)
+    recipe = build.build_recipe(cfg, metadata["steps_per_epoch"], metadata["classes"], process)
+    model = build.build_model(cfg, len(metadata["classes"]), process.device)
     build.freeze_some(cfg.TRAIN, model)
     optimizer = build.build_optimizer(cfg.TRAIN, model)
     scaler = torch.amp.GradScaler(process.device.type, enabled=False)

@@ -25,6 +25,7 @@ GROUP_TITLES = {
     "MODEL": "Model",
     "AUG": "Augmentation",
     "TRAIN": "Training",
+    "DISTILL": "Distillation",
     "CHECKPOINT": "Checkpoints",
     "TEST": "Evaluation",
 }

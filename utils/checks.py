@@ -81,6 +81,7 @@ SHARE = Check("from 0 to 1", lambda value: 0 <= value <= 1, _share)
 SHARE_BELOW_1 = Check("from 0 to below 1", lambda value: 0 <= value < 1, _share)
 SHARE_ABOVE_0 = Check("above 0, up to 1", lambda value: 0 < value <= 1, _share)
 NAME = Check("a model's name", lambda value: re.fullmatch(r"\w([\w.:/-]*\w)?", value))
+NAME_OR_NONE = Check("a model's name", lambda value: value == "" or NAME.holds(value))
 PATH = Check(PATH_TEXT, _literal_path)
 FILLED_PATH = Check(PATH_TEXT, lambda value: bool(value) and _literal_path(value))
 WEIGHTS = Check(

@@ -38,6 +38,7 @@ LATER_KEYS = {
     "DATA.HOLDOUT": 0.0,
     "DATA.IMG_SIZE_SCHEDULE": [],
     "MODEL.KERNELS": "reference",
+    "teacher": None,
     "TRAIN.DETERMINISTIC": False,
     "TRAIN.EMA_WARMUP": False,
     "TRAIN.FREEZE": "",

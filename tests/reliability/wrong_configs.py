@@ -151,6 +151,8 @@ WRONG_TOGETHER = [
     ("AUG: {PADDING: 17}\nDATA: {IMG_SIZE: 32}", ["AUG.PADDING 17, DATA.IMG_SIZE 32 (run.yaml:2),"], "4 for 32"),
     ("AUG: {PADDING: 17}\nDATA: {IMG_SIZE_SCHEDULE: [[0, 32]]}", ["IMG_SIZE_SCHEDULE [[0, 32]]"], "more border"),
     ("AUG: {REPEATS: 5000}", ["AUG.REPEATS 5000, TRAIN.GLOBAL_BATCH_SIZE 4096"], "lower REPEATS"),
+    ("DISTILL: {TYPE: soft}", ["DISTILL.TYPE 'soft', DISTILL.TEACHER_PATH '' (defaults)"], "no teacher"),
+    ("DISTILL: {TEACHER_PATH: run, TAU: 3}", ["DISTILL.TAU 3.0, DISTILL.TYPE 'hard' (def"], "set TYPE to soft"),
     ("AUG: {COLOR_JITTER: 0.3}", ["AUG.COLOR_JITTER 0.3"], "set AUG.AUTO_AUGMENT to ''"),
     ("THREADS: 1\nTRAIN: {EXACT_WORLD_SIZE: on, GLOBAL_BATCH_SIZE: 768}", ["6 is no power of two"], "512 or 1024"),
     ("TRAIN: {EXACT_WORLD_SIZE: on}", ["TRAIN.EXACT_WORLD_SIZE True, THREADS 0 (defaults)"], "set THREADS"),

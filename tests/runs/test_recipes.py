@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
+import torch
+from helpers.images import write_image_folder
 from helpers.runs import arguments, outcome
 
 import main
@@ -28,15 +32,30 @@ KNOBS = (
 
 
 @pytest.fixture(scope="module")
-def unbroken(images, tmp_path_factory) -> Path:
+def knobs(tmp_path_factory) -> tuple[str, ...]:
+    """KNOBS and a teacher of timm's."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("teacher") / "resnet.safetensors"
+    model = timm.create_model("test_resnet", num_classes=4)
+    safetensors.torch.save_file(model.state_dict(), file)
+    teacher = {"PATH": file, "MODEL": "test_resnet"}.items()
+    return (
+        *KNOBS,
+        "DISTILL.TYPE=soft",
+        *(f"DISTILL.TEACHER_{key}={value}" for key, value in teacher),
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(images, knobs, tmp_path_factory) -> Path:
     """The folder of a run with every knob that nothing stopped."""
     folder = tmp_path_factory.mktemp("unbroken")
-    assert main.main(arguments(folder, images, *KNOBS)) == 0
+    assert main.main(arguments(folder, images, *knobs)) == 0
     return folder
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_stopped_and_resumed_with_every_knob(step, images, unbroken, tmp_path, monkeypatch):
+def test_stopped_and_resumed_with_every_knob(step, images, knobs, unbroken, tmp_path, monkeypatch):
     save = checkpoint.Saver.save
 
     def save_and_die(self, state, metadata):
@@ -45,9 +64,9 @@ def test_stopped_and_resumed_with_every_knob(step, images, unbroken, tmp_path, m
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint.Saver, "save", save_and_die)
-    assert main.main(arguments(tmp_path, images, *KNOBS)) == 130
+    assert main.main(arguments(tmp_path, images, *knobs)) == 130
     monkeypatch.undo()
-    assert main.main(arguments(tmp_path, images, *KNOBS)) == 0
+    assert main.main(arguments(tmp_path, images, *knobs)) == 0
     assert outcome(tmp_path) == outcome(unbroken)
 
 
@@ -57,7 +76,27 @@ def test_the_warm_up_has_its_steps(unbroken):
     assert rates[0] == rates[1] < rates[2] < rates[3] > rates[4]
 
 
-def test_a_changed_knob_is_not_resumed(images, unbroken, capsys):
-    for change in ("IMG_SIZE_SCHEDULE=[[0, 48]]", "IMG_SIZE_SCHEDULE=[]"):
-        assert main.main(arguments(unbroken, images, *KNOBS, f"DATA.{change}")) == 4
-        assert "DATA.IMG_SIZE_SCHEDULE was [[0, 32], [1, 48]], is [" in capsys.readouterr().err
+def test_a_changed_knob_or_teacher_is_not_resumed(images, knobs, unbroken, capsys):
+    assert main.main(arguments(unbroken, images, *knobs, "DATA.IMG_SIZE_SCHEDULE=[]")) == 4
+    assert "DATA.IMG_SIZE_SCHEDULE was [[0, 32], [1, 48]], is [" in capsys.readouterr().err
+    step = unbroken / "dat_micro/run/checkpoints/step-6"
+    other = f"DISTILL.TEACHER_PATH={step}"
+    assert main.main(arguments(unbroken, images, *knobs[:-1], other)) == 4
+    message = capsys.readouterr().err
+    for name in ("DISTILL.TEACHER_MODEL was test_resnet, is ''", "teacher was "):
+        assert name in message
+
+
+def test_a_run_whose_teacher_knows_other_classes_does_not_start(images, unbroken, tmp_path, capsys):
+    other = write_image_folder(tmp_path / "other", classes=3, train=13)
+    teacher = "--opts", f"DISTILL.TEACHER_PATH={unbroken / 'dat_micro/run'}"
+    assert main.main(arguments(tmp_path, other, *teacher)) == 4
+    assert "has 4 classes, this training 3; it has besides class_3" in capsys.readouterr().err
+
+
+def test_wrong_names_of_parameters_are_refused_before_the_data_are_opened(tmp_path, capsys):
+    for key, value in (("FREEZE", "stages.7"), ("LR_SCALES", "[[offsets, 0.1]]"), ("FREEZE", "*")):
+        argv = arguments(tmp_path, tmp_path / "nowhere", "--opts", f"TRAIN.{key}={value}")
+        assert main.main(argv) == 2
+        assert f"TRAIN.{key}: " in capsys.readouterr().err
+    assert not (tmp_path / "dat_micro").exists()

@@ -70,7 +70,9 @@ def test_keys_exist(path):
         pytest.skip("it names the keys of other programs and of the first edition")
     known = {*config.KEYS, *write_docs.GROUP_TITLES}
     for code in re.findall(r"`([^`\n]+)`", prose(TEXT[path])):
-        for name in re.findall(r"\b(?:DATA|MODEL|AUG|TRAIN|CHECKPOINT|TEST)\.[A-Z_.]*[A-Z_]", code):
+        for name in re.findall(
+            r"\b(?:DATA|MODEL|AUG|TRAIN|DISTILL|CHECKPOINT|TEST)\.[A-Z_.]*[A-Z_]", code
+        ):
             assert name in known, f"`{code}`"
 
 

@@ -159,7 +159,7 @@ def test_images_are_mixed_until_the_epoch_in_which_mixing_is_off():
     cfg = config.load(
         str(ROOT / "configs/digits.yaml"), ["AUG.MIXUP_OFF_EPOCH=2", "AMP_DTYPE=float32"]
     )
-    recipe = build.build_recipe(cfg, 3, 2, CPU)
+    recipe = build.build_recipe(cfg, 3, ["a", "b"], CPU)
     recipe = dataclasses.replace(recipe, transform=transform, micro_batches=range(1))
     state, batch = make_state(), TrainBatch(torch.zeros(2), torch.tensor([0, 1]), [], None)
     for state.step in range(9):
@@ -172,7 +172,7 @@ def test_warm_up_in_steps():
     cfg = config.load(
         str(ROOT / "configs/digits.yaml"), ["TRAIN.WARMUP_STEPS=7", "AMP_DTYPE=float32"]
     )
-    assert build.build_recipe(cfg, 10, 10, CPU).schedule.warmup == 7
+    assert build.build_recipe(cfg, 10, ["a", "b"], CPU).schedule.warmup == 7
     with pytest.raises(ConfigError, match=r"WARMUP_STEPS is 7, but the training has 7 steps\. Sh"):
         build.warmup_steps(
             config.load_values({"TRAIN": {"WARMUP_STEPS": 7, "EPOCHS": 7}}, "").TRAIN, 1

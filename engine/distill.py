@@ -1,0 +1,152 @@
+"""Distillation: a teacher's logits for the student's images, and the loss that has the student follow them.
+
+Touvron et al. 2021 (DeiT, arXiv 2012.12877), formulas 2 and 3.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models
+from engine import checkpoint
+from engine.pretrained import load_pretrained
+from models.dat import VARIANTS
+from utils.errors import CheckpointError, ConfigError
+from utils.logging import logger
+from utils.text import join_some
+
+# --- Teacher --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Mean and standard deviation by which a model's images are normalised, per channel."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model, the colours of its images, and their (height, width) if it takes no other."""
+
+    model: nn.Module
+    colours: Colours
+    img_size: tuple[int, int] | None
+
+
+def weights_file(path: Path) -> Path:
+    """The file of a teacher's weights: `path` itself, or that of the best checkpoint of a run, or of a checkpoint."""
+    return checkpoint.resolve(path, best=True) / "model.safetensors" if path.is_dir() else path
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a teacher's weights. Raises CheckpointError where there are none."""
+    try:
+        with weights_file(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"DISTILL.TEACHER_PATH {path}: {error.strerror}") from error
+
+
+def load_teacher(path: Path, name: str, classes: list[str], device: torch.device) -> Teacher:
+    """The teacher that a run or checkpoint of ours at `path` holds, or a file of weights of timm's model `name`.
+
+    Raises CheckpointError for a teacher of other classes than `classes`, or, of a file, of another number of them, and
+    ConfigError where `name` is missing.
+    """
+    file = weights_file(path)
+    if path.is_dir():
+        metadata = checkpoint.read_metadata(file.parent)
+        _require_classes(path, metadata["classes"], classes)
+        settings, sample = metadata["config"]["MODEL"], metadata["config"]["DATA"]
+        name, args, size = settings["NAME"], settings["ARGS"], sample["IMG_SIZE"]
+        colours = Colours(sample["MEAN"], sample["STD"])
+    elif name:
+        settings = timm.get_pretrained_cfg(name)
+        if settings is None:
+            models.check(name, {})
+            raise ConfigError(f"DISTILL.TEACHER_MODEL {name}: timm knows no image size of it")
+        args, size = {}, settings.input_size[-1]
+        colours = Colours(settings.mean, settings.std)
+    else:
+        raise ConfigError(
+            f"DISTILL.TEACHER_PATH {path} is a file of weights: name its model with DISTILL.TEACHER_MODEL"
+        )
+    model = models.build(name, num_classes=len(classes), img_size=size, drop_path_rate=0, **args)
+    if path.is_dir():
+        checkpoint.load_strictly(model, file)
+    else:
+        try:
+            load_pretrained(model, file, strict=True)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The teacher must be a {name} of this training's {len(classes)} classes. {error}"
+            ) from error
+    logger.info(f"Teacher: {name} of {file}")
+    fixed = name not in VARIANTS and timm.get_pretrained_cfg(name).fixed_input_size
+    return Teacher(model.to(device), colours, (size, size) if fixed else None)
+
+
+def _require_classes(path: Path, saved: list[str], classes: list[str]) -> None:
+    if saved == classes:
+        return
+    if sorted(saved) == sorted(classes):
+        found = "in another order; name that order with DATA.CLASS_LIST"
+    else:
+        known, own = set(saved), set(classes)
+        found = f"{len(saved)} classes, this training {len(classes)}"
+        for what, names in (("lacks", own - known), ("has besides", known - own)):
+            found += f"; it {what} {join_some(sorted(names), 5)}" if names else ""
+    raise CheckpointError(f"DISTILL.TEACHER_PATH {path}: the teacher has {found}")
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+
+
+class Distillation:
+    """The loss (1 - alpha) · L + alpha · D of a student's loss L and its difference D from the teacher.
+
+    soft (formula 2): D = tau² · KL(softmax(teacher / tau) ‖ softmax(student / tau)), the mean over the images, with the
+    arguments in the order of DeiT's code. hard (formula 3): D is the cross entropy with the class that the teacher
+    takes for the likeliest.
+
+    The teacher sees what the student sees, mixed and erased, in its own colours, and computes as in an evaluation.
+    """
+
+    def __init__(self, teacher: Teacher, colours: Colours, *, type: str, alpha: float, tau: float):
+        self.model = teacher.model.eval().requires_grad_(False)
+        self.img_size = teacher.img_size
+        self.type = type
+        self.alpha = alpha
+        self.tau = tau
+        device = next(self.model.parameters()).device
+        mean, std, student_mean, student_std = (
+            torch.tensor(values, device=device).view(-1, 1, 1)
+            for of in (teacher.colours, colours)
+            for values in (of.mean, of.std)
+        )
+        self.scale, self.shift = student_std / std, (student_mean - mean) / std
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """The teacher's (B, num_classes), float32, for the student's images (B, C, H, W)."""
+        images = images * self.scale + self.shift
+        if self.img_size not in (None, tuple(images.shape[2:])):
+            images = F.interpolate(images, self.img_size, mode="bicubic", antialias=True)
+        return self.model(images).float()
+
+    def __call__(self, loss: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss from the student's own and the logits (B, num_classes) of both, float32."""
+        if self.type == "hard":
+            difference = F.cross_entropy(student, teacher.argmax(dim=1))
+        else:
+            both = (F.log_softmax(logits / self.tau, dim=1) for logits in (student, teacher))
+            difference = self.tau**2 * F.kl_div(*both, reduction="batchmean", log_target=True)
+        return (1 - self.alpha) * loss + self.alpha * difference
