@@ -23,6 +23,15 @@ REPORT_SECONDS = 120  # then it is given up: a launcher may be waiting for the r
 def main(arguments: list[str]) -> int:
     """Run one command; returns the process's exit code (see utils/errors.py)."""
     try:
+        with StopRequest().handle_signals() as stop:
+            return _run(arguments, stop)
+    except KeyboardInterrupt as interrupt:
+        return getattr(interrupt, "exit_code", 130)
+
+
+def _run(arguments: list[str], stop: StopRequest) -> int:
+    """Parse the command line and execute it; report a UserError and return its exit code."""
+    try:
         set_ranks()
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -35,14 +44,12 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         return _refuse(error, rank)
     try:
-        _execute(command)
+        _execute(command, stop)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or not error.on_all:
             # In one write: torchrun's processes share the pipe, unbuffered, and print would write the newline apart.
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
@@ -60,16 +67,16 @@ def _refuse(error: UserError, rank: int) -> int:
     return error.exit_code
 
 
-def _execute(command: config.Command) -> None:
+def _execute(command: config.Command, stop: StopRequest) -> None:
     """Import torch, which --help and a refused command need not wait for, and do what is asked."""
     use_large_pages()
     raise_open_files()
     if command.mode == "train":
+        stop.start_training(command.cfg.TRAIN.MAX_SECONDS)
         try:
-            with StopRequest(command.cfg.TRAIN.MAX_SECONDS).handle_signals() as stop:
-                from engine.train import train
+            from engine.train import train
 
-                train(command.cfg, command.sources, stop)
+            train(command.cfg, command.sources, stop)
         except StorageError:
             raise  # the run's directory is full, read-only or another run's
         except UserError:
@@ -77,6 +84,8 @@ def _execute(command: config.Command) -> None:
             raise
         _write_report(command.cfg)
         return
+    stop.start_evaluation()
+    use_large_pages()
     from engine.evaluate import evaluate, throughput
 
     if command.mode == "eval":

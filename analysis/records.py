@@ -10,7 +10,7 @@ from utils.logging import logger
 
 
 def read_records(path: Path) -> Iterator[dict]:
-    """The records in the file `path` under today's names; each has an integer "step".
+    """The records in the file `path` under today's names: a "step" of 0 or more, an "epoch" of 1 or more, numbers.
 
     Damaged lines, and a last line that a kill cut off, are reported and skipped. Raises StorageError if there is no
     such file, or if it cannot be read.
@@ -35,5 +35,15 @@ def number_records(path: Path) -> Iterator[tuple[int, dict | None]]:
             record = None
         if isinstance(record, dict):
             record = translate_record(record)
-        valid = isinstance(record, dict) and type(record.get("step")) is int
-        yield number, record if valid else None
+        yield number, record if isinstance(record, dict) and _is_valid(record) else None
+
+
+def _is_valid(record: dict) -> bool:
+    """Whether counters and values are numbers that the tools can compute with."""
+    counters = {"step": record.get("step"), "epoch": record.get("epoch", 1)}
+    if not all(type(value) is int and value < 2**63 for value in counters.values()):
+        return False
+    values = [value for name, value in record.items() if name != "micro_batches"]
+    # Larger integers are no float.
+    numbers = all(type(v) is float or (type(v) is int and abs(v) < 2**63) for v in values)
+    return numbers and counters["step"] >= 0 and counters["epoch"] >= 1

@@ -4,12 +4,10 @@ An evaluation sample is addressed by its index. A training sample is addressed b
 (epoch, index, repeat), which fixes every random number of its augmentation and, if its file is damaged, its substitute.
 """
 
-import errno
 import functools
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +20,7 @@ from data.classes import describe_ignored, match_folders, sort_classes
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
 from data.readers import Reader, open_split
 from utils.errors import DataError, StorageError
+from utils.files import read_again
 from utils.machine import find_shortage
 from utils.rng import key, reseed
 from utils.text import quantity
@@ -29,22 +28,6 @@ from utils.text import quantity
 SUBSTITUTES = 10  # tried before a class is given up
 LINES = 1 << 16  # of the fingerprint, hashed at once
 NO_LABEL = -1  # of an image that cannot be read, where an evaluation continues without it
-
-# What disks and servers may recover from, and how many seconds they are given before each retry.
-TRANSIENT = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-    errno.EINTR,
-    errno.EBUSY,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ECONNRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-}
-PAUSES = (0.1, 0.5, 2.5)
 
 
 class BadFile(NamedTuple):
@@ -153,14 +136,7 @@ class ImageDataset(Dataset):
 
     def read(self, index: int) -> bytes:
         """The bytes of an image, after a few more tries if the disk or server did not answer."""
-        for pause in PAUSES:
-            try:
-                return self.reader.read(index)
-            except OSError as error:
-                if error.errno not in TRANSIENT:
-                    raise
-                time.sleep(pause)
-        return self.reader.read(index)
+        return read_again(functools.partial(self.reader.read, index))
 
     @functools.cached_property
     def fingerprint(self) -> str:

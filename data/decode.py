@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 
@@ -33,6 +34,17 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 
+# What a picture may cost: a small file can hold any number of pixels, and a JPEG any number of passes over them. They
+# are limited by numbers, not by seconds: which files are read must not depend on the machine. Photographs cost less.
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn: a quarter of a GiB of RGB
+MAX_PASSES = 2**30  # pixels × scans of a JPEG; a progressive one of a camera has ten
+MAX_SIDES = (
+    20_000  # longer / shorter side: to resize the shorter one resizes the longer one with it
+)
+MAX_TILES = 2**16  # parts of a TIFF file, each read by itself
+MAX_BYTES_IN_PYTHON = 4 * 2**20  # where Pillow has no fast decoder: text in PPM, run lengths in BMP
+SCAN = b"\xff\xda"
+
 # What makes a picture upright, by EXIF's orientation; 1 is upright.
 EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,13 +58,40 @@ EXIF_TRANSPOSES = {
 
 
 def open_image(data: bytes) -> Image.Image:
-    """An image file with its header read and its pixels not yet; raises one of `UNREADABLE`."""
+    """An image file with its header read and its pixels not yet; raises one of `UNREADABLE`.
+
+    A ValueError for one that would cost too much time or memory to decode.
+    """
     try:
-        with _avif_errors():
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+        with _avif_errors(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         # Pillow's message holds the address of the buffer, and logs have to be reproducible.
         raise ValueError(f"not one of {', '.join(FORMATS)}") from None
+    if problem := _excess(image, data):
+        raise ValueError(f"costs too much to decode: {problem}")
+    return image
+
+
+def _excess(image: Image.Image, data: bytes) -> str | None:
+    """What makes a file too costly to decode, None if nothing does."""
+    pixels, (short, long) = image.width * image.height, sorted(image.size)
+    if pixels > MAX_PIXELS:
+        return f"{image.width} × {image.height} pixels, more than {MAX_PIXELS:,}"
+    if long > MAX_SIDES * short:
+        return f"{image.width} × {image.height} pixels, one side over {MAX_SIDES:,} times the other"
+    if len(image.tile) > MAX_TILES:
+        return f"{len(image.tile):,} parts, more than {MAX_TILES:,}"
+    if "JPEG" in (image.format, str(image.info.get("compression")).upper()):
+        scans = data.count(SCAN)
+        if pixels * scans > MAX_PASSES:
+            return f"{scans:,} scans of {pixels:,} pixels, more than {MAX_PASSES:,} in all"
+    in_python = any(tile[0] in Image.DECODERS for tile in image.tile)
+    if in_python and len(data) > MAX_BYTES_IN_PYTHON:
+        kind = f"a {image.format} file of a kind that is decoded slowly"
+        return f"{kind}, of more than {MAX_BYTES_IN_PYTHON >> 20} MiB"
+    return None
 
 
 def decode(data: bytes, *, apply_exif: bool = False) -> Image.Image:
@@ -113,10 +152,11 @@ def _avif_errors() -> Iterator[None]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit pixels have no known range")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    table = ((np.arange(65536) + 128) // 257).astype(np.uint8)
+    return Image.fromarray(table[values])
 
 
 # 16×16 pixels of noise, a JPEG with halved chroma: what decoders compute in different ways.

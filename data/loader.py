@@ -1,5 +1,6 @@
 """Data loaders: samples to batches by torch's DataLoader, whose workers change only the speed."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from data.dataset import BadFile, EvalSample, ImageDataset, TrainSample
 from data.samplers import ShardSampler, TrainBatchSampler
 from data.workers import (
     TrackedDataset,
+    WorkerStopped,
     explain,
     install_sigchld_handler,
     is_timeout,
@@ -48,24 +50,57 @@ class Loader(DataLoader):
     """A DataLoader that raises a worker's DataError or StorageError as one line.
 
     A worker that dies or hangs is a DataError too, which names the image that it was reading. Too many open files and a
-    full /dev/shm are a StorageError.
+    full /dev/shm are a StorageError. If workers die because the run is asked to stop, the batches that it still asks
+    for are loaded without them.
+
+    patience: seconds without a batch after which workers hang; 0: no limit.
     """
 
+    def __init__(self, dataset: TrackedDataset, *, patience: float, **options):
+        # Ticks are counted, not the clock: a job that was paused for a while does not hang.
+        super().__init__(dataset, timeout=min(1.0, patience / 10), **options)
+        self.patience = patience
+
     def __iter__(self) -> Iterator:
+        done = 0
         try:
+            if self.dataset.death is not None:
+                raise self.dataset.death
             with explain_limits():
                 batches = super().__iter__()
                 install_sigchld_handler()
-                yield from batches
+                while (batch := self._next(batches)) is not None:
+                    done += 1
+                    yield batch
+            return
+        except WorkerStopped:
+            pass
         except (DataError, StorageError) as error:
             # The traceback is a cycle that keeps the workers until the garbage collector meets it, then
             # waits 5 s for them.
             error.with_traceback(None)
             raise without_traceback(error) from None
-        except RuntimeError as error:
-            if is_timeout(error):
-                raise self.dataset.worker_hang(self.timeout) from None
-            raise explain(error) from None
+        for samples in itertools.islice(self.batch_sampler, done, None):
+            yield self.collate_fn([self.dataset[sample] for sample in samples])
+
+    def _next(self, batches: Iterator) -> TrainBatch | EvalBatch | None:
+        """The next of `batches`, None after the last."""
+        quiet = 0.0
+        while True:
+            self.dataset.waiting = True
+            try:
+                if self.dataset.death is not None:
+                    raise self.dataset.death
+                return next(batches, None)
+            except (RuntimeError, OSError, EOFError) as raised:
+                error = raised
+            finally:
+                self.dataset.waiting = False
+            if not is_timeout(error):
+                raise explain(error, self.dataset) from None
+            quiet += self.timeout
+            if quiet >= self.patience:
+                raise self.dataset.worker_hang(self.patience)
 
 
 def train_loader(
@@ -110,7 +145,7 @@ def _loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
-        timeout=timeout if num_workers else 0,
+        patience=timeout if num_workers else 0.0,
         worker_init_fn=start_worker,
         # By default every iterator draws a seed from the global generator: one more evaluation would
         # change the training after it.

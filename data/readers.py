@@ -5,6 +5,7 @@ position, in any number of processes. Nothing is ever unpacked, and an archive t
 is refused.
 """
 
+import bisect
 import copy
 import functools
 import io
@@ -31,6 +32,7 @@ from data.listing import (
     scan_folder,
     suffix_of,
 )
+from data.names import Names
 from data.pack import read_index, shard_name
 from data.raw_forms import describe_raw_form
 from utils.errors import DataError
@@ -61,7 +63,7 @@ class Reader:
     def __init__(
         self,
         path: Path,
-        names: np.ndarray,
+        names: np.ndarray | Names,
         where: np.ndarray,
         folders: set[str],
         ignored: Counter[str],
@@ -283,11 +285,11 @@ def open_split(root: str | Path, split: str) -> Reader:
     raise DataError(f"{root}: has no {split} split, found {found}; {remedy}")
 
 
-def _class_ranges(names: np.ndarray) -> dict[str, tuple[int, int]]:
+def _class_ranges(names: np.ndarray | Names) -> dict[str, tuple[int, int]]:
     ranges, start = {}, 0
     while start < len(names):
         folder = names[start].split(b"/", 1)[0]
-        end = int(np.searchsorted(names, folder + b"0"))  # "0" comes after "/"
+        end = bisect.bisect_left(names, folder + b"0")  # "0" comes after "/"
         ranges[os.fsdecode(folder)] = start, end
         start = end
     return ranges
@@ -311,7 +313,7 @@ def _check_place(path: Path, name: str, offset: int, size: int, end: int) -> Non
 
 def _tree(
     path: Path, files: list[tuple[str, Where]], directories: list[str], read_member: Callable
-) -> tuple[np.ndarray, np.ndarray, set[str], Counter[str]]:
+) -> tuple[Names, np.ndarray, set[str], Counter[str]]:
     """The arguments of `Reader`, from the members of an archive; `read_member` reads the first bytes of one.
 
     A single folder around all the classes is dropped if it is named as the archive or as a split: `train/<class>/…`.
@@ -346,7 +348,7 @@ def _tree(
         ignored[LOOSE] = loose
     classes = {name.split(b"/", 1)[0] for name in names} | {parts[0] for parts in folders if parts}
     where = np.array([images[name] for name in names], np.int64)
-    return np.array(names, np.bytes_), where, set(map(os.fsdecode, classes)), ignored
+    return Names(names), where, set(map(os.fsdecode, classes)), ignored
 
 
 def _read_head(read_member: Callable, path: Path, where: Where) -> bytes:

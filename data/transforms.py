@@ -15,6 +15,8 @@ from data.device_augment import DeferredTransform
 from data.fast_ops import BY_TORCH, REPLACED, REPLACED_IF_BICUBIC, resize, to_picture
 from utils.errors import ConfigError
 
+MAX_RESIZED = 2**15  # pixels of a side of a resized picture of which only the centre is kept
+
 
 def train_transform(
     img_size: int,
@@ -104,7 +106,8 @@ class ResizedCenterCrop:
     Along x first, then along y, the 8 bits between them included: so did Pillow until 12, with
     which the published accuracies were measured; 13 swaps the two for some shapes. Where the
     scale's denominator is a power of two, only what is kept is computed: every number in Pillow's
-    arithmetic is then exact, and the pixels are those of resizing the complete picture.
+    arithmetic is then exact, and the pixels are those of resizing the complete picture. So it is,
+    but for rounding, where a picture is so long that the complete one would fill the memory.
     """
 
     def __init__(self, img_size: int, side: int, *, squash: bool, interpolation: str):
@@ -135,7 +138,7 @@ class ResizedCenterCrop:
         """For one axis: the pixels to compute, from which part of the source, and the first kept."""
         first = round((resized - self.img_size) / 2)
         denominator = resized // math.gcd(length, resized)
-        if denominator & (denominator - 1):
+        if denominator & (denominator - 1) and resized <= MAX_RESIZED:
             return resized, (0, length), first
         last = first + self.img_size
         return self.img_size, (first * length / resized, last * length / resized), 0
@@ -147,6 +150,8 @@ class FastResizedCenterCrop(ResizedCenterCrop):
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels of a picture of any size to [3, img_size, img_size]."""
         height, width, _ = pixels.shape
+        if max(self._resized((height, width))) > MAX_RESIZED:
+            return super().__call__(pixels)
         resized = resize(pixels, self._resized((height, width)), self.mode)
         return center_crop(resized, self.img_size)
 

@@ -1,5 +1,7 @@
 """Loader workers: their start and end, and errors that name the image a dead or hanging worker was reading.
 
+A signal that asks the run to stop may be sent to all processes of a job. Workers ignore it, or pass it on to the run.
+
 All that depends on the inside of torch's DataLoader is in this file, below a banner.
 """
 
@@ -19,17 +21,29 @@ from torch.utils.data import Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data.dataset import EvalSample, ImageDataset, TrainSample
+from utils import signals
 from utils.errors import DataError, StorageError, UserError
 from utils.machine import Shortage, find_shortage, shorten_socket_paths
 
 IDLE = -1
+NOTICE = 2.0  # seconds in which the system reports a process that has died
+
+
+class WorkerStopped(Exception):
+    """A loader worker has ended because the run is asked to stop: without workers it reaches the end of the step."""
 
 
 class TrackedDataset(Dataset):
-    """The samples of `dataset`; each worker notes which one it reads in memory that all processes share."""
+    """The samples of `dataset`; each worker notes which one it reads in memory that all processes share.
+
+    death: why workers are dead, None while they live.
+    waiting: whether the main thread waits for a batch of them.
+    """
 
     def __init__(self, dataset: ImageDataset, num_workers: int):
         self.dataset = dataset
+        self.death: WorkerStopped | UserError | None = None
+        self.waiting = False
         # pid, index, since, limit of the machine that ended it
         self.notes = torch.full((num_workers, 4), IDLE, dtype=torch.float64)
         self.notes.share_memory_()
@@ -61,18 +75,28 @@ class TrackedDataset(Dataset):
             f"{self._image(index)} for {time.monotonic() - since:.0f} s. Look at that file and its disk."
         )
 
-    def worker_death(self, pids: list[int]) -> UserError | None:
-        """The error for the first of `pids` that is a worker of this dataset, with its image; None if none is."""
-        for pid, index, _, shortage in self.notes.tolist():
-            if pid in pids and shortage != IDLE:
-                return StorageError(str(Shortage(int(shortage))))
-            if pid in pids:
-                doing = "idle" if index == IDLE else f"reading {self._image(index)}"
-                return DataError(
-                    f"a loader worker (process {pid:.0f}) died while {doing}. Look at that file; "
-                    "where memory ran out, lower the number of workers."
-                )
-        return None
+    def note_death(self, pid: int, signal_number: int) -> None:
+        """Note that the worker `pid` has died, by a signal or, with 0, of itself or for an unknown reason."""
+        if self.death is not None:
+            return
+        ((_, index, _, shortage),) = (note for note in self.notes.tolist() if note[0] == pid)
+        if signal_number in signals.SIGNALS:
+            self.death = WorkerStopped()
+            os.kill(os.getpid(), signal_number)
+        elif signals.is_stopping():
+            self.death = WorkerStopped()
+        elif shortage != IDLE:
+            self.death = StorageError(str(Shortage(int(shortage))))
+        else:
+            doing = "idle" if index == IDLE else f"reading {self._image(index)}"
+            self.death = DataError(
+                f"a loader worker (process {pid}) died while {doing}. Look at that file; "
+                "where memory ran out, lower the number of workers."
+            )
+
+    def has_worker(self, pid: int) -> bool:
+        """Whether the process `pid` is one of the workers."""
+        return pid in self.notes[:, 0].tolist()
 
     def _image(self, index: float) -> str:
         return f"{self.dataset.path(int(index))} (sample {index:.0f})"
@@ -91,6 +115,10 @@ def start_worker(number: int) -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     os.setpgrp()  # a signal to all, as Ctrl-C, is for the process that decides
+    signal.set_wakeup_fd(-1)
+    for stop in signals.SIGNALS:
+        if stop != signal.SIGTERM:  # torch ends its workers by SIGTERM
+            signal.signal(stop, signal.SIG_IGN)
 
 
 def _end_worker(error: Exception, batch: object) -> None:
@@ -106,6 +134,7 @@ def _end_worker(error: Exception, batch: object) -> None:
 # --- Depends on torch 2.11 … 2.14: its SIGCHLD handler and the texts of its errors ----------------
 
 _torch_handler = None
+_SIGNAL_NAMES = {signal.strsignal(number): number for number in signal.valid_signals()}
 # What an iterator that fails while it starts its workers lacks when it is deleted: it has nothing to shut down.
 _MultiProcessingDataLoaderIter._shutdown = True
 _MultiProcessingDataLoaderIter._workers = _MultiProcessingDataLoaderIter._index_queues = ()
@@ -114,10 +143,10 @@ _MultiProcessingDataLoaderIter._workers_done_event = threading.Event()
 
 
 def install_sigchld_handler() -> None:
-    """Raise a DataError with the image when a worker dies; call it after torch has set its own handler.
+    """Note when a worker dies, and raise only where its batch is waited for; call it after torch has set its handler.
 
     torch sets it when workers start. It raises a RuntimeError with no more than the worker's number, wherever the main
-    thread is.
+    thread is, so perhaps inside of a step of the optimizer.
     """
     global _torch_handler
     handler = signal.getsignal(signal.SIGCHLD)
@@ -126,16 +155,35 @@ def install_sigchld_handler() -> None:
         signal.signal(signal.SIGCHLD, _on_sigchld)
 
 
-def explain(error: RuntimeError) -> Exception:
-    """`error` as a UserError if it is torch's about dead workers of a `TrackedDataset`, else `error` itself."""
+def explain(error: Exception, dataset: TrackedDataset) -> Exception:
+    """What `error`, in receiving a batch of `dataset`, means where a worker is dead; else `error` itself."""
     if (shortage := find_shortage(error)) is not None:
         return StorageError(str(shortage))
-    match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-    pids = [int(pid) for pid in match[1].split(",")] if match else []
-    return next(filter(None, (dataset.worker_death(pids) for dataset in _tracked)), error)
+    _note_death(error)
+    deadline = time.monotonic() + NOTICE
+    # A batch lies in the memory of its worker: that this is gone is seen before that the worker is.
+    while dataset.death is None and isinstance(error, (OSError, EOFError)):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    return dataset.death or error
 
 
-def is_timeout(error: RuntimeError) -> bool:
+def _note_death(error: Exception) -> TrackedDataset | None:
+    """Note a death that torch reports with the dataset whose worker has died; None if `error` is another one."""
+    match = re.match(
+        r"DataLoader worker \(pid(?:\(s\))? (\d+).*?(?:killed by signal: (.*?)\. |$)", str(error)
+    )
+    if match is None:
+        return None
+    pid, number = int(match[1]), _SIGNAL_NAMES.get(match[2], 0)
+    dataset = next((dataset for dataset in _tracked if dataset.has_worker(pid)), None)
+    if dataset is not None:
+        dataset.note_death(pid, number)
+    return dataset
+
+
+def is_timeout(error: Exception) -> bool:
     """Whether `error` is torch's about a batch that did not come in time."""
     return "DataLoader timed out" in str(error)
 
@@ -147,7 +195,15 @@ def without_traceback(error: UserError) -> UserError:
 
 
 def _on_sigchld(number: int, frame: FrameType | None) -> None:
-    try:
-        _torch_handler(number, frame)
-    except RuntimeError as error:
-        raise explain(error) from None
+    raised = None
+    while True:  # torch reports one loader at a time, once each
+        try:
+            _torch_handler(number, frame)
+        except RuntimeError as error:
+            dataset = _note_death(error)
+            if dataset is None or dataset.waiting:
+                raised = error
+        else:
+            break
+    if raised is not None:
+        raise raised

@@ -128,6 +128,7 @@ def open_data(
         check_num_classes(cfg, len(train_set.classes), cfg.DATA.CLASS_LIST or cfg.DATA.PATH)
         val_set = open_split(cfg, "val", train_set.classes)
     agreement.require_same_data(train_set.classes, {"train": train_set, "val": val_set})
+    logger.info(f"Training on {train_set}; validating on {val_set}")
     return train_set, val_set
 
 

@@ -4,6 +4,7 @@ A checkpoint is a directory `step-<n>` of safetensors and JSON files with a mani
 written under another name, synced and renamed: a directory of that name is complete, or its manifest shows the damage.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from engine.optim import STATE
 from engine.state import TrainState
 from utils import first_edition
 from utils.errors import CheckpointError, StopRequested, StorageError
+from utils.files import read_again, remove, sync
 from utils.logging import logger
 from utils.text import join_some
 
@@ -43,12 +46,15 @@ class Saver:
     A save that fails is logged, and the next one makes up for it; `failures` counts those in a row. A context manager,
     which ends when the last checkpoint is on the disk. Raises StorageError when MAX_FAILURES is reached, or
     when a run that ends or was asked to stop could not be saved.
+
+    sync_records: called before a checkpoint is written, to bring the records of its steps to the disk.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
         self.failures = 0
+        self.sync_records: Callable[[], None] = lambda: None
         self._error: StorageError | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writing: Future | None = None
@@ -85,6 +91,7 @@ class Saver:
     def _write(self, name: str, files: dict[str, bytes], best: str, copied: float) -> None:
         start = time.perf_counter()
         try:
+            self.sync_records()
             path = write(self.folder, name, files)
         except StorageError as error:
             self.failures, self._error = self.failures + 1, error
@@ -113,29 +120,28 @@ def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
 
     Raises StorageError, leaving the older checkpoints as they are.
     """
-    target, temporary = folder / name, folder / f".tmp-{name}"
+    target, temporary = folder / name, _temporary_name(folder, name)
     manifest = {
         file: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for file, content in files.items()
     }
     files = files | {MANIFEST: json.dumps(manifest, indent=1).encode()}
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for file_name, content in files.items():
             with (temporary / file_name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync_folder(temporary)
-        if target.exists():  # damaged and skipped, or from before its epoch was validated
+        sync(temporary)
+        if os.path.lexists(target):  # damaged and skipped, or from before its epoch was validated
             os.rename(target, folder / f"{name}-replaced-{time.time_ns()}")
         os.rename(temporary, target)
-        _sync_folder(folder)
+        sync(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
-            f"{target}: the checkpoint could not be written ({error.strerror}); the older ones are untouched. "
+            f"{target}: the checkpoint could not be written ({error.strerror or error}); the older ones are untouched. "
             "Make room there, then start the same command again: it resumes from the latest."
         ) from error
     return target
@@ -149,41 +155,59 @@ def prune(written: Path, keep: int, best: str) -> None:
     kept = 0
     try:
         remove_partial(written.parent)
-        for path in list_checkpoints(written.parent):
-            replaced = CHECKPOINT_NAME.fullmatch(path.name)[2]
-            if _step_of(path) > _step_of(written):
-                continue
+        found = list_checkpoints(written.parent)
+    except (OSError, StorageError) as error:
+        logger.warning(f"{written.parent}: what is not kept cannot be deleted ({error})")
+        return
+    for path in found:
+        replaced = CHECKPOINT_NAME.fullmatch(path.name)[2]
+        if _step_of(path) > _step_of(written):
+            continue
+        try:
             if (kept >= keep and path.name != best) or (kept and replaced):
-                hidden = path.with_name(f".tmp-{path.name}")
+                hidden = _temporary_name(path.parent, path.name)
                 os.rename(path, hidden)  # no reader finds a part of it
-                shutil.rmtree(hidden)
-            elif verify(path) is None:
+                remove(hidden)
+            elif _verify_known(path, _signature(path)) is None:
                 kept += 1
-    except OSError as error:
-        logger.warning(f"{written.parent}: what is not kept cannot be deleted ({error.strerror})")
+        except OSError as error:
+            reason = error.strerror or error
+            logger.warning(f"{path}: what is not kept cannot be deleted ({reason})")
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a kill left half-written in `folder`."""
+    """Delete what a kill left half-written in `folder`; what cannot be deleted is reported."""
     for path in folder.glob(".tmp-*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        try:
+            remove(path)
+        except OSError as error:
+            logger.warning(f"{path}: a leftover cannot be deleted ({error.strerror or error})")
+
+
+def _temporary_name(folder: Path, name: str) -> Path:
+    """A free name that readers ignore for what will be, or was, the checkpoint `name`."""
+    path = folder / f".tmp-{name}"
+    with contextlib.suppress(OSError):
+        remove(path)
+    return path.with_name(f"{path.name}-{time.time_ns()}") if os.path.lexists(path) else path
+
+
+def _signature(path: Path) -> tuple:
+    """What changes when a file of the checkpoint at `path` is written: names, sizes, times. Raises OSError."""
+    found = [(file.name, file.stat()) for file in sorted(path.iterdir())]
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _verify_known(path: Path, signature: tuple) -> str | None:
+    """`verify(path)`, read once as long as `signature` is the same: a save would read all that are kept."""
+    return verify(path)
 
 
 def _serialize(tensors: dict[str, torch.Tensor]) -> bytes:
     return safetensors.torch.save(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- Find -----------------------------------------------------------------------------------------
@@ -194,7 +218,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     try:
         found = [
             path
-            for path in folder.iterdir()
+            for path in read_again(lambda: list(folder.iterdir()))
             if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()
         ]
     except FileNotFoundError:
@@ -210,6 +234,13 @@ def _step_of(path: Path) -> int:
 
 def verify(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`, None if it is valid: every file's size and SHA-256 are compared."""
+    try:
+        return read_again(functools.partial(_find_damage, path))
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+
+
+def _find_damage(path: Path) -> str | None:
     name = MANIFEST
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -223,7 +254,8 @@ def verify(path: Path) -> str | None:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                     return f"the SHA-256 of {name} is not the one in {MANIFEST}"
     except OSError as error:
-        return f"{name}: {error.strerror}"
+        error.filename = name
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
     return None
@@ -309,7 +341,8 @@ def read_metadata(path: Path) -> JsonDict:
     """The state.json of the checkpoint at `path`. Raises CheckpointError, also for a key that is missing."""
     file = path / "state.json"
     try:
-        metadata = json.loads(file.read_bytes(), object_hook=functools.partial(JsonDict, file))
+        content = read_again(file.read_bytes)
+        metadata = json.loads(content, object_hook=functools.partial(JsonDict, file))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if isinstance(metadata, dict) and "step" not in metadata:
@@ -323,10 +356,18 @@ def read_metadata(path: Path) -> JsonDict:
     return metadata
 
 
+def read_manifest(path: Path) -> dict[str, dict]:
+    """Size and SHA-256 of each file of the checkpoint at `path`, which has been verified. Raises CheckpointError."""
+    try:
+        return json.loads(read_again((path / MANIFEST).read_bytes))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
+
+
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file. Raises CheckpointError."""
     try:
-        return safetensors.torch.load_file(file)
+        return read_again(functools.partial(safetensors.torch.load_file, file))
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or damaged ({error})") from error
 
@@ -348,8 +389,13 @@ def restore(path: Path, state: TrainState) -> None:
 
 def load_strictly(model: nn.Module, file: Path) -> None:
     """Load `file` into `model`; other names, shapes or types are a CheckpointError that lists them."""
+    load_tensors(model, read_tensors(file), file)
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Load the `tensors` of `file` into `model`; other names, shapes or types are a CheckpointError that lists them."""
     own = model.state_dict()
-    tensors = first_edition.translate_tensors(read_tensors(file), own)
+    tensors = first_edition.translate_tensors(tensors, own)
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
     problems += [

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,8 @@ from utils.machine import explain_limits
 from utils.text import join_some, quantity
 from utils.yaml_nodes import to_dict
 
+Tensors = dict[str, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -44,6 +46,7 @@ class Weights:
     source: str  # where `classes` come from, for people
     metadata: dict | None  # of the checkpoint
     files: dict[str, Path]  # that can be evaluated: "model" and, of a checkpoint with an EMA, "ema"
+    digests: dict[str, str] = field(default_factory=dict)  # SHA-256 of a checkpoint's files
 
     @property
     def is_checkpoint(self) -> bool:
@@ -61,15 +64,19 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
         weights = on_main(lambda: choose_weights(cfg, given))
+        with share_errors():
+            tensors = read_tensors(weights) if process.is_main else {}
         if cfg.TEST.SETS or cfg.TEST.OUT or cfg.TEST.SIZES or cfg.TEST.SAVE_LOGITS:
-            record = evaluate_sets(cfg, weights, process, has_val="DATA.PATH" in sources)
+            record = evaluate_sets(cfg, weights, tensors, process, has_val="DATA.PATH" in sources)
         else:
-            record = evaluate_val(cfg, weights, process)
+            record = evaluate_val(cfg, weights, tensors, process)
         if process.is_main:
             print(json.dumps(record))
 
 
-def evaluate_val(cfg: CfgNode, weights: Weights, process: Process) -> dict:
+def evaluate_val(
+    cfg: CfgNode, weights: Weights, tensors: dict[str, Tensors], process: Process
+) -> dict:
     """The accuracies of `weights` on the validation images."""
     with share_errors():
         val_set = build.open_split(cfg, "val", weights.classes)
@@ -79,8 +86,8 @@ def evaluate_val(cfg: CfgNode, weights: Weights, process: Process) -> dict:
     model = build.build_model(cfg, len(val_set.classes), process.device)
     changes = changes_since_training(cfg, weights, val_set.fingerprint)
     results = {}
-    for kind, file in weights.files.items():
-        load_weights(model, file, weights.is_checkpoint)
+    for kind in weights.files:
+        load_weights(model, weights, kind, tensors)
         results[kind] = score(cfg, loader, model, process)
     preprocessing = build.describe_preprocessing(cfg)
     for kind, result in results.items():
@@ -106,10 +113,11 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
         run = own
     if run:
         path = checkpoint.resolve(Path(run), best=True)
-        metadata = checkpoint.read_metadata(path)
+        metadata, manifest = checkpoint.read_metadata(path), checkpoint.read_manifest(path)
         files = {kind: path / f"{kind}.safetensors" for kind in ("model", "ema")}
-        files = {kind: file for kind, file in files.items() if file.exists()}
-        return Weights(path, *_saved_classes(cfg, path, given), metadata, files)
+        files = {kind: file for kind, file in files.items() if file.name in manifest}
+        digests = {kind: manifest[file.name]["sha256"] for kind, file in files.items()}
+        return Weights(path, *_saved_classes(cfg, path, given), metadata, files, digests)
     if file:
         path = download(file)
         if step := checkpoint.origin_of(path):
@@ -118,6 +126,12 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
     raise CheckpointError(
         f"--eval needs weights, and {own} has no checkpoints. Add --pretrained FILE or --resume RUN."
     )
+
+
+def read_tensors(weights: Weights) -> dict[str, Tensors]:
+    """The tensors of a checkpoint's files, which a run that still trains may delete; of a file of weights, none."""
+    files = weights.files if weights.is_checkpoint else {}
+    return {kind: checkpoint.read_tensors(file) for kind, file in files.items()}
 
 
 def _saved_classes(cfg: CfgNode, step: Path, given: frozenset[str]) -> tuple[list[str], str]:
@@ -148,10 +162,21 @@ def report_labels(cfg: CfgNode, classes: list[str], source: str | None) -> None:
         )
 
 
-def load_weights(model: nn.Module, file: Path, is_checkpoint: bool) -> None:
-    """Load `file`, which the main process reads for all, in full; CheckpointError where it does not fit."""
-    if is_checkpoint:
-        on_main(lambda: checkpoint.load_strictly(model, file))
+def load_weights(
+    model: nn.Module,
+    weights: Weights,
+    kind: str,
+    tensors: dict[str, Tensors],
+    *,
+    resized: bool = False,
+) -> None:
+    """Load the `kind` of `weights`, which the main process has for all, in full; CheckpointError where it does not fit.
+
+    tensors: what `read_tensors` read on the main process. resized: `model` is for another image size than theirs.
+    """
+    file = weights.files[kind]
+    if weights.is_checkpoint and not resized:
+        on_main(lambda: checkpoint.load_tensors(model, tensors[kind], file))
     else:
         on_main(lambda: load_pretrained(model, file, strict=True))
     agreement.send_weights(model)
@@ -189,7 +214,14 @@ def score(
 # --- Test sets ------------------------------------------------------------------------------------
 
 
-def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: bool) -> dict:
+def evaluate_sets(
+    cfg: CfgNode,
+    weights: Weights,
+    tensors: dict[str, Tensors],
+    process: Process,
+    *,
+    has_val: bool,
+) -> dict:
     """Evaluate on val and the test sets of --sets, at every size, and keep the predictions of every image.
 
     has_val: whether DATA.PATH was set, so that a missing folder is an error.
@@ -219,7 +251,7 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
         model = build.build_model(sized, len(classes), process.device)
         for kind, file in weights.files.items():
             # Another size is another shape for models that have one.
-            load_weights(model, file, weights.is_checkpoint and size == cfg.DATA.IMG_SIZE)
+            load_weights(model, weights, kind, tensors, resized=size != cfg.DATA.IMG_SIZE)
             folder = predictions_folder(cfg, weights, kind, size if len(sizes) > 1 else None)
             args = sized, weights, kind, file, classes, changes, process
             evaluation = on_main(functools.partial(build_evaluation, *args))
@@ -257,6 +289,12 @@ def class_list_of(cfg: CfgNode, found: list[suite.Found]) -> tuple[list[str], st
     return imagenet.wnids(), "ImageNet-1k"
 
 
+def hash_file(file: Path) -> str:
+    """SHA-256 of `file`."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def build_evaluation(
     cfg: CfgNode,
     weights: Weights,
@@ -267,9 +305,8 @@ def build_evaluation(
     process: Process,
 ) -> Evaluation:
     """The record of what an evaluation depends on, without its folder and sets."""
-    step = weights.metadata["step"] if weights.metadata is not None else None
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    step = weights.metadata["step"] if weights.is_checkpoint else None
+    digest = weights.digests.get(kind) or hash_file(file)
     return Evaluation(
         folder=Path(),
         weights={"path": str(file), "sha256": digest, "step": step, "kind": kind},

@@ -1,7 +1,7 @@
 """Hooks after a step: periodic checkpoints, stop requests, steps without a finite gradient, rollback."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,9 @@ class AfterStep:
     writer: MetricWriter
     process: Process
     rolled_back: bool = False
+
+    def __post_init__(self) -> None:
+        self.saver.sync_records = self.writer.sync
 
     def __call__(self) -> None:
         """Record a skipped step, end the run if a stop was requested, save if it is time."""
@@ -83,8 +86,8 @@ class AfterStep:
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk: a launcher may kill the others when one process has ended."""
         self.watchdog.stop()
-        self.writer.close()
         self.saver.wait()
+        self.writer.close()
         distributed.barrier()
 
     def rollback(self, error: DivergedError) -> None:
@@ -107,31 +110,23 @@ class InterruptibleLoader:
     """The batches of an evaluation, cut short on a stop request.
 
     Processes may have different numbers of batches, but each reaches the end, where all agree on whether the run ends
-    (`end_if_requested`); the evaluation is then repeated after the resume.
+    (`AfterStep.end_if_requested`); the evaluation is then repeated after the resume.
     """
 
-    def __init__(
-        self,
-        loader: Loader,
-        stop: StopRequest,
-        watchdog: Watchdog,
-        end_if_requested: Callable[[], None],
-    ):
+    def __init__(self, loader: Loader, after_step: AfterStep):
         self.dataset = loader.dataset
         self._loader = loader
-        self._stop = stop
-        self._watchdog = watchdog
-        self._end_if_requested = end_if_requested
+        self._after_step = after_step
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        for batch in self._watchdog.watch(self._loader):
+        for batch in self._after_step.watchdog.watch(self._loader):
             yield batch
-            if self._stop.requested:
+            if self._after_step.stop.requested:
                 break
-        self._end_if_requested()
+        self._after_step.end_if_requested()
 
 
 # --- Divergence -----------------------------------------------------------------------------------

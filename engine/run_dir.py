@@ -1,5 +1,6 @@
 """Run directory `<output>/<model>/<tag>`: locked by one run, checked for space, with status.json."""
 
+import contextlib
 import fcntl
 import io
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from engine.checkpoint import remove_partial
 from utils.distributed import Process, broadcast_object, share_errors
 from utils.errors import StopRequested, StorageError, UserError
-from utils.files import write_atomically
+from utils.files import make_folder, write_atomically
 from utils.logging import logger
 from utils.watchdog import HANG_EXIT_CODE
 
@@ -70,7 +71,8 @@ class RunDir:
                 self.write_status("done", exit_code=0)
         finally:
             if lock is not None:
-                lock.close()
+                with contextlib.suppress(OSError):
+                    lock.close()
 
     def write_status(self, state: str, **values: object) -> None:
         """Write status.json: `state`, the time and `values`; of several processes that fail, the first one's.
@@ -111,6 +113,10 @@ class RunDir:
         self.write_status("failed", exit_code=HANG_EXIT_CODE, error=message)
         logger.error(message)
 
+    def report_exit(self, state: str, code: int, message: str) -> None:
+        """Write to status.json that the process ends at once, with exit code `code`."""
+        self.write_status(state, exit_code=code, error=message)
+
     def _has_ended(self) -> bool:
         try:
             return (
@@ -150,7 +156,7 @@ class RunDir:
     def _lock(self) -> io.FileIO:
         """The lock file with this process's name inside; partial files that a kill left are removed."""
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            make_folder(self.checkpoints)
             lock = (self.path / LOCK).open("ab+", buffering=0)
             self._acquire(lock)
             lock.truncate(0)

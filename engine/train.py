@@ -16,7 +16,13 @@ from engine.hooks import AfterStep, Divergence, InterruptibleLoader
 from engine.loop import train_one_epoch
 from engine.run_dir import RunDir
 from engine.state import TrainState
-from utils.distributed import Process, explain_lost_process, on_main, share_errors
+from utils.distributed import (
+    Process,
+    explain_lost_process,
+    on_main,
+    share_errors,
+    wait_without_limit,
+)
 from utils.errors import CheckpointError, DivergedError
 from utils.logging import MetricWriter, logger, start_logging
 from utils.machine import explain_limits
@@ -40,6 +46,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         explain_lost_process(),
         explain_limits(),
     ):
+        stop.raise_if_requested(run_dir.report_exit)
         own_path = run_dir.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, own_path)
         build.log_start(cfg, sources, process)
@@ -48,7 +55,6 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         # --- Data ---------------------------------------------------------------------------------
         resumed = on_main(lambda: find_checkpoint(cfg, run_dir))
         train_set, val_set = build.open_data(cfg, on_main(lambda: saved_classes(resumed)))
-        logger.info(f"Training on {train_set}; validating on {val_set}")
         steps_per_epoch = data.steps_per_epoch(len(train_set), cfg.TRAIN.GLOBAL_BATCH_SIZE)
         metadata = build.build_metadata(cfg, train_set, val_set, steps_per_epoch, process)
         logger.info(f"Reproducibility: {compat.explain_reproducibility(metadata)}")
@@ -68,7 +74,8 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         with share_errors():
             run_dir.write_settings(dump(cfg), sources)
             hparams = compat.list_hparams(metadata["config"])
-            writer = MetricWriter(own_path, state.step, state.epoch, cfg.PRINT_FREQ, hparams)
+            every = cfg.PRINT_FREQ, cfg.EVAL_FREQ
+            writer = MetricWriter(own_path, state.step, state.epoch, *every, hparams)
 
         # --- After a step -------------------------------------------------------------------------
         sampler = build.train_sampler(cfg, train_set, recipe, process, start_step=0)
@@ -89,10 +96,10 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         )
 
         # --- Epochs -------------------------------------------------------------------------------
-        loader = build.val_loader(cfg, val_set, process)
-        loader = InterruptibleLoader(loader, stop, watchdog, after_step.end_if_requested)
+        loader = InterruptibleLoader(build.val_loader(cfg, val_set, process), after_step)
         batches = None
         stop.defer_to_steps()
+        wait_without_limit()  # the watchdog ends what hangs
         while state.epoch < cfg.TRAIN.EPOCHS:
             if batches is None:
                 args = cfg, train_set, recipe, process, state.step, run_dir.path
@@ -122,7 +129,12 @@ def find_checkpoint(cfg: CfgNode, run_dir: RunDir) -> Path | None:
 
     The run's own comes first so that a command with --resume can be started again after it was stopped.
     """
-    own = checkpoint.latest(run_dir.checkpoints) if cfg.CHECKPOINT.AUTO_RESUME else None
+    if not cfg.CHECKPOINT.AUTO_RESUME and checkpoint.list_checkpoints(run_dir.checkpoints):
+        raise CheckpointError(
+            f"{run_dir.path} holds the checkpoints of a run, and CHECKPOINT.AUTO_RESUME False would mix another one "
+            "into it. Give the new run another --tag, or leave AUTO_RESUME True to resume."
+        )
+    own = checkpoint.latest(run_dir.checkpoints)
     if not cfg.CHECKPOINT.RESUME:
         return own
     named = checkpoint.resolve(Path(cfg.CHECKPOINT.RESUME))

@@ -64,7 +64,7 @@ def draw(run: Path, out: Path) -> None:
     unit, per_unit = "step", 1.0
     if "epoch" in series:  # recorded with every validation
         steps, epochs = series["epoch"]
-        unit, per_unit = "epoch", steps[-1] / epochs[-1]
+        unit, per_unit = "epoch", max(1.0, steps[-1] / epochs[-1])
 
     def plot(ax: Axes, tag: str, label: str, **style: object) -> None:
         if tag in series:

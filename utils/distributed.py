@@ -105,6 +105,12 @@ def _join_group(process: Process, timeout: float) -> None:
         check_gpus_differ(process.device)
 
 
+def wait_without_limit() -> None:
+    """Let collectives wait for ever from now on: a limit of time would end a job that is paused as if it hung."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(FOREVER)
+
+
 @contextmanager
 def explain_lost_process() -> Iterator[None]:
     """Raise ProcessLost where a collective fails because another process has ended or hangs."""

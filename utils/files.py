@@ -1,11 +1,34 @@
-"""Atomic writes: a reader, or a kill, finds the old content or the new, and nothing in between."""
+"""Files: atomic writes, of which a reader, or a kill, finds the old content or the new; synced folders; read again."""
 
+import contextlib
+import errno
 import os
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from utils.errors import StorageError
+
+# What disks and servers may recover from, and how many seconds they are given before each retry.
+TRANSIENT = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EBUSY,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
+PAUSES = (0.1, 0.5, 2.5)
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -21,10 +44,11 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be written: {error.strerror}. Make room there."
+            f"{path} cannot be written: {error.strerror or error}. Make room there."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -40,3 +64,32 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder `path` and those above it that are missing, with their names on the disk. Raises OSError."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        with contextlib.suppress(PermissionError):  # others may write into a folder and not list it
+            sync(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link and not what it leads to. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def read_again(read: Callable[[], T]) -> T:
+    """`read()`, after a few more tries if the disk or server did not answer. Raises OSError."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+            time.sleep(pause)
+    return read()

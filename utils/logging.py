@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from utils.bottleneck import PHASES
 from utils.errors import StorageError
-from utils.files import write_atomically
+from utils.files import read_again, sync, write_atomically
 from utils.first_edition import translate_record
 
 if TYPE_CHECKING:  # a refused command need not wait for it
@@ -68,7 +68,12 @@ def start_logging(name: str, rank: int, folder: Path | None = None) -> None:
     )
     handlers: list[logging.Handler] = [_Console()]
     if folder is not None:
-        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+        try:
+            handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+        except OSError as error:
+            raise StorageError(
+                f"{folder / 'log.txt'} cannot be written: {error.strerror}. Make room there."
+            ) from error
     for handler in handlers:
         handler.setFormatter(line)
     logger.handlers = handlers
@@ -81,8 +86,8 @@ class MetricWriter:
 
     Records beyond `step` and `epoch` are cut off first, so that a resumed run's files have each step once and, for
     the deterministic ones, the bytes of a run that was never stopped. There is a record `every` so many steps, so
-    missing ones are noticed. On a full disk, records wait in memory. On any process but the first (`folder` None)
-    nothing is written. Raises StorageError.
+    missing ones are noticed; so are the evaluations, `eval_every` so many epochs (0: not known). On a full disk,
+    records wait in memory. On any process but the first (`folder` None) nothing is written. Raises StorageError.
     """
 
     def __init__(
@@ -91,11 +96,13 @@ class MetricWriter:
         step: int,
         epoch: int,
         every: int,
+        eval_every: int = 0,
         hparams: dict[str, bool | int | float | str] | None = None,
     ):
         self._folder = folder
         self._hparams = hparams or {}
         self._every = every
+        self._eval_every = eval_every
         self._files: dict[str, io.FileIO] = {}
         self._waiting = {"metrics": b"", "timing": b"", "skipped": b""}
         self._board = None
@@ -120,6 +127,7 @@ class MetricWriter:
                     logger.warning(f"{path} lacks records of steps {last + 1} to {step}")
                 if name != "skipped" or path.exists():  # few runs skip a step
                     self._files[name] = path.open("ab", buffering=0)
+            self._report_missing_evaluation(epoch)
             self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
             self._draw(self._describe)
         except OSError as error:
@@ -127,6 +135,14 @@ class MetricWriter:
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.jsonl"
+
+    def _report_missing_evaluation(self, epoch: int) -> None:
+        if not self._eval_every:
+            return
+        path, evaluated = self._path("metrics"), epoch // self._eval_every * self._eval_every
+        records = map(_read_record, read_again(path.read_bytes).splitlines(keepends=True))
+        if max((record.epoch for record in records if record), default=0) < evaluated:
+            logger.warning(f"{path} lacks the evaluation of epoch {evaluated}")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record values that depend on the seed alone."""
@@ -196,14 +212,37 @@ class MetricWriter:
             self._append(name)
         self._draw(lambda board: board.flush())
 
+    def sync(self) -> None:
+        """Bring the records in the files to the disk, with the names of all files beside them. Raises StorageError.
+
+        A checkpoint that follows is never ahead of them. Other threads may call it.
+        """
+        if self._folder is None:
+            return
+        try:
+            for name in list(self._files):
+                sync(self._path(name))
+            sync(self._folder)
+        except OSError as error:
+            raise StorageError(
+                f"{self._folder}: the records could not be written ({error.strerror}). Make room there."
+            ) from error
+
     def close(self) -> None:
-        """Flush and close every file. Raises StorageError where records remain that could not be written."""
+        """Flush and close every file. Raises StorageError where that fails or records could not be written."""
         self.flush()
-        for file in self._files.values():
-            file.close()
         self._draw(lambda board: board.close())
-        if any(self._waiting.values()):
-            raise StorageError("The last records of the run could not be written. Make room.")
+        failures = [f"{name}.jsonl" for name, waiting in self._waiting.items() if waiting]
+        for name, file in self._files.items():
+            try:
+                file.close()  # where some network disks report that they are full
+            except OSError as error:
+                failures.append(f"{name}.jsonl ({error.strerror})")
+        self._files = {}
+        if failures:
+            raise StorageError(
+                f"The last records of the run could not be written to {', '.join(failures)}. Make room."
+            )
 
 
 def _cut_records(path: Path, step: int, epoch: int) -> int:
@@ -211,7 +250,7 @@ def _cut_records(path: Path, step: int, epoch: int) -> int:
 
     Records of old runs get today's names, so that the file is uniform.
     """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = read_again(path.read_bytes).splitlines(keepends=True) if path.exists() else []
     records = [_read_record(line) for line in lines]
     kept = [
         record for record in records if record and record.step <= step and record.epoch <= epoch

@@ -115,6 +115,8 @@ def _broken_inside() -> dict[str, tuple[bytes, str]]:
         "bomb.jpg": (jpeg[: sof + 5] + b"\xff\xdc\xff\xdc" + jpeg[sof + 9 :], BAD),
         "bomb.tiff": (lying_tiff(60_000, 60_000), BAD),
         "text_bomb.png": (_png_with(png, b"zTXt", b"x\0\0" + zlib.compress(bytes(2**22))), BAD),
+        "many_scans.jpg": (_with_scans(70), BAD),
+        "long_text.ppm": (b"P3 2400 2400 255\n" + b"1 " * (3 * 2400**2), BAD),
         "no_height.jpg": (jpeg[: sof + 5] + b"\0\0" + jpeg[sof + 7 :], BAD),
         "arithmetic.jpg": (jpeg[: sof + 1] + b"\xc9" + jpeg[sof + 2 :], ANY),
         "lossless.jpg": (jpeg[: sof + 1] + b"\xc3" + jpeg[sof + 2 :], BAD),
@@ -207,6 +209,13 @@ def lying_tiff(width: int, height: int) -> bytes:
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@functools.cache
+def _with_scans(count: int) -> bytes:
+    """A progressive JPEG of 4096 × 4096 pixels whose last scan comes so many more times."""
+    jpeg = encode(Image.new("L", (4096, 4096)), "JPEG", progressive=True)
+    return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * count + jpeg[-2:]
 
 
 def _png_with(png: bytes, kind: bytes, data: bytes) -> bytes:

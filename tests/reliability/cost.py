@@ -108,7 +108,7 @@ def seconds_per_call(function: Callable[[int], object], times: int) -> float:
 def measure_parts() -> dict[str, float]:
     """Seconds of what a step does for exactness alone, and of a checkpoint's copy, hash and write."""
     torch.set_num_threads(1)
-    stop = StopRequest(0)
+    stop = StopRequest()
     parts = {
         "seed a sample": seconds_per_call(lambda n: reseed(key(0, "sample", 3, n)), 1000),
         "seed a micro-batch": seconds_per_call(lambda n: reseed(key(0, "slot", n, 1)), 1000),

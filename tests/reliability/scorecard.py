@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Scorecard of reliability: 25 checks of what a run survives, and whether it ends in the same bits.
+"""Scorecard of reliability: 29 checks of what a run survives, and whether it ends in the same bits.
 
-python tests/reliability/scorecard.py --short                    six minutes on two quiet cores
+python tests/reliability/scorecard.py --short                    eight minutes on two quiet cores
 python tests/reliability/scorecard.py                            an hour
 python tests/reliability/scorecard.py --only 1,7 --fault-seed 5  two checks, with the kills and damages of seed 5
 python tests/reliability/scorecard.py --write docs/reliability.md
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from engine import compat
-from reliability import agreement, cost, exact, inputs, process, storage
+from reliability import agreement, cost, disk, exact, inputs, jobs, process, storage
 from reliability.harness import NotRunError, Result, Sandbox, close_workers, find_processes, kill
 from utils.files import write_atomically
 
@@ -79,6 +79,10 @@ CHECKS = (
     Check(24, "metrics.jsonl after kills", process.check_metrics, "byte-equal"),
     Check(25, "ranks agree, or the run ends and says why", agreement.check_agreement,
           "10/10, 5/5, 6/6 flips", "10/10, 5/5, 120/120 flips"),
+    Check(26, "signals to all of a job: 75, bits equal after", jobs.check_signals_to_jobs, "12/12", "144/144"),
+    Check(27, "pauses; other programs in a run's folder", jobs.check_neighbours, "4/4"),
+    Check(28, "each operation on the disk fails once", disk.check_operations, "16/16 of all", "all"),
+    Check(29, "power loss: saves kept, records byte-equal", disk.check_power_loss, "16/16 of all", "all"),
 )
 # fmt: on
 

@@ -295,7 +295,7 @@ def flaky(tmp_path, monkeypatch):
     write_image_folder(tmp_path, classes=2, train=3, val=1)
     train = dataset(tmp_path, train=True)
     pauses, read = [], train.reader.read
-    monkeypatch.setattr(data.dataset.time, "sleep", pauses.append)
+    monkeypatch.setattr("utils.files.time.sleep", pauses.append)
 
     def fail(times, code):
         left = [times]
@@ -378,7 +378,10 @@ def test_processes_report_into_one_file(tmp_path):
 
 def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path):
     (tmp_path / "bad_samples.jsonl").mkdir()
-    BadSamples(tmp_path / "bad_samples.jsonl", limit=0).add(FILES)
+    report = BadSamples(tmp_path / "bad_samples.jsonl", limit=2)
+    report.add(FILES[:2])
+    with pytest.raises(DataError, match="3 training images cannot be read, 2 are allowed"):
+        report.add(FILES[2:])
 
 
 # --- What decoding depends on ---------------------------------------------------------------------

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU
 
 import pytest
 import torch
@@ -226,7 +226,7 @@ def test_more_signals_change_neither_the_save_nor_the_exit_code(images, tmp_path
     while not skipped.exists() or not skipped.stat().st_size:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    for number in (SIGTERM, SIGINT, SIGUSR1, SIGTERM, SIGINT):
+    for number in (SIGTERM, SIGINT, SIGUSR1, SIGHUP, SIGXCPU, SIGUSR2):
         process.send_signal(number)
         time.sleep(0.02)
     while process.poll() is None:

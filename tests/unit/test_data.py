@@ -599,6 +599,51 @@ def test_extreme_shapes_are_accepted(size):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared CIFAR-10 and ImageNet samples")
+def many_scans(scans):
+    jpeg = encode(Image.new("L", (2048, 2048)), "JPEG", progressive=True)
+    return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * scans + jpeg[-2:]
+
+
+def text_pixels(side):
+    return b"P2 %d %d 255\n" % (side, side) + b"1 " * side**2
+
+
+def lying(width, height):
+    png = encode(Image.new("L", (8, 8)), "PNG")
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return png[:12] + chunk + png[33:]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lying(9_500, 9_500), "9500 × 9500 pixels, more than 89,478,485"),
+        (lying(30_000, 1), "one side over 20,000 times the other"),
+        (many_scans(300), "scans of 4,194,304 pixels, more than 1,073,741,824 in all"),
+        (text_pixels(1500), "a PPM file of a kind that is decoded slowly, of more than 4 MiB"),
+    ],
+    ids=["pixels", "sides", "scans", "text"],
+)
+def test_what_would_cost_too_much_is_refused_before_it_is_decoded(data, words, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("it is decoded"))
+    for read in (decode, decode_pixels):
+        with pytest.raises(ValueError, match=words):
+            read(data)
+
+
+def test_what_photographs_have_is_no_excess():
+    assert decode_pixels(many_scans(20)).shape == (2048, 2048, 3)
+    assert decode_pixels(text_pixels(100)).shape == (100, 100, 3)
+
+
+def test_sixteen_bits_are_scaled():
+    values = np.array([[0, 128, 129, 257, 65278, 65535]], np.uint16)
+    for picture in (Image.fromarray(values), Image.fromarray(values.astype(np.int32))):
+        kind = "PNG" if picture.mode == "I;16" else "TIFF"
+        assert decode_pixels(encode(picture, kind))[0, :, 0].tolist() == [0, 0, 1, 1, 254, 255]
+
+
 def test_shared_samples(monkeypatch):
     monkeypatch.setattr("data.listing.SETTLED", 10**20)  # keeps the folder as it is
     train = dataset(SHARED / "cifar10", train=True)

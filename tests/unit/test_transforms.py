@@ -313,3 +313,22 @@ def test_smoothing_in_the_loss_equals_timms_smoothed_targets(mode):
         cross_entropy(logits, labels, label_smoothing=0.1),
         LabelSmoothingCrossEntropy(0.1)(logits, labels),
     )
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_very_long_picture_is_not_resized_in_full(exact, monkeypatch):
+    """The centre is the same, and no side of what is computed exceeds the limit."""
+    source = np.random.default_rng(0).integers(0, 256, (4000, 3, 3)).astype(np.uint8)
+    transform = eval_transform(32, crop_mode="center", exact=exact)
+    full = transform(torch.from_numpy(source))
+    monkeypatch.setattr("data.transforms.MAX_RESIZED", 1000)
+    resize, sides = Image.Image.resize, []
+
+    def note_and_resize(image, size, *rest):
+        sides.append(max(size))
+        return resize(image, size, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", note_and_resize)
+    found = transform(torch.from_numpy(source))
+    assert max(sides) <= 4000
+    assert (found.int() - full.int()).abs().max() <= 2
