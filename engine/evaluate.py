@@ -77,6 +77,7 @@ def evaluate_val(cfg: CfgNode, weights: Weights, process: Process) -> dict:
     agreement.require_same_data(val_set.classes, {"val": val_set})
     loader = build.val_loader(cfg, val_set, process)
     model = build.build_model(cfg, len(val_set.classes), process.device)
+    build.compile_if(cfg, model)
     changes = changes_since_training(cfg, weights, val_set.fingerprint)
     results = {}
     for kind, file in weights.files.items():
@@ -183,6 +184,7 @@ def score(
         process=process,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
         print_freq=cfg.PRINT_FREQ,
+        batch_size=build.compiled_batch_size(cfg),
     )
 
 
@@ -217,6 +219,7 @@ def evaluate_sets(cfg: CfgNode, weights: Weights, process: Process, *, has_val: 
         val_data = next((one.dataset.fingerprint for one in passes if one.group == "val"), None)
         changes = changes_since_training(sized, weights, val_data)
         model = build.build_model(sized, len(classes), process.device)
+        build.compile_if(sized, model)
         for kind, file in weights.files.items():
             # Another size is another shape for models that have one.
             load_weights(model, file, weights.is_checkpoint and size == cfg.DATA.IMG_SIZE)
@@ -290,6 +293,7 @@ def build_evaluation(
         logits={
             "amp_dtype": cfg.AMP_DTYPE,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "compiled": cfg.MODEL.COMPILE,
         },
         environment={
             **compat.describe_environment(process),
@@ -326,6 +330,7 @@ def _collect(
         process=process,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
         print_freq=0,
+        batch_size=build.compiled_batch_size(cfg),
         collectors=collectors,
     )
 
@@ -361,6 +366,7 @@ def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
         model = build.build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process.device).eval()
+        build.compile_if(cfg, model)
         size, batch = cfg.DATA.IMG_SIZE, cfg.DATA.BATCH_SIZE
         images = torch.randn(batch, 3, size, size, device=process.device)
         seconds = []
