@@ -1,4 +1,4 @@
-"""torch.compile of a complete model: one graph for training, one for evaluation, kernels that are the same each time."""
+"""torch.compile of a complete model: one graph for training, one for evaluation, the same kernels each time."""
 
 import os
 from pathlib import Path

@@ -93,7 +93,7 @@ def train_one_epoch(
             group["lr"] = rate * group["lr_scale"]
         losses = forward_backward(state, grad_sync, batches, recipe, process, timer)
         with timer("optimizer"):
-            norm = _step(state, recipe.clip_grad)
+            norm = apply_gradient(state, recipe.clip_grad)
         state.step += 1
         progress.update()
         recorded = state.step % recipe.print_freq == 0 or state.step == end
@@ -139,7 +139,7 @@ def forward_backward(
     return losses
 
 
-def _step(state: TrainState, clip_grad: float) -> torch.Tensor:
+def apply_gradient(state: TrainState, clip_grad: float) -> torch.Tensor:
     """Clip the gradient and apply it; where it is not finite, the same on all processes, skip. Returns its norm.
 
     The device decides by itself, and the norm stays there, unless the optimizer or the model needs the host for that.

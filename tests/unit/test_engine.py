@@ -19,7 +19,7 @@ import models  # noqa: F401  registers the variants
 from data import TrainBatch
 from engine import build, checkpoint, compat
 from engine.grad_sync import DDPSync
-from engine.loop import Accuracy, _step, forward_backward, validate
+from engine.loop import Accuracy, apply_gradient, forward_backward, validate
 from engine.optim import Schedule, parameter_groups
 from engine.results import StepResults
 from engine.state import TrainState
@@ -46,7 +46,7 @@ def train_a_little(state: TrainState, steps: int = 3) -> None:
         state.optimizer.zero_grad()
         inputs = torch.arange(8.0).view(2, 4) + state.step
         state.scaler.scale(state.model(inputs).square().sum()).backward()
-        norm = _step(state, clip_grad=1.0)
+        norm = apply_gradient(state, clip_grad=1.0)
         state.step += 1
         results.add(0.1, norm, None)
     assert list(results.read(keep=0)) == []
@@ -135,7 +135,7 @@ def test_step_without_a_finite_gradient_is_skipped(optimizer, value, fp16):
     kept = checkpoint.snapshot(state, {})["optimizer.safetensors"]
     state.model[0].weight.grad.fill_(value)
     results = make_results(state)
-    norm = _step(state, clip_grad=1.0)
+    norm = apply_gradient(state, clip_grad=1.0)
     results.add(0.1, norm, None)
     assert bits(state) == before
     assert checkpoint.snapshot(state, {})["optimizer.safetensors"] == kept

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 import main
 from engine import loop
 from engine.hooks import AfterStep
-from engine.loop import _step
+from engine.loop import apply_gradient
 from engine.optim import create_optimizer
 from engine.results import StepResults
 from engine.state import TrainState
@@ -48,7 +48,7 @@ def test_a_step_reads_no_value():
         state = TrainState(model, ema, optimizer, scaler)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
-        norm = _step(state, clip_grad=5.0)
+        norm = apply_gradient(state, clip_grad=5.0)
         assert norm.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):  # so would any of the above
             norm.item()
@@ -78,7 +78,7 @@ def test_what_a_step_computes_is_read_after_the_next_one(tmp_path, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(loop, "_step", guarded(loop._step))
+    monkeypatch.setattr(loop, "apply_gradient", guarded(loop.apply_gradient))
     monkeypatch.setattr(StepResults, "add", guarded(StepResults.add))
     monkeypatch.setattr(loop.F, "cross_entropy", guarded(loop.F.cross_entropy))
     for reader in READERS:
