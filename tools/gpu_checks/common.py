@@ -42,7 +42,8 @@ class Setting:
 
 def kernel_choices(setting: Setting) -> list[str]:
     """The values of MODEL.KERNELS that can be compared here."""
-    return ["reference"] if fused_obstacle(setting) else ["reference", "fused"]
+    slow = not setting.cuda  # Triton's interpreter
+    return ["reference"] if slow or fused_obstacle(setting) else ["reference", "fused"]
 
 
 def fused_obstacle(setting: Setting) -> str:

@@ -78,7 +78,7 @@ def make_cases(tiny: bool) -> dict[str, Case]:
             [*inputs, table, queries, points],
             2,
         )
-        cases[f"bilinear reads, {name}"] = (ops.sample, [leaf(batch, *size, channels), points], 0)
+        cases[f"bilinear reads, {name}"] = (ops.sample, [leaf(batch, *size, channels), points], 1)
     return cases
 
 
@@ -104,7 +104,7 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Ten
     """The value and the gradients of all inputs, under fixed weights that differ everywhere."""
     inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     value = function(*inputs)
-    weights = torch.linspace(-1, 1, value.numel(), dtype=torch.float64).view(value.shape)
+    weights = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).view(value.shape)
     weights = weights.to(value)
     found = torch.autograd.grad(value, inputs, weights, allow_unused=True)
     return [value, *(f for f in found if f is not None)]
@@ -159,7 +159,7 @@ def _module_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     chosen = [p for n, p in weights.items() if not n.endswith(("qkv.bias", "kv.bias"))]
     x = x.detach().requires_grad_()
     value = module(x)
-    cotangent = torch.linspace(-1, 1, value.numel(), dtype=torch.float64).view(value.shape)
+    cotangent = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).view(value.shape)
     return [value, *torch.autograd.grad(value, [x, *chosen], cotangent.to(value))]
 
 
@@ -239,8 +239,8 @@ def check_bits(report: Report, setting: Setting) -> None:
             report.add(f"two steps twice, {way}, {mode}: bits equal", equal, bar=bar, ok=equal)
     if not fused_obstacle(setting):
         for case_name, (function, inputs, halves) in make_cases(setting.tiny).items():
-            if "neighbourhoods" in case_name:
-                continue
+            if "neighbourhoods" in case_name or (setting.tiny and "shifted" not in case_name):
+                continue  # there is no such kernel, or the interpreter is slow
             inputs = [
                 tensor.to(setting.device, torch.float16 if i < halves else torch.float32)
                 for i, tensor in enumerate(inputs)
