@@ -8,6 +8,7 @@ import timm
 import torch
 from helpers.images import write_image_folder
 from helpers.runs import arguments
+from helpers.states import make_optimizer
 from timm.utils import ModelEmaV3
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
@@ -15,7 +16,6 @@ import main
 from engine import loop
 from engine.hooks import AfterStep
 from engine.loop import apply_gradient
-from engine.optim import create_optimizer
 from engine.results import StepResults
 from engine.state import TrainState
 from tools.benchmarks.traffic import count, fake_cuda
@@ -43,7 +43,7 @@ def test_a_step_reads_no_value():
     ema = ModelEmaV3(model, decay=0.9)
     with fake_cuda():
         model, ema.module = (net.to_empty(device="cuda") for net in (model, ema.module))
-        optimizer = create_optimizer(model, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
+        optimizer = make_optimizer(model)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         state = TrainState(model, ema, optimizer, scaler)
         for parameter in model.parameters():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import timm
 import torch
 from timm.layers import set_fused_attn
-from torch import Tensor, nn
+from torch import Tensor
 
 import models  # noqa: F401  registers the variants
 from models import ops
@@ -186,17 +186,3 @@ def free(setting: Setting) -> None:
     if setting.cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(setting.device)
-
-
-def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes that `forward` keeps for the backward pass, parameters not counted."""
-    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(s.nbytes() for address, s in kept.items() if address not in parameters)

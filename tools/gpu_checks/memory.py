@@ -3,12 +3,12 @@
 import timm
 import torch
 
+from tools.common.kept import kept_bytes
 from tools.gpu_checks.common import (
     Racer,
     Setting,
     autocast,
     free,
-    kept_bytes,
     kernel_choices,
     kernels,
 )

@@ -165,19 +165,20 @@ class Steps:
         name, batch, size = setting.pick(("dat_tiny", 128, 224), ("dat_micro", 4, 32))
         args = {"drop_path_rate": 0.2, "num_classes": 1000, "stochastic_depth": mode}
         model = timm.create_model(name, **args).to(setting.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        groups = [{"params": list(model.parameters()), "lr_scale": 1.0}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
         scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.cuda)
         self.state = TrainState(model, ModelEmaV3(model, decay=0.99), optimizer, scaler)
         self.process = Process(0, 1, setting.device)
         colours = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-        off = {"augment": None} if "augment" in data.BatchTransform.__init__.__annotations__ else {}
         transform = data.BatchTransform(
             1000, device=setting.device, reprob=0.0, remode="pixel", recount=1, mixup=0.8, cutmix=1.0,
-            mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch", **colours, **off,
+            mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch", on_device=False,
+            interpolation="bicubic", **colours,
         )  # fmt: skip
         self.recipe = Recipe(
             seed=0, epochs=1, steps_per_epoch=1000, global_batch=batch, micro_batches=range(1),
-            schedule=Schedule(1000, 0, 1e-3, 1e-3, 1e-5), transform=transform, label_smoothing=0.1,
+            schedule=Schedule(1000, 0, 1e-3, 1e-3, 1e-5), transform=transform, mixup_off_epoch=0, label_smoothing=0.1,
             clip_grad=5.0, amp_dtype=torch.float16 if setting.cuda else torch.float32, print_freq=10,
         )  # fmt: skip
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
