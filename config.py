@@ -105,7 +105,10 @@ SCHEMA = (
     Key("MODEL.ARGS", {}, ANY, "further arguments of the model's constructor"),
     Key("MODEL.NUM_CLASSES", 0, CLASSES, "size of the head; 0: as many as the class list has"),
     Key("MODEL.DROP_PATH_RATE", 0.2, SHARE_BELOW_1, "fraction of residual branches skipped in the last block"),
+    Key("MODEL.STOCHASTIC_DEPTH", "independent", one_of("independent", "balanced"),
+        "skipped: each image by its own draw, as published; or as many in every micro-batch (our models)"),
     Key("MODEL.LABEL_SMOOTHING", 0.1, SHARE_BELOW_1, "fraction of the target spread over all classes"),
+    Key("MODEL.COMPILE", False, ANY, "torch.compile the model, as one graph; for GPUs, on CPUs it is slower"),
     Key("MODEL.KERNELS", "auto", one_of("auto", "reference", "fused"),
         "of attention; fused: Triton's; auto: fused on CUDA cards that run them, else the PyTorch reference"),
     Key("MODEL.GRAD_CHECKPOINTING", False, ANY, "recompute activations in the backward pass to save memory"),
@@ -212,6 +215,7 @@ FLAGS = {
 OWNED_ARGS = {
     "num_classes": "MODEL.NUM_CLASSES",
     "drop_path_rate": "MODEL.DROP_PATH_RATE",
+    "stochastic_depth": "MODEL.STOCHASTIC_DEPTH",
     "img_size": "DATA.IMG_SIZE",
     "pretrained": "CHECKPOINT.PRETRAINED",
 }
@@ -419,6 +423,11 @@ Conflict = tuple[str, str]
 def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
     """("KEY KEY …", why they do not fit and what to do) of every impossible combination that matters in `mode`."""
     yield from _renamed_arguments(cfg.MODEL)
+    if cfg.MODEL.STOCHASTIC_DEPTH != "independent" and not first_edition.is_own_model(
+        cfg.MODEL.NAME
+    ):
+        message = f"{cfg.MODEL.NAME} draws for each image by itself; set it to independent"
+        yield "MODEL.STOCHASTIC_DEPTH MODEL.NAME", message
     if mode == "throughput":
         return
     yield from _weight_conflicts(cfg.CHECKPOINT, mode, given)

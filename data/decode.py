@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
 
@@ -137,6 +136,8 @@ def decode_pixels(data: bytes, *, apply_exif: bool = False) -> torch.Tensor:
     image = open_image(data)
     rotated = apply_exif and orientation(image) in EXIF_TRANSPOSES
     if image.format == "JPEG" and image.mode in ("RGB", "L") and not rotated:
+        import simplejpeg  # here, so that what decodes no JPEG runs without it
+
         with contextlib.suppress(ValueError):
             return torch.from_numpy(simplejpeg.decode_jpeg(data))
     return torch.from_numpy(np.array(decode(data, apply_exif=apply_exif)))
@@ -172,6 +173,8 @@ SAMPLE = base64.b64decode(
 
 def decoder_fingerprint() -> dict[str, str]:
     """The versions of this machine's decoders and a hash of the pixels that they make of a certain JPEG."""
+    import simplejpeg
+
     pixels = decode_pixels(SAMPLE).numpy().tobytes() + np.asarray(decode(SAMPLE)).tobytes()
     return {
         "pillow": Image.__version__,

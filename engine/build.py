@@ -19,6 +19,7 @@ import data
 import models
 from analysis import imagenet
 from engine import agreement, compat, suite
+from engine.compilation import compile_model
 from engine.distill import Colours, Distillation, fingerprint, load_teacher
 from engine.grad_sync import DDPSync, DeterministicSync, GradSync, wrap_in_ddp
 from engine.loop import Recipe
@@ -284,6 +285,11 @@ def val_loader(cfg: CfgNode, val_set: data.ImageDataset, process: Process) -> da
     return data.eval_loader(val_set, sampler, **_loader_arguments(cfg, process))
 
 
+def compiled_batch_size(cfg: CfgNode) -> int:
+    """Images of every batch of an evaluation whose model is compiled, the last one filled up; 0 where it is not."""
+    return (cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE) if cfg.MODEL.COMPILE else 0
+
+
 def _loader_arguments(cfg: CfgNode, process: Process) -> dict[str, object]:
     return {
         "num_workers": cfg.DATA.NUM_WORKERS,
@@ -348,12 +354,21 @@ def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Modu
 
 
 def _model_arguments(cfg: CfgNode, num_classes: int) -> dict[str, object]:
+    own = {"stochastic_depth": cfg.MODEL.STOCHASTIC_DEPTH} if cfg.MODEL.NAME in VARIANTS else {}
     return {
         "num_classes": num_classes,
         "img_size": cfg.DATA.IMG_SIZE,
         "drop_path_rate": cfg.MODEL.DROP_PATH_RATE,
+        **own,
         **cfg.MODEL.ARGS,
     }
+
+
+def compile_if(cfg: CfgNode, model: nn.Module) -> None:
+    """Compile `model` if MODEL.COMPILE."""
+    if cfg.MODEL.COMPILE:
+        own = cfg.MODEL.NAME in VARIANTS  # others may need several graphs
+        compile_model(model, cache=Path(cfg.OUTPUT) / "compiled", one_graph=own)
 
 
 def build_state(
@@ -366,9 +381,12 @@ def build_state(
         load_pretrained(model, path, strict=False, classes=classes)
     freeze_some(cfg.TRAIN, model)
     optimizer = build_optimizer(cfg.TRAIN, model)
+    ema = build_ema(cfg.TRAIN, model) if cfg.TRAIN.EMA_DECAY else None
+    if ema is not None:
+        compile_if(cfg, ema.module)
     return TrainState(
         model=model,
-        ema=build_ema(cfg.TRAIN, model) if cfg.TRAIN.EMA_DECAY else None,
+        ema=ema,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=cfg.AMP_DTYPE == "float16"),
     )
@@ -412,8 +430,11 @@ def build_grad_sync(
 ) -> GradSync:
     """How the gradients of `micro_batches`, those of this process, and of all others become one."""
     if cfg.TRAIN.EXACT_WORLD_SIZE:
+        compile_if(cfg, model)
         return DeterministicSync(model, micro_batches, process)
-    return DDPSync(wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process), micro_batches, process)
+    net = wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process)
+    compile_if(cfg, model)  # after the pass of another shape that DDP needs
+    return DDPSync(net, micro_batches, process)
 
 
 def build_recipe(

@@ -26,11 +26,10 @@ from engine.hooks import InterruptibleLoader
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
 from engine.sanity import class_order_warnings
-from utils.distributed import Process, explain_lost_process, on_main, share_errors
+from utils.distributed import Process, explain_failures, on_main, share_errors
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError
 from utils.logging import logger
-from utils.machine import explain_limits
 from utils.text import join_some, quantity
 from utils.yaml_nodes import to_dict
 
@@ -60,7 +59,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
     sources: where values that are no defaults come from. given: keys set on the command line. Raises CheckpointError
     for weights that do not fit in full.
     """
-    with build.join_run(cfg, "eval") as process, explain_lost_process(), explain_limits():
+    with build.join_run(cfg, "eval") as process, explain_failures():
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
         weights = on_main(lambda: choose_weights(cfg, given))
@@ -84,6 +83,7 @@ def evaluate_val(
     agreement.require_same_data(val_set.classes, {"val": val_set})
     loader = build.val_loader(cfg, val_set, process)
     model = build.build_model(cfg, len(val_set.classes), process.device)
+    build.compile_if(cfg, model)
     changes = changes_since_training(cfg, weights, val_set.fingerprint)
     results = {}
     for kind in weights.files:
@@ -208,6 +208,7 @@ def score(
         process=process,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
         print_freq=cfg.PRINT_FREQ,
+        batch_size=build.compiled_batch_size(cfg),
     )
 
 
@@ -249,6 +250,7 @@ def evaluate_sets(
         val_data = next((one.dataset.fingerprint for one in passes if one.group == "val"), None)
         changes = changes_since_training(sized, weights, val_data)
         model = build.build_model(sized, len(classes), process.device)
+        build.compile_if(sized, model)
         for kind, file in weights.files.items():
             # Another size is another shape for models that have one.
             load_weights(model, weights, kind, tensors, resized=size != cfg.DATA.IMG_SIZE)
@@ -327,6 +329,7 @@ def build_evaluation(
         logits={
             "amp_dtype": cfg.AMP_DTYPE,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "compiled": cfg.MODEL.COMPILE,
         },
         environment={
             **compat.describe_environment(process),
@@ -363,6 +366,7 @@ def _collect(
         process=process,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
         print_freq=0,
+        batch_size=build.compiled_batch_size(cfg),
         collectors=collectors,
     )
 
@@ -398,6 +402,7 @@ def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
         model = build.build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process.device).eval()
+        build.compile_if(cfg, model)
         size, batch = cfg.DATA.IMG_SIZE, cfg.DATA.BATCH_SIZE
         images = torch.randn(batch, 3, size, size, device=process.device)
         seconds = []

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from data import EvalBatch, ImageDataset, Loader, TrainBatchSampler
 from engine import checkpoint
 from engine.agreement import Replicas, send_state
 from engine.checkpoint import Saver
+from engine.results import StepResults
 from engine.run_dir import RunDir
 from engine.state import TrainState
 from utils import distributed
@@ -42,16 +44,28 @@ class AfterStep:
     def __post_init__(self) -> None:
         self.saver.sync_records = self.writer.sync
 
-    def __call__(self) -> None:
-        """Record a skipped step, end the run if a stop was requested, save if it is time."""
-        if self.state.skipped:
-            self.divergence.record(self.state, self.writer)
-            self.divergence.raise_if_lost(self.state)
-        self.end_if_requested()
-        # An epoch's end is saved after its validation.
+    def __call__(self, results: StepResults) -> None:
+        """Record skipped steps, end the run if a stop was requested, save if it is time.
+
+        This step's own result is read now if something depends on it, or else after the next step.
+        """
+        self.read(results, keep=1)
+        reason = self.stop.agree()
         inside = self.state.step % self.steps_per_epoch > 0
-        if self.save_steps and inside and self.state.step % self.save_steps == 0:
+        # An epoch's end is saved after its validation.
+        due = self.save_steps and inside and self.state.step % self.save_steps == 0
+        if reason or due or not inside or self.divergence.is_near(self.state):
+            self.read(results, keep=0)
+        if reason:
+            self.end(reason)
+        if due:
             self.save()
+
+    def read(self, results: StepResults, keep: int) -> None:
+        """Read all results but the last `keep`, and record the steps that were skipped."""
+        for step in results.read(keep):
+            self.divergence.record(step, self.writer)
+            self.divergence.raise_if_lost(step, self.state)
 
     def save(self) -> None:
         """Write a checkpoint, in the background, once all processes have the same state."""
@@ -77,8 +91,11 @@ class AfterStep:
     def end_if_requested(self) -> None:
         """Save and raise StopRequested if any process was asked to stop."""
         reason = self.stop.agree()
-        if reason is None:
-            return
+        if reason is not None:
+            self.end(reason)
+
+    def end(self, reason: str) -> NoReturn:
+        """Save and raise StopRequested."""
         self.save()
         self.finish()
         raise StopRequested(f"{reason}; saved. Start the same command again to resume.")
@@ -143,11 +160,15 @@ class Divergence:
     sampler: TrainBatchSampler
     process: Process
 
-    def record(self, state: TrainState, writer: MetricWriter) -> None:
-        """Write the images of the step that was just skipped to skipped.jsonl."""
-        writer.skipped(state.step, images_of(state.step - 1, self.dataset, self.sampler))
+    def is_near(self, state: TrainState) -> bool:
+        """Whether the run must not make another step before the last one is known to have been applied."""
+        return state.skipped + 1 >= self.limit or not state.skips_on_device
 
-    def raise_if_lost(self, state: TrainState) -> None:
+    def record(self, step: int, writer: MetricWriter) -> None:
+        """Write the images of the skipped `step` to skipped.jsonl."""
+        writer.skipped(step, images_of(step - 1, self.dataset, self.sampler))
+
+    def raise_if_lost(self, step: int, state: TrainState) -> None:
         """Raise DivergedError after `limit` skipped steps in a row, or if one left NaN in a buffer such as BatchNorm's.
 
         The state before the step is written to `diverged-<n>`, a directory like a checkpoint, to be replayed. A
@@ -156,13 +177,12 @@ class Divergence:
         ruined = all_reduce_max(int(any(b.isnan().any() for b in state.model.buffers())))
         if state.skipped < self.limit and not ruined:
             return
-        step = state.step - 1
-        name = f"diverged-{step}"
+        name = f"diverged-{step - 1}"
         if self.process.is_main:
-            before = dataclasses.replace(state, step=step, skipped=state.skipped - 1)
+            before = dataclasses.replace(state, step=step - 1, skipped=state.skipped - 1)
             checkpoint.write(self.folder, name, checkpoint.snapshot(before, self.metadata))
         raise DivergedError(
-            f"step {state.step}: the gradient was not finite, {state.skipped} times in a row. "
+            f"step {step}: the gradient was not finite, {state.skipped} times in a row. "
             f"Find out where it begins with python tools/replay.py {self.folder / name}. Then lower TRAIN.BASE_LR, "
             "use --amp-dtype bfloat16 or repair the images in skipped.jsonl, and start the same command again."
         )

@@ -1,14 +1,12 @@
 """The two hot loops: an epoch of training, and an evaluation that counts every image once."""
 
-import resource
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.utils import AverageMeter
+from timm.utils import AverageMeter, ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -18,8 +16,9 @@ from data import NO_LABEL
 from engine.distill import Distillation
 from engine.grad_sync import GradSync
 from engine.optim import Schedule
+from engine.results import StepResults, clock, peak_memory
 from engine.state import TrainState
-from utils.bottleneck import bottleneck, shares
+from utils.bottleneck import bottleneck
 from utils.distributed import Process, all_reduce_sum
 from utils.logging import MetricWriter, logger
 from utils.rng import key, reseed
@@ -62,16 +61,24 @@ def train_one_epoch(
     recipe: Recipe,
     process: Process,
     writer: MetricWriter,
-    after_step: Callable[[], None],
+    after_step: Callable[[StepResults], None],
 ) -> None:
     """Train from `state.step` to the end of epoch `state.epoch`; `grad_sync` belongs to `state.model`.
 
-    `after_step` is called after every step: there the state may be saved and the run end.
+    `after_step` is called after every step with the results so far: there they are read, the state may be saved and
+    the run end.
     """
     end = (state.epoch + 1) * recipe.steps_per_epoch
-    meters = {name: AverageMeter() for name in ("time", "loss", "grad_norm")}
-    begin = time.perf_counter()
-    since_step, timer, epoch_seconds = state.step, StepTimer(process.device), Counter()
+    begin, timer = time.perf_counter(), StepTimer(process.device)
+    results = StepResults(
+        state,
+        writer,
+        timer,
+        process.device,
+        steps_per_epoch=recipe.steps_per_epoch,
+        epochs=recipe.epochs,
+        global_batch=recipe.global_batch,
+    )
     progress = tqdm(
         total=recipe.steps_per_epoch,
         initial=state.step % recipe.steps_per_epoch,
@@ -86,32 +93,17 @@ def train_one_epoch(
             group["lr"] = rate * group["lr_scale"]
         losses = forward_backward(state, grad_sync, batches, recipe, process, timer)
         with timer("optimizer"):
-            norm = _step(state, recipe.clip_grad)
+            norm = apply_gradient(state, recipe.clip_grad)
         state.step += 1
         progress.update()
-        if state.step % recipe.print_freq == 0 or state.step == end:
-            # The values are this step's own, so that a resumed run records the same as one that was not stopped.
-            loss = grad_sync.mean_loss(losses).item()
-            values = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
-            if state.scaler.is_enabled():
-                values["train/loss_scale"] = state.scaler.get_scale()
-            writer.metrics(state.step, values)
-            lap, steps = timer.flush(), state.step - since_step
-            epoch_seconds.update(lap)
-            seconds = sum(lap.values())
-            speed = steps * recipe.global_batch / seconds
-            times = {f"time/{phase}": share for phase, share in shares(lap).items()}
-            writer.timing(state.step, {"time/images_per_s": speed, **times})
-            for name, value in (("time", seconds / steps), ("loss", loss), ("grad_norm", norm)):
-                meters[name].update(value)
-            logger.info(_train_line(state, recipe, rate, meters, process.device))
-            since_step = state.step
+        recorded = state.step % recipe.print_freq == 0 or state.step == end
+        results.add(rate, norm, grad_sync.mean_loss(losses) if recorded else None)
         with timer("save"):
-            after_step()
+            after_step(results)
     progress.close()
-    epoch_seconds.update(timer.flush())
-    logger.info(f"EPOCH {state.epoch} training takes {_clock(time.perf_counter() - begin)}")
-    logger.info(bottleneck(epoch_seconds))
+    results.seconds.update(timer.lap().seconds())
+    logger.info(f"EPOCH {state.epoch} training takes {clock(time.perf_counter() - begin)}")
+    logger.info(bottleneck(results.seconds))
 
 
 def forward_backward(
@@ -147,35 +139,40 @@ def forward_backward(
     return losses
 
 
-def _step(state: TrainState, clip_grad: float) -> float:
-    """Clip the gradient and apply it; where it is not finite, the same on all processes, skip. Returns its norm."""
+def apply_gradient(state: TrainState, clip_grad: float) -> torch.Tensor:
+    """Clip the gradient and apply it; where it is not finite, the same on all processes, skip. Returns its norm.
+
+    The device decides by itself, and the norm stays there, unless the optimizer or the model needs the host for that.
+    """
     state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad or float("inf")).item()
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad or float("inf"))
     finite = norm < float("inf")
-    # An enabled scaler skips by itself, and lowers its scale.
-    if finite or state.scaler.is_enabled():
+    scaled = (
+        state.scaler.is_enabled()
+    )  # then the scaler makes the optimizer skip, and lowers its scale
+    if state.skips_on_device and not scaled:
+        # What an enabled scaler would set.
+        state.optimizer.grad_scale, state.optimizer.found_inf = None, (~finite).float()
+    if state.skips_on_device or scaled or finite:
         state.scaler.step(state.optimizer)
         state.scaler.update()
-    if finite and state.ema is not None:
-        state.ema.update(state.model, state.step + 1 if state.ema.use_warmup else None)
-    state.skipped = 0 if finite else state.skipped + 1
-    if not finite:
-        logger.warning(f"step {state.step + 1}: the gradient norm is {norm}, it is skipped")
+    if state.ema is not None:
+        made = state.step + 1 if state.ema.use_warmup else None
+        if state.skips_on_device:
+            _average(state.ema, state.model, finite, made)
+        elif finite:
+            state.ema.update(state.model, made)
     return norm
 
 
-def _train_line(
-    state: TrainState, recipe: Recipe, rate: float, meters: dict, device: torch.device
-) -> str:
-    index = (state.step - 1) % recipe.steps_per_epoch + 1
-    left = meters["time"].avg * (recipe.epochs * recipe.steps_per_epoch - state.step)
-    values = "\t".join(
-        f"{name} {meter.val:.4f} ({meter.avg:.4f})" for name, meter in meters.items()
-    )
-    return (
-        f"Train: [{state.epoch}/{recipe.epochs}][{index}/{recipe.steps_per_epoch}]\t"
-        f"eta {_clock(left)} lr {rate:.6f}\t{values}\tmem {_memory(device):.0f}MB"
-    )
+@torch.no_grad()
+def _average(ema: ModelEmaV3, model: nn.Module, finite: torch.Tensor, step: int | None) -> None:
+    """`ema.update(model, step)` where the flag `finite` is set, on the device."""
+    weight = (1 - ema.get_decay(step)) * finite.float()
+    pairs = zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)
+    floats = [(mean, value) for mean, value in pairs if mean.is_floating_point()]
+    means, values = zip(*floats, strict=True)
+    torch._foreach_lerp_(means, values, [weight] * len(means))
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -215,11 +212,14 @@ def validate(
     process: Process,
     amp_dtype: torch.dtype,
     print_freq: int,
+    batch_size: int,
     collectors: Sequence[Collector] = (),
 ) -> Accuracy:
     """Classify this process's share of the images, then add the counts of all processes, once.
 
     print_freq: batches from one log line to the next; 0: none.
+    batch_size: images that the model is always given, with zeros if there are fewer: a compiled model is compiled again
+        for another number; 0: as many as there are.
     collectors: what keeps the predictions of every image.
 
     No image is counted twice and none is left out, however many processes there are. The losses are added up in the
@@ -242,7 +242,7 @@ def validate(
             logger.warning(f"{file.path} {file.reason}: counts as wrong")
         labels = labels.to(process.device, non_blocking=True)
         with autocast(process.device, amp_dtype):
-            logits = model(normalize(images)).float()
+            logits = model(fill_up(normalize(images), batch_size))[: len(images)].float()
         loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
         positions = positions.to(process.device)
         losses[positions] = loss.double()
@@ -260,7 +260,7 @@ def validate(
                 f"Test: [{index}/{len(loader)}]\tTime {time_meter.val:.3f} ({time_meter.avg:.3f})\t"
                 f"Loss {losses.sum() / max(1, n - unreadable):.4f}\t"
                 f"Acc@1 {100 * top1 / n:.3f}\tAcc@5 {100 * top5 / n:.3f}\t"
-                f"Mem {_memory(process.device):.0f}MB"
+                f"Mem {peak_memory(process.device):.0f}MB"
             )
     model.train()
     n, unreadable, top1, top5 = all_reduce_sum(counts).tolist()
@@ -268,13 +268,7 @@ def validate(
     return Accuracy(n, top1, top5, loss, unreadable)
 
 
-def _memory(device: torch.device) -> float:
-    """MiB at the peak so far: of the accelerator's memory, or of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+def fill_up(images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """At least `batch_size` images: those of `images` (B, C, H, W), then zeros."""
+    missing = batch_size - len(images)
+    return F.pad(images, (0, 0) * 3 + (0, missing)) if missing > 0 else images

@@ -1,11 +1,13 @@
 """Training state: exactly what the loop changes, what a checkpoint saves and what it restores."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.grad_sync import running_statistics
 from engine.optim import STATE, load_optimizer_state, optimizer_state
 
 
@@ -21,6 +23,16 @@ class TrainState:
     epoch: int = 0  # epochs done: trained and, where due, validated
     skipped: int = 0  # steps in a row whose gradient was not finite
     best: dict = field(default_factory=lambda: {"acc1": 0.0, "step": 0})
+
+    @functools.cached_property
+    def skips_on_device(self) -> bool:
+        """Whether a step whose gradient is not finite can be skipped without the host.
+
+        The optimizer must read a flag, as GradScaler's contract has it. Running statistics, which a forward pass has
+        changed, are for the host to judge, before the next one.
+        """
+        reads_flag = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return reads_flag and not running_statistics(self.model)
 
     def counters(self) -> dict:
         """The state that is not tensors."""

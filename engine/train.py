@@ -18,14 +18,13 @@ from engine.run_dir import RunDir
 from engine.state import TrainState
 from utils.distributed import (
     Process,
-    explain_lost_process,
+    explain_failures,
     on_main,
     share_errors,
     wait_without_limit,
 )
 from utils.errors import CheckpointError, DivergedError
 from utils.logging import MetricWriter, logger, start_logging
-from utils.machine import explain_limits
 from utils.signals import StopRequest
 from utils.watchdog import Watchdog
 from utils.yaml_nodes import dump
@@ -43,12 +42,11 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         RunDir(build.run_path(cfg), process).lock() as run_dir,
         Saver(run_dir.checkpoints, cfg.CHECKPOINT.KEEP) as saver,
         Watchdog(cfg.TRAIN.HANG_SECONDS, run_dir.hang_file(), run_dir.report_hang) as watchdog,
-        explain_lost_process(),
-        explain_limits(),
+        explain_failures(),
     ):
         stop.raise_if_requested(run_dir.report_exit)
-        own_path = run_dir.path if process.is_main else None  # only the main process writes there
-        start_logging(cfg.MODEL.NAME, process.rank, own_path)
+        folder = run_dir.path if process.is_main else None  # only the main process writes there
+        start_logging(cfg.MODEL.NAME, process.rank, folder)
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
 
@@ -75,7 +73,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
             run_dir.write_settings(dump(cfg), sources)
             hparams = compat.list_hparams(metadata["config"])
             every = cfg.PRINT_FREQ, cfg.EVAL_FREQ
-            writer = MetricWriter(own_path, state.step, state.epoch, *every, hparams)
+            writer = MetricWriter(folder, state.step, state.epoch, *every, hparams)
 
         # --- After a step -------------------------------------------------------------------------
         sampler = build.train_sampler(cfg, train_set, recipe, process, start_step=0)

@@ -25,13 +25,13 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
-from models import ops
+from models import chunks, ops
 from models.cache import grid, map_extent
 
 # --- Windows --------------------------------------------------------------------------------------
 
 
-@ops.in_chunks(ops.window_bytes)
+@chunks.in_chunks(chunks.window_bytes)
 class WindowAttention(nn.Module):
     """Attention inside w × w windows with a learned bias per relative position (L; S when shifted).
 
@@ -113,7 +113,7 @@ def relative_position_index(size: int) -> Tensor:
 # --- Neighbourhoods -------------------------------------------------------------------------------
 
 
-@ops.in_chunks(ops.neighborhood_bytes)
+@chunks.in_chunks(chunks.neighborhood_bytes)
 class NeighborhoodAttention(nn.Module):
     """Attention of every query to the w × w window centred on it, with a learned bias per relative position (N).
 
@@ -233,7 +233,7 @@ class SamplingPositions(nn.Module):
         return grid(self.geometry.reference, tuple(size), self.norm.weight.device)
 
 
-@ops.in_chunks(ops.deformable_bytes)
+@chunks.in_chunks(chunks.deformable_bytes)
 class DeformableAttention(nn.Module):
     """Attention to keys and values read at positions that follow from the queries (D).
 
@@ -310,7 +310,7 @@ class GlobalAttention(nn.Module):
 # --- Deformable convolution -----------------------------------------------------------------------
 
 
-@ops.in_chunks(ops.deform_conv_bytes)
+@chunks.in_chunks(chunks.deform_conv_bytes)
 class DeformableConvolution(nn.Module):
     """3×3 convolution reading at nine predicted positions, each with a predicted weight, and a projection (C).
 

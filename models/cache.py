@@ -15,6 +15,15 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+_remembered = []  # of every function, what it has made
+
+
+def forget_cached_tensors() -> None:
+    """Make all of them again when they are needed: for programs that run a model on fake tensors."""
+    for remembered in _remembered:
+        remembered.cache_clear()
+
+
 def cached_tensor(function: Callable) -> Callable:
     """Decorator: keep the tensors that `function` makes of sizes and a device, as every forward pass needs the same.
 
@@ -22,6 +31,7 @@ def cached_tensor(function: Callable) -> Callable:
     stochastic depth makes a new one in every block.
     """
     remembered = functools.lru_cache(maxsize=256)(function)
+    _remembered.append(remembered)
 
     @functools.wraps(function)
     def wrapped(*args):

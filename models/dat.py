@@ -35,7 +35,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models import ops
+from models import chunks, ops
 from models.attention import (
     ConvStack,
     DATGeometry,
@@ -168,7 +168,7 @@ class LocalPerceptionUnit(nn.Module):
         return x + ops.convolve(self.conv, x)
 
 
-@ops.in_chunks(ops.mlp_bytes)
+@chunks.in_chunks(chunks.mlp_bytes)
 class Mlp(nn.Module):
     """The MLP of a block, fc2(GELU(fc1(x))); DAT++ has a local perception unit before the activation."""
 
@@ -193,34 +193,46 @@ class StochasticDepth(nn.Module):
     """x + branch(x); in training some images go without the branch, which is not computed for them.
 
     Stochastic depth (arXiv 1603.09382): each image of a batch is dropped with probability `drop_prob`, and what the
-    branch adds to the others is divided by 1 − `drop_prob`.
+    branch adds to the others is divided by 1 − `drop_prob`. `balanced`: of every batch of B images as many are kept,
+    round(B · (1 − drop_prob)), chosen on the device; what the branch adds to them is multiplied by B / kept. Each image
+    is kept with the same probability, but no longer independently of the others, and all shapes are known beforehand.
     """
 
-    def __init__(self, drop_prob: float):
+    def __init__(self, drop_prob: float, balanced: bool = False):
         super().__init__()
         self.drop_prob = drop_prob
+        self.balanced = balanced
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """x (B, …) and a function that maps (b, …) to the same shape, image by image."""
         if not self.training or not self.drop_prob:
             return x + branch(x)
         keep_prob = 1 - self.drop_prob
+        if self.balanced:
+            batch = x.shape[0]
+            kept = max(1, round(batch * keep_prob))
+            if kept == batch:
+                return x + branch(x)
+            chosen = torch.randperm(batch, device=x.device)[:kept]
+            return ops.add_chosen(x, branch, chosen, batch / kept)
         # One draw per image, on the host, because the number of kept images is a size.
-        kept = torch.empty(len(x)).bernoulli_(keep_prob)
+        kept = torch.empty(len(x), device=ops.drawing_device(x)).bernoulli_(keep_prob)
         return ops.add_kept(x, branch, kept, keep_prob)
 
 
 class Block(nn.Module):
     """x += StochasticDepth(attn(LN(x))); x += StochasticDepth(mlp(LN(x))); DAT++ prepends local perception."""
 
-    def __init__(self, dim: int, attn: nn.Module, drop_path: float, plus_plus: bool):
+    def __init__(
+        self, dim: int, attn: nn.Module, drop_path: float, plus_plus: bool, balanced: bool = False
+    ):
         super().__init__()
         self.lpu = LocalPerceptionUnit(dim) if plus_plus else nn.Identity()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4, plus_plus)
-        self.drop_path = StochasticDepth(drop_path)
+        self.drop_path = StochasticDepth(drop_path, balanced)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
@@ -304,9 +316,14 @@ class DAT(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        stochastic_depth: str = "independent",
         **architecture,
     ):
         super().__init__()
+        if stochastic_depth not in ("independent", "balanced"):
+            raise ConfigError(
+                f"stochastic_depth is {stochastic_depth!r}; it can be 'independent' or 'balanced'"
+            )
         config = DATConfig(**architecture)
         self.config = config
         self.img_size = to_2tuple(config.rpe_img_size or img_size)
@@ -330,7 +347,13 @@ class DAT(nn.Module):
                 make_downsample(dims[i - 1], dims[i], config.plus_plus) if i else nn.Identity()
             )
             blocks = [
-                Block(dims[i], MIXERS[letter](config, i, size), rate, config.plus_plus)
+                Block(
+                    dims[i],
+                    MIXERS[letter](config, i, size),
+                    rate,
+                    config.plus_plus,
+                    balanced=stochastic_depth == "balanced",
+                )
                 for letter, rate in zip(letters, drop_path[i], strict=True)
             ]
             self.stages.append(Stage(downsample, blocks))

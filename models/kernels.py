@@ -171,6 +171,30 @@ def axis_tiles(length: int, window: int, device: torch.device) -> AxisTiles:
     return AxisTiles(keys, relative)
 
 
+# --- Rows of a bias -------------------------------------------------------------------------------
+
+
+class AlignedRows(torch.autograd.Function):
+    """A copy in another precision whose rows begin at multiples of 8 elements, as fused attention wants a bias."""
+
+    @staticmethod
+    def forward(bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """bias (b, N, S) to the same shape."""
+        keys = bias.shape[-1]
+        rows = bias.new_empty((*bias.shape[:-1], -(-keys // 8) * 8), dtype=dtype)
+        return rows[..., :keys].copy_(bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
+        """Keep the precision."""
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the bias from that of the copy."""
+        return grad.to(ctx.dtype), None
+
+
 # --- Less memory for the backward pass ------------------------------------------------------------
 
 

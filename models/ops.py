@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
 from models.cache import cached_tensor, is_tracing
 from models.kernels import (
+    AlignedRows,
     GELULinear,
     IndexAddScaled,
     bias_by_rows,
@@ -134,67 +134,6 @@ def fused_windows(x: Tensor, num_heads: int, window: tuple[int, int]) -> ModuleT
     return fused if x.shape[-1] // num_heads in fused.HEAD_WIDTHS else None
 
 
-# --- A batch in chunks ----------------------------------------------------------------------------
-
-# Larger tensors leave a CPU's caches, and the allocator gives them back to the system after each use: page faults then
-# cost more than arithmetic.
-CPU_BYTES = 20 * 2**20
-
-
-def in_chunks(largest: Callable[[nn.Module, Tensor], int]) -> Callable[[type], type]:
-    """Class decorator: on a CPU, `forward` takes so many images at a time that its largest tensor has CPU_BYTES.
-
-    `largest(module, x)` is the size in bytes of that tensor for x (B, H, W, C). Modules with hooks inside see complete
-    batches. To FX the module is one node, because the number of chunks depends on the input.
-    """
-
-    def decorate(cls: type) -> type:
-        forward = cls.forward
-
-        @functools.wraps(forward)
-        def forward_in_chunks(self: nn.Module, x: Tensor) -> Tensor:
-            if x.device.type != "cpu" or is_tracing():
-                return forward(self, x)
-            chunks = -(-largest(self, x) // CPU_BYTES)
-            if chunks <= 1 or any(has_hooks(module) for module in self.modules()):
-                return forward(self, x)
-            return torch.cat([forward(self, part) for part in x.chunk(chunks)])
-
-        cls.forward = forward_in_chunks
-        return register_notrace_module(cls)
-
-    return decorate
-
-
-def window_bytes(module: nn.Module, x: Tensor) -> int:
-    """Window attention: the queries, keys and values, or the scores."""
-    return x.nbytes * max(3, module.num_heads * module.window_size**2 // x.shape[-1])
-
-
-def neighborhood_bytes(module: nn.Module, x: Tensor) -> int:
-    """Neighbourhood attention: the scores, or the keys and values of all regions."""
-    tiles = neighborhood_tiles(*x.shape[1:3], module.window_size, x.device)
-    scores = len(x) * module.num_heads * tiles.relative.numel() * x.element_size()
-    repeats = len(tiles.rows) * len(tiles.columns) / (x.shape[1] * x.shape[2])
-    return max(scores, int(2 * repeats * x.nbytes))
-
-
-def deformable_bytes(module: nn.Module, x: Tensor) -> int:
-    """Deformable attention: the bias, which is float32."""
-    batch, height, width = x.shape[:3]
-    return 4 * batch * module.num_heads * (height * width // module.positions.stride) ** 2
-
-
-def deform_conv_bytes(module: nn.Module, x: Tensor) -> int:
-    """Deformable convolution: what the nine positions read."""
-    return 9 * x.numel() * module.conv.weight.element_size()
-
-
-def mlp_bytes(module: nn.Module, x: Tensor) -> int:
-    """MLP: the hidden layer."""
-    return x.nbytes * module.expansion
-
-
 # --- Attention ------------------------------------------------------------------------------------
 
 
@@ -228,10 +167,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """
     if _recorder is not None:
         return attend_recorded(q, k, v, bias, _recorder)
+    if q.is_cuda:
+        return attend_by_fused_kernel(q, k, v, bias)
     bias = bias.to(q.dtype)
-    if q.is_cuda:  # the fused kernel repeats the bias as it reads
-        q, k, v = (part.unflatten(0, (-1, bias.shape[0])) for part in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).flatten(0, 1)
     # On a CPU a product that is added to the bias is faster than the fused kernel for windows of 49 positions. Scaled
     # after the product, as released: bilinear reads have kinks, so rounding shows in the gradients of offsets.
     if bias.shape[0] != q.shape[0]:
@@ -249,6 +187,27 @@ def attend_recorded(
     weights = (scores.unflatten(0, (-1, len(bias))) + bias.float()).flatten(0, 1).softmax(dim=-1)
     recorder(Attended(queries, keys, weights))
     return (weights @ v.float()).to(v.dtype)
+
+
+# Heads of the fused kernel are an axis of its grid, which on CUDA has at most 65,535 entries.
+MAX_HEADS = 65_535
+
+
+def attend_by_fused_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """`attend` by the fused kernel, which repeats the bias as it reads and never writes the scores."""
+    bias = align_rows(bias, q.dtype)
+    q, k, v = (part.unflatten(0, (-1, len(bias))) for part in (q, k, v))
+    if len(bias) <= MAX_HEADS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).flatten(0, 1)
+    parts = zip(*(x.split(MAX_HEADS, dim=-3) for x in (q, k, v, bias)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*x) for x in parts], dim=1).flatten(0, 1)
+
+
+def align_rows(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias (b, N, S) in `dtype`, its rows S rounded up to 8 apart in memory: the fused kernel would copy others."""
+    if is_tracing():  # a compiler lays out its tensors itself
+        return bias.to(dtype)
+    return AlignedRows.apply(bias, dtype)
 
 
 def split_heads(
@@ -354,8 +313,7 @@ def attend_neighborhoods(qkv: Tensor, rpb: Tensor) -> Tensor:
     (height, width, channels), num_heads = qkv.shape[1:], len(rpb)
     tiles = neighborhood_tiles(height, width, (rpb.shape[-1] + 1) // 2, qkv.device)
     table = F.pad(rpb, (0, 1, 0, 1), value=-torch.inf).flatten(1)  # −∞: outside of the window
-    bias = table.index_select(1, tiles.relative.flatten()).unflatten(1, tiles.relative.shape)
-    bias = bias.transpose(0, 1).flatten(0, 1)  # (K · M, n, keys of a region)
+    bias = read_table(table, tiles.relative).transpose(0, 1).flatten(0, 1)  # (K · M, n, keys)
     # The reference: one tile, which reads the complete map.
     if tiles.region == (height, width):
         q, k, v = split_heads(qkv, tiles.region, tiles.region, num_heads, parts=3)
@@ -363,13 +321,24 @@ def attend_neighborhoods(qkv: Tensor, rpb: Tensor) -> Tensor:
         return z.view(-1, height, width, channels // 3)
     # Tiles of queries; a key of a map is in the regions of several tiles.
     q, kv = qkv.split((channels // 3, 2 * channels // 3), dim=-1)
-    q = F.pad(q, (0, 0, 0, -width % tiles.tile[1], 0, -height % tiles.tile[0]))
+    below, right = -height % tiles.tile[0], -width % tiles.tile[1]
+    if below or right:  # padding by nothing would copy
+        q = F.pad(q, (0, 0, 0, right, 0, below))
     padded = tuple(q.shape[1:3])
     (q,) = split_heads(q, padded, tiles.tile, num_heads)
     kv = kv.index_select(1, tiles.rows).index_select(2, tiles.columns)
     k, v = split_heads(kv, tuple(kv.shape[1:3]), tiles.region, num_heads, parts=2)
     z = merge_heads(attend(q, k, v, bias), padded, tiles.tile, num_heads)
     return z.view(-1, *padded, channels // 3)[:, :height, :width]
+
+
+def read_table(table: Tensor, index: Tensor) -> Tensor:
+    """The entries `index` (K, n, keys) of every head's table (M, entries), to (M, K, n, keys)."""
+    if (
+        table.is_cuda
+    ):  # the gradient of F.embedding is summed in a fixed order, without atomic additions
+        return F.embedding(index, table.t()).permute(3, 0, 1, 2)
+    return table.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
 # --- Bilinear reads -------------------------------------------------------------------------------
@@ -401,8 +370,9 @@ def rpe_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
     Queries are at (H, W, 2), keys at (B, G, Hk, Wk, 2).
     """
     batch, groups = positions.shape[:2]
-    keys = positions.reshape(batch * groups, 1, -1, 2)
-    displacement = torch.sub(queries.view(-1, 1, 2) / 2, keys, alpha=0.5)  # (B·G, N, S, 2)
+    # Halved before they are subtracted, so that the backward pass scales keys and not pairs.
+    keys = -0.5 * positions.reshape(batch * groups, 1, -1, 2)
+    displacement = torch.add(keys, queries.view(-1, 1, 2), alpha=0.5)  # (B·G, N, S, 2)
     tables = tables.to(keys.dtype)
     if displacement.is_cuda and not allow_atomic_add(displacement.device):
         return bias_by_rows(tables, displacement.unflatten(0, (batch, groups)))
@@ -470,10 +440,15 @@ def gelu_linear(act: nn.Module, fc: nn.Module, x: Tensor) -> Tensor:
     return fc(act(x))
 
 
+def drawing_device(x: Tensor) -> torch.device:
+    """Where to draw which images of x are kept: on the host, where their number is a size; in a graph where x is."""
+    return x.device if is_tracing() else torch.device("cpu")
+
+
 def add_kept(
     x: Tensor, branch: Callable[[Tensor], Tensor], kept: Tensor, keep_prob: float
 ) -> Tensor:
-    """x + branch(x) · kept / keep_prob, image by image; `kept` (B) of zeros and ones is on the host.
+    """x + branch(x) · kept / keep_prob, image by image; `kept` (B) of zeros and ones is on the `drawing_device`.
 
     `branch` maps (b, …) to the same shape, image by image.
     """
@@ -484,5 +459,13 @@ def add_kept(
     # If none is kept, one is computed all the same and added 0 times: every weight needs a gradient.
     scale = 1 / keep_prob if kept.any() else 0.0
     chosen = kept.nonzero().flatten() if scale else torch.tensor([0])
-    chosen = chosen.to(x.device, non_blocking=True)
+    if x.is_cuda:  # from other memory the copy would wait for the device
+        chosen = chosen.pin_memory().to(x.device, non_blocking=True)
+    return add_chosen(x, branch, chosen, scale)
+
+
+def add_chosen(
+    x: Tensor, branch: Callable[[Tensor], Tensor], chosen: Tensor, scale: float
+) -> Tensor:
+    """x + scale · branch(x) at the images `chosen` (b) of x (B, …), without the branch at the others."""
     return IndexAddScaled.apply(x, chosen, branch(x.index_select(0, chosen)), scale)

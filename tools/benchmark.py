@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Benchmarks of a model, of the data loader, of the training loop, and of scaling to more processes.
+"""Benchmarks of a model, of its memory traffic on a GPU, of the data loader, the training loop, and more processes.
 
 What is compared is timed in turns, so that a machine that slows down slows all of it. Leave the machine idle
 otherwise. docs/performance.md describes the method.
 
 examples:
   python tools/benchmark.py model dat_tiny swin_tiny_patch4_window7_224 --dtype bfloat16
+  python tools/benchmark.py bytes dat_tiny swin_tiny_patch4_window7_224
   python tools/benchmark.py data --data-path /imagenet --workers 8
   python tools/benchmark.py loop --cfg configs/dat_tiny.yaml --data-path /imagenet
   python tools/benchmark.py scaling dat_tiny --processes 2 --threads 1
@@ -21,10 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.memory import use_large_pages
 
 use_large_pages()  # as main.py does
-from tools.benchmarks import data, loop, model, scaling  # noqa: E402
+from tools.benchmarks import data, loop, model, scaling, traffic  # noqa: E402
 from utils.errors import StorageError, as_exit_code  # noqa: E402
 
-BENCHMARKS = {"model": model, "data": data, "loop": loop, "scaling": scaling}
+BENCHMARKS = {
+    "model": model,
+    "bytes": traffic,
+    "data": data,
+    "loop": loop,
+    "scaling": scaling,
+}
 
 
 @as_exit_code

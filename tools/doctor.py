@@ -18,10 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from yacs.config import CfgNode
 
 import config
 from analysis import imagenet
-from data import allowed_files
+from data import ImageDataset, allowed_files, steps_per_epoch
+from tools.checks.forecast import check_cost
 from tools.checks.images import examine, judge_images
 from tools.checks.layout import check_links, open_splits
 from tools.checks.machine import check_machine
@@ -99,6 +101,9 @@ def run_checks(args: argparse.Namespace, command: config.Command | None, report:
             report.show(check_batches(cfg, datasets.get("train"), args.processes))
             report.show([check_learning_rate(cfg)])
         report.show(check_model(cfg, len(classes), training))
+        if training and not report.count["FAIL"]:
+            images = steps_images(cfg, datasets.get("train"))
+            report.show(check_cost(cfg, len(classes), images, args.processes))
         if not report.count["FAIL"]:
             weights = (
                 check_evaluated(cfg, evaluated, classes) if evaluated else check_start(cfg, classes)
@@ -106,6 +111,14 @@ def run_checks(args: argparse.Namespace, command: config.Command | None, report:
             report.show(weights)
     report.section("Machine")
     report.show(check_machine(cfg, args.processes))
+
+
+def steps_images(cfg: CfgNode, train: ImageDataset | None) -> int | None:
+    """Images of all steps of the run; None without its training images."""
+    if train is None:
+        return None
+    steps = steps_per_epoch(len(train), cfg.TRAIN.GLOBAL_BATCH_SIZE)
+    return cfg.TRAIN.EPOCHS * steps * cfg.TRAIN.GLOBAL_BATCH_SIZE
 
 
 def main(arguments: list[str]) -> int:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from utils.devices import check_gpus_differ, choose_device
 from utils.errors import ConfigError, ProcessLost, UserError
-from utils.machine import choose_threads
+from utils.machine import choose_threads, explain_limits
 
 FOREVER = timedelta(days=365)
 PATIENCE = 10.0  # seconds of waiting for the other processes before that is reported
@@ -123,6 +123,13 @@ def explain_lost_process() -> Iterator[None]:
             "Another process of this run has ended or hangs: its output, or the launcher's, gives the reason. "
             f"Then start the same command again. Noticed by: {error}"
         ) from error
+
+
+@contextmanager
+def explain_failures() -> Iterator[None]:
+    """Raise a UserError where another process is lost, or where the machine runs out of files or memory to share."""
+    with explain_lost_process(), explain_limits():
+        yield
 
 
 # --- One error for all processes ------------------------------------------------------------------

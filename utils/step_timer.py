@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -29,15 +30,12 @@ class StepTimer:
         yield
         self._spans.append((phase, start, self._now()))
 
-    def flush(self) -> dict[str, float]:
-        """Seconds of every phase since the last flush; waits for the device."""
+    def lap(self) -> "Lap":
+        """End a lap here and start the next."""
         end = self._now()
-        seconds = dict.fromkeys(PHASES, 0.0)
-        for phase, start, stop in self._spans:
-            seconds[phase] += self._between(start, stop)
-        seconds["other"] = self._between(self._start, end) - sum(seconds.values())
+        lap = Lap(self._spans, self._start, end)
         self._spans, self._start = [], end
-        return seconds
+        return lap
 
     def _now(self) -> float | torch.cuda.Event:
         if not self._cuda:
@@ -46,8 +44,26 @@ class StepTimer:
         event.record()
         return event
 
-    def _between(self, start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-        if not self._cuda:
-            return end - start
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
+
+@dataclass(frozen=True)
+class Lap:
+    """The time between two calls of `StepTimer.lap`."""
+
+    spans: list  # (phase, start, stop)
+    start: float | torch.cuda.Event
+    end: float | torch.cuda.Event
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every phase; waits until the device has come to the end of the lap."""
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for phase, start, stop in self.spans:
+            seconds[phase] += _between(start, stop)
+        seconds["other"] = _between(self.start, self.end) - sum(seconds.values())
+        return seconds
+
+
+def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000

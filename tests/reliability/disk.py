@@ -290,7 +290,7 @@ def after_power_loss(nodes: dict[int, Node], entries: str, data: str) -> dict[st
     return found
 
 
-def promised_step(nodes: dict[int, Node]) -> int:
+def guaranteed_step(nodes: dict[int, Node]) -> int:
     """The newest step whose checkpoint was saved, its name included."""
     names = [
         Path(path).name
@@ -313,13 +313,13 @@ def power_states(file: Path) -> list[tuple[str, tuple, int]]:
             digest = hashlib.sha256(pickle.dumps(sorted(quiet.items()))).digest()
             if digest not in known:
                 known.add(digest)
-                states.append((operation, (number, *survivors), promised_step(nodes)))
+                states.append((operation, (number, *survivors), guaranteed_step(nodes)))
     return states
 
 
 def power_trial(sandbox: Sandbox, state: tuple[str, tuple, int]) -> dict:
     """Lose power after one operation, then finish the run: no saved step is lost, and the end is the same."""
-    operation, (number, *survivors), promised = state
+    operation, (number, *survivors), guaranteed = state
     folder = sandbox.new_folder("power", "-".join(map(str, (number, *survivors))))
     recording = read_recording(sandbox.folder / "recording")
     _, nodes = next(itertools.islice(recording, number, None))
@@ -341,7 +341,7 @@ def power_trial(sandbox: Sandbox, state: tuple[str, tuple, int]) -> dict:
     return {
         "after": operation,
         "survived": survivors,
-        "saved_step": promised,
+        "saved_step": guaranteed,
         "found_step": found,
         "exit_codes": codes,
         "different": different,

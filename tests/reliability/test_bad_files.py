@@ -143,6 +143,7 @@ def test_what_cannot_be_read_is_wrong_and_has_no_loss(tmp_path):
         normalize=lambda images: images.float() / 255,
         process=Process(0, 1, torch.device("cpu")),
         amp_dtype=torch.float32,
+        batch_size=0,
         print_freq=10,
     )
     valid = [val[index] for index in range(9) if index != 4]

@@ -17,10 +17,12 @@ from helpers.runs import SMALL
 from torch import nn
 
 from engine import checkpoint
+from models.kernels import GELULinear
 from tools import benchmark, compare
 from tools.benchmarks import loop as bench_loop
 from tools.benchmarks import model as bench_model
 from tools.benchmarks import scaling as bench_scaling
+from tools.benchmarks import traffic
 from utils.bottleneck import PHASES
 
 TINY = ["--size", "32", "--batch", "2", "--rounds", "2", "--threads", "1"]
@@ -151,6 +153,50 @@ def test_ratio_is_taken_round_by_round():
 )
 def test_kinds_of_operations(operation, kind):
     assert bench_model.kind_of(operation) == kind
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def test_bytes_of_a_step_that_can_be_worked_out():
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4, bias=False), nn.Flatten(1))
+    found = traffic.count(net, batch=2, size=(8, 8), dtype=torch.float32, training=True)
+    images, weight, logits = 4 * 2 * 3 * 64, 4 * 8 * 3 * 16, 4 * 2 * 32
+    convolution = images + weight + logits
+    # Forward and backward once; of the images no gradient.
+    assert found.operations["aten.convolution.default"] == convolution
+    assert found.operations["aten.convolution_backward.default"] == logits + images + 2 * weight
+    assert found.flops == 2 * 2 * (2 * 32 * 48)
+    assert found.kept == images + logits  # the weight is a parameter
+    assert found.fused < found.moved  # squares, their sum and their gradient are few passes
+
+
+def test_the_backward_pass_without_an_engine_is_the_engines():
+    def loss(x, weight, bias):
+        y = GELULinear.apply(x, weight, bias) + x[:1]  # broadcasts, and x is used twice
+        return (y.half().float().square() * torch.ones(5, 1)).mean()
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((5, 4), (4, 4), (4,))]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    gradients = traffic.backward(loss(*inputs))
+    for tensor, gradient in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(gradients[tensor], gradient)
+
+
+def test_bytes_by_name(tmp_path, capsys):
+    file = tmp_path / "numbers.json"
+    arguments = ["bytes", "resnet10t", "--size", "32", "--batch", "2", "--top", "1"]
+    assert benchmark.main([*arguments, "--json", str(file)]) == 0
+    (found,) = json.loads(file.read_text())["models"].values()
+    assert found["train"]["moved"] > 2 * found["eval"]["moved"]
+    assert found["eval"]["kept"] == 0 < found["train"]["kept"]
+    for phase in found.values():
+        assert sum(phase["operations"].values()) == phase["moved"]
+    printed = capsys.readouterr().out
+    assert "on paper" in printed
+    assert "resnet10t, train" in printed
+    assert benchmark.main(["bytes", "resnet10x"]) == 2
 
 
 # --- loop -----------------------------------------------------------------------------------------

@@ -20,8 +20,16 @@ import config
 import main
 from engine.build import build_model
 from tools import doctor
-from tools.checks import images, machine, report
+from tools.checks import forecast, images, machine, report
 from utils.errors import DataError
+
+REAL_COST = doctor.check_cost
+
+
+@pytest.fixture(autouse=True)
+def no_cost(monkeypatch):
+    """Without the measured step, which takes seconds."""
+    monkeypatch.setattr(doctor, "check_cost", lambda *args: [])
 
 
 @pytest.fixture
@@ -329,3 +337,48 @@ def test_every_warning_and_failure_says_what_to_do(examine, root, monkeypatch):
     assert len([finding for finding in shown if finding.level != "OK"]) > 6
     for finding in shown:
         assert finding.level == "OK" or finding.remedy or ";" in finding.text, finding
+
+
+# --- Forecasts ------------------------------------------------------------------------------------
+
+
+def test_the_memory_and_the_time_of_the_run_are_forecast(examine, monkeypatch):
+    monkeypatch.setattr(doctor, "check_cost", REAL_COST)
+    code, text = examine()
+    assert code == 0
+    assert "OK memory a micro-batch of 4 images needs about" in text
+    assert "for 3 epochs on 1 × cpu, from a measured step of 4 images" in text
+    assert "on 8 H100, an estimate on paper: about 1 minute" in text
+    monkeypatch.setattr(forecast, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(forecast, "estimate_on_paper", lambda *args: report.Finding("OK", "", ""))
+    code, text = examine()
+    assert code == 3
+    assert "FAIL memory a micro-batch of 4 images needs about" in text
+
+
+@pytest.mark.parametrize(("memory", "batch"), [(10.0, 4), (3.4, 2), (2.9, 0), (100.0, None)])
+def test_the_largest_batch_that_fits(memory, batch):
+    cfg = config.load("configs/digits.yaml", ["DATA.BATCH_SIZE=12", "TRAIN.GLOBAL_BATCH_SIZE=24"])
+    step = forecast.Step(images=2, seconds=1.0, bytes_per_image=1e9)
+    # 1 GB beside the images, of which 2, 4 or 12 divide the 12 of a process; 5 % are left alone.
+    finding = forecast.judge_memory(cfg, step, int(1e9), int(memory * 1e9), processes=2)
+    assert finding.level == ("OK" if batch is None else "FAIL")
+    if batch:
+        largest = {10.0: 6, 3.4: 2}[memory]
+        assert finding.remedy.startswith(f"--batch-size {largest} is the largest that fits")
+    elif batch == 0:
+        assert "GRAD_CHECKPOINTING" in finding.remedy
+
+
+def test_a_step_that_does_not_fit_is_halved():
+    tried = []
+
+    def measure(images):
+        tried.append(images)
+        if images > 2:
+            raise torch.OutOfMemoryError
+        return forecast.Step(images, 1.0, 1.0)
+
+    assert forecast.measure_fitting(measure, 8).images == 2
+    assert tried == [8, 4, 2]
+    assert forecast.measure_fitting(lambda images: measure(9), 1) is None

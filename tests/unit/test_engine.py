@@ -19,8 +19,9 @@ import models  # noqa: F401  registers the variants
 from data import TrainBatch
 from engine import build, checkpoint, compat
 from engine.grad_sync import DDPSync
-from engine.loop import Accuracy, _step, forward_backward, validate
+from engine.loop import Accuracy, apply_gradient, forward_backward, validate
 from engine.optim import Schedule, parameter_groups
+from engine.results import StepResults
 from engine.state import TrainState
 from utils.distributed import Process
 from utils.errors import CheckpointError, ConfigError, StorageError
@@ -33,13 +34,22 @@ CPU = Process(0, 1, torch.device("cpu"))
 EACH_OPTIMIZER = pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb", "lion", "muon"])
 
 
+def make_results(state: TrainState) -> StepResults:
+    sizes = {"steps_per_epoch": 10, "epochs": 1, "global_batch": 2}
+    writer = MetricWriter(None, 0, 0, every=1)
+    return StepResults(state, writer, StepTimer(CPU.device), CPU.device, **sizes)
+
+
 def train_a_little(state: TrainState, steps: int = 3) -> None:
+    results = make_results(state)
     for _ in range(steps):
         state.optimizer.zero_grad()
         inputs = torch.arange(8.0).view(2, 4) + state.step
         state.scaler.scale(state.model(inputs).square().sum()).backward()
-        _step(state, clip_grad=1.0)
+        norm = apply_gradient(state, clip_grad=1.0)
         state.step += 1
+        results.add(0.1, norm, None)
+    assert list(results.read(keep=0)) == []
 
 
 def bits(state: TrainState) -> dict:
@@ -124,9 +134,13 @@ def test_step_without_a_finite_gradient_is_skipped(optimizer, value, fp16):
     before, scale = bits(state), state.scaler.get_scale()
     kept = checkpoint.snapshot(state, {})["optimizer.safetensors"]
     state.model[0].weight.grad.fill_(value)
-    _step(state, clip_grad=1.0)
+    results = make_results(state)
+    norm = apply_gradient(state, clip_grad=1.0)
+    results.add(0.1, norm, None)
     assert bits(state) == before
     assert checkpoint.snapshot(state, {})["optimizer.safetensors"] == kept
+    assert state.skipped == 0  # not known yet
+    assert list(results.read(keep=0)) == [state.step]
     assert state.skipped == 1
     assert not fp16 or state.scaler.get_scale() == scale / 2
     train_a_little(state, 1)
@@ -303,6 +317,7 @@ def test_evaluation_is_the_mean_over_images(batch_size):
         normalize=lambda images: images.float() / 255,
         process=CPU,
         amp_dtype=torch.float32,
+        batch_size=0,
         print_freq=10,
     )
     with torch.no_grad():

@@ -8,10 +8,17 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from models import ops
+from models import chunks, ops
 from models.dat import StochasticDepth
-from models.kernels import bias_by_rows, sample_by_rows
-from models.ops import attend, gelu_linear, rpe_bias, sample, sample_by_grid
+from models.kernels import AlignedRows, bias_by_rows, neighborhood_tiles, sample_by_rows
+from models.ops import (
+    attend,
+    attend_by_fused_kernel,
+    gelu_linear,
+    rpe_bias,
+    sample,
+    sample_by_grid,
+)
 from tools.benchmarks.model import Subject
 
 BOTH = pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
@@ -82,22 +89,54 @@ def test_a_position_that_is_no_number_gives_no_number():
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 6])
-def test_attention_equals_the_fused_kernel(repeats):
+@pytest.mark.parametrize("most", [65_535, 2])
+def test_attention_equals_the_fused_kernel(repeats, most, monkeypatch):
+    monkeypatch.setattr(ops, "MAX_HEADS", most)
+    calls, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *a, **k: calls.append(a[0].shape) or kernel(*a, **k),
+    )
     torch.manual_seed(0)
     q, k, v = (torch.randn(6, n, 4, dtype=torch.float64) for n in (5, 3, 3))
     bias = torch.randn(6 // repeats, 5, 3, dtype=torch.float64)
 
-    def fused(q, k, v, bias):  # as on CUDA
-        q, k, v = (part.unflatten(0, (repeats, -1)) for part in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, bias).flatten(0, 1)
-
     def own(q, k, v, bias):
         return attend(q, k, v, bias.clone())
 
-    for one, other in zip(
-        gradients(own, q, k, v, bias), gradients(fused, q, k, v, bias), strict=True
-    ):
+    fused = gradients(attend_by_fused_kernel, q, k, v, bias)  # as on CUDA
+    for one, other in zip(gradients(own, q, k, v, bias), fused, strict=True):
         torch.testing.assert_close(one, other)
+    assert len(calls) == -(-6 // repeats // most)
+    assert max(shape[1] for shape in calls) <= most  # an axis of a CUDA grid
+
+
+@pytest.mark.parametrize("keys", [8, 49])
+def test_rows_of_a_bias_are_aligned_and_unchanged(keys):
+    bias = torch.randn(3, 5, keys, requires_grad=True)
+    rows = AlignedRows.apply(bias, torch.bfloat16)
+    assert rows.stride()[1] == -(-keys // 8) * 8
+    torch.testing.assert_close(rows, bias.bfloat16())
+    (gradient,) = torch.autograd.grad(rows, bias, rows)
+    torch.testing.assert_close(gradient, bias.bfloat16().float())
+
+
+def test_neighbourhoods_read_their_table_the_same_way_on_cuda():
+    relative = neighborhood_tiles(9, 13, 3, torch.device("cpu")).relative
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    def read(table):
+        return ops.read_table(table, relative)
+
+    def read_on_cuda(table):
+        return ops.read_table(table.as_subclass(OnCuda), relative).as_subclass(torch.Tensor)
+
+    table = torch.randn(2, 36, dtype=torch.float64)
+    for own, other in zip(gradients(read, table), gradients(read_on_cuda, table), strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_the_gelu_that_is_computed_again_is_the_same():
@@ -149,6 +188,28 @@ def test_dropped_images_are_not_computed_and_nothing_else_changes(drop_prob, mon
     assert torch.equal(drop_path.eval()(x, layer), x + layer(x))
 
 
+@pytest.mark.parametrize(("drop_prob", "kept"), [(0.1, 7), (0.3, 6), (0.99, 1)])
+def test_balanced_stochastic_depth_keeps_as_many_images_of_every_batch(drop_prob, kept):
+    depth, layer = StochasticDepth(drop_prob, balanced=True), torch.nn.Linear(3, 3).double()
+    x, computed, counts = torch.randn(8, 3, dtype=torch.float64), [], torch.zeros(8)
+
+    def branch(some):
+        computed.append(len(some))
+        return layer(some)
+
+    for seed in range(400):
+        torch.manual_seed(seed)
+        found = depth(x, branch)
+        moved = (found != x).any(1)
+        expected = x + torch.where(moved[:, None], layer(x) * 8 / kept, 0)
+        torch.testing.assert_close(found, expected)
+        counts += moved
+    assert set(computed) == {kept}
+    assert counts.sum() == 400 * kept
+    assert (counts / 400 - kept / 8).abs().max() < 0.1  # each image as often
+    assert torch.equal(depth.eval()(x, layer), x + layer(x))
+
+
 @BOTH
 def test_parts_of_a_batch_are_the_same_as_all_of_it(name, monkeypatch):
     torch.manual_seed(0)
@@ -159,8 +220,8 @@ def test_parts_of_a_batch_are_the_same_as_all_of_it(name, monkeypatch):
     mlp, calls = model.stages[0].blocks[0].mlp, []
     forward = mlp.fc2.forward
     monkeypatch.setattr(mlp.fc2, "forward", lambda x: calls.append(len(x)) or forward(x))
-    two_images = 2 * ops.mlp_bytes(mlp, torch.empty(1, 16, 16, 8, dtype=torch.float64))
-    monkeypatch.setattr(ops, "CPU_BYTES", two_images)
+    two_images = 2 * chunks.mlp_bytes(mlp, torch.empty(1, 16, 16, 8, dtype=torch.float64))
+    monkeypatch.setattr(chunks, "CPU_BYTES", two_images)
     for own, other in zip(gradients(model, images), at_once, strict=True):
         torch.testing.assert_close(own, other)
     assert calls == [2 * 256, 2 * 256, 256]

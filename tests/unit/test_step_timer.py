@@ -54,11 +54,13 @@ def test_every_second_is_in_one_phase(clock, device):
         with timer("forward"):
             clock(1)
     first = {"data_wait": 6, "forward": 2, "other": 1}
-    assert timer.flush() == {phase: first.get(phase, 0) for phase in PHASES}
+    assert timer.lap().seconds() == {phase: first.get(phase, 0) for phase in PHASES}
     clock(2)
     with timer("save"):
         clock(4)
-    assert timer.flush() == {phase: {"save": 4, "other": 2}.get(phase, 0) for phase in PHASES}
+    assert timer.lap().seconds() == {
+        phase: {"save": 4, "other": 2}.get(phase, 0) for phase in PHASES
+    }
 
 
 @pytest.mark.parametrize("reduction", [DDPSync, DeterministicSync])
@@ -70,7 +72,7 @@ def test_the_reduction_is_a_part_of_the_backward_pass(clock, monkeypatch, reduct
     for micro_batch in range(2):
         with reduce.accumulate(micro_batch, timer):
             model(torch.randn(4, 2)).sum().backward()
-    assert timer.flush()["backward"] == 3
+    assert timer.lap().seconds()["backward"] == 3
 
 
 def seconds(**known: float) -> dict[str, float]:

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
-from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from engine.loop import autocast
 from tools.benchmarks.macs import count_macs
+from tools.common.kept import kept_bytes
 from utils.errors import ConfigError
 
 KINDS = {  # kinds of ATen operations; the first pattern that matches counts
@@ -153,18 +153,10 @@ class Subject:
 
     def activation_mib(self) -> float:
         """MiB per image that the forward pass of a training step saves for the backward pass, without parameters."""
-        parameters = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
-        saved = {}  # by address; the storages are held, so that no address is used twice
-
-        def save(tensor: Tensor) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-            return tensor
-
+        few = self.images[:4]
         self.net.train()
-        with saved_tensors_hooks(save, lambda tensor: tensor), autocast(self.device, self.dtype):
-            self.net(self.images[:4])
-        sizes = [s.nbytes() for address, s in saved.items() if address not in parameters]
-        return sum(sizes) / len(self.images[:4]) / 2**20
+        with autocast(self.device, self.dtype):
+            return kept_bytes(self.net, lambda: self.net(few)) / len(few) / 2**20
 
     def count_operations(self) -> int:
         """ATen operations of one forward pass in evaluation, without autocast."""
