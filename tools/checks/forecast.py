@@ -51,8 +51,8 @@ def check_cost(
         sharing = processes if device.type == "cuda" else 1  # processes of a CPU share it
         hours = step_images * step.seconds / step.images / sharing / 3600
         text = (
-            f"{describe_hours(hours)} for {quantity(cfg.TRAIN.EPOCHS, 'epoch')} on {sharing} × {device.type}, from a measured "
-            f"step of {step.images} images ({step.seconds:.2f} s), without loading and evaluation"
+            f"{describe_hours(hours)} for {quantity(cfg.TRAIN.EPOCHS, 'epoch')} on {sharing} × {device.type}, "
+            f"from a measured step of {step.images} images ({step.seconds:.2f} s), without loading and evaluation"
         )
         yield Finding("OK", "duration", text)
     if cfg.MODEL.NAME in VARIANTS:
@@ -161,8 +161,9 @@ def estimate_on_paper(cfg: CfgNode, classes: int, step_images: int | None, state
     need = state + cfg.DATA.BATCH_SIZE * found.kept / BATCH
     hours = "" if step_images is None else f"{describe_hours(step_images / speed / 3600)}, "
     text = (
-        f"on {CARDS} H100, an estimate on paper: {hours}{speed:,.0f} images/s, eager, without "
-        f"fused kernels, if loading keeps up; a micro-batch of {cfg.DATA.BATCH_SIZE} keeps {format_bytes(need)} of {format_bytes(CARD_BYTES)}"
+        f"on {CARDS} H100, an estimate on paper: {hours}{speed:,.0f} images/s, eager, without fused kernels, "
+        f"if loading keeps up; a micro-batch of {cfg.DATA.BATCH_SIZE} keeps {format_bytes(need)} "
+        f"of {format_bytes(CARD_BYTES)}"
     )
     return Finding("OK", "on paper", text)
 
