@@ -141,9 +141,10 @@ def test_a_file_of_another_commit_is_refused(check, monkeypatch, tmp_path):
     assert code == 2
     assert "'commit': 'abc'" in printed.err
     assert len(records) == 3
-    (tmp_path / "check.jsonl").write_text("my notes\n")
-    assert check({1: RESULT % 1})[0] == 2
-    assert (tmp_path / "check.jsonl").read_text() == "my notes\n"
+    notes = tmp_path / "notes.txt"
+    notes.write_text("my notes\n")
+    assert gpu_check.main(["--json", str(notes), "--device", "cpu"]) == 2
+    assert notes.read_text() == "my notes\n"
 
 
 def test_a_group_starts_only_if_the_budget_lasts(check):
