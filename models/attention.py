@@ -21,7 +21,6 @@ models/ops.py, which knows how each is computed fast.
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
@@ -170,7 +169,7 @@ class DATGeometry:
     def place(cls, reference: Tensor, theta: Tensor) -> Tensor:
         """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets θ (B, G, Hk, Wk, 2)."""
         cells = map_extent(*reference.shape[:2], theta.device)
-        return torch.addcdiv(reference, theta.tanh(), cells, value=cls.range_factor)
+        return ops.add_scaled(reference, theta.tanh(), cls.range_factor, cells)
 
 
 class DATPlusPlusGeometry:
@@ -267,7 +266,7 @@ class DeformableAttention(nn.Module):
         q = self.q(x)  # (B, H, W, C)
         positions = self.positions(q)  # (B, G, Hk, Wk, 2)
         queries = grid(self.geometry.query, tuple(x.shape[1:3]), x.device)  # (H, W, 2)
-        kv = self.kv(ops.sample(x, positions))  # k̃, ṽ: (B, S, 2C)
+        kv = self.kv(ops.sample(x, positions).to(x.dtype))  # k̃, ṽ: (B, S, 2C)
         z = ops.attend_at(q, kv, self.rpe_table, queries, positions)  # (B · H · W, C)
         return self.proj(z).view(x.shape)
 
@@ -275,7 +274,7 @@ class DeformableAttention(nn.Module):
 # --- The complete map -----------------------------------------------------------------------------
 
 
-@register_notrace_module  # its padding depends on the map
+@ops.one_node
 class GlobalAttention(nn.Module):
     """Attention of every query to the complete map (G), or to the map reduced r × r times by a convolution (P).
 
@@ -329,9 +328,11 @@ class DeformableConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        # In the weights' precision: coordinates are never computed in half precision.
-        theta = ops.convolve(self.positions, x).to(self.conv.weight.dtype)  # (B, H, W, 27 G)
-        offsets, weights = theta.tensor_split((2 * theta.shape[-1] // 3,), dim=-1)
+        # In the weights' precision, at least float32: coordinates are never computed in half precision.
+        precision = torch.promote_types(self.conv.weight.dtype, torch.float32)
+        theta = ops.convolve(self.positions, x).to(precision)  # (B, H, W, 27 G)
+        taps = int(theta.shape[-1]) // 3
+        offsets, weights = theta.split((2 * taps, taps), dim=-1)
         z = ops.deform_conv(self.conv, x.to(theta.dtype), offsets, weights.sigmoid())
         return self.proj(z)
 
@@ -339,7 +340,7 @@ class DeformableConvolution(nn.Module):
 # --- Convolutions of a map ------------------------------------------------------------------------
 
 
-@register_notrace_module  # its padding depends on the map
+@ops.one_node
 class ConvStack(nn.Sequential):
     """Plain layers one after another on maps (B, H, W, C), with convolutions among them.
 
