@@ -297,9 +297,8 @@ def origin_of(path: Path) -> Path | None:
     None for weights from elsewhere.
     """
     if path.is_dir():
-        ours = (path / "checkpoints").is_dir() or (path / MANIFEST).is_file()
-        return resolve(path, best=True) if ours else None
-    belongs = path.name in FILES and (path.parent / MANIFEST).is_file()
+        return resolve(path, best=True) if is_own(path) else None
+    belongs = path.name in FILES and is_checkpoint(path.parent)
     return path.parent if belongs else None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from engine import checkpoint
 from engine.weight_files import read_weights
 from models.convert import to_ours
 from models.dat import DAT

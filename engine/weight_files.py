@@ -59,7 +59,7 @@ LISTS = re.compile(r"(deque|BoxList|UserList)")
 
 
 class Inert:
-    """Stands for an object of a harmless class: its arguments and state are data, nothing is done with them."""
+    """In place of an object of a harmless class: its arguments and state are data, nothing is done with them."""
 
     def __init__(self, *args: object):
         self.args = args
@@ -69,7 +69,7 @@ class Inert:
 
 
 class InertDict:
-    """Stands for a subclass of dict: an object of it is a plain one."""
+    """In place of a subclass of dict: makes plain ones."""
 
     def __new__(cls, *args: object) -> OrderedDict:
         """The items of the arguments that are dicts; a defaultdict's factory is not."""
@@ -77,7 +77,7 @@ class InertDict:
 
 
 class InertList(list):
-    """Stands for a subclass of list or a deque."""
+    """In place of a subclass of list, or a deque."""
 
     def __init__(self, items: object = (), *_: object):
         super().__init__(items if isinstance(items, list | tuple) else ())
@@ -87,7 +87,7 @@ class InertList(list):
 
 
 def stand_in(name: str) -> type:
-    """The class that stands for the harmless class `name`."""
+    """What is read in place of the harmless class `name`."""
     last = name.rpartition(".")[2]
     # OmegaConf's and ml_collections' keep their entries in an attribute, as any object does.
     if DICTS.fullmatch(last) and not name.startswith(("omegaconf", "ml_collections")):

@@ -24,13 +24,15 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
-from models import ops
+from models import chunks, ops
 from models.cache import grid, map_extent
+from models.chunks import in_chunks
+from models.tracing import one_node
 
 # --- Windows --------------------------------------------------------------------------------------
 
 
-@ops.in_chunks(ops.window_bytes)
+@in_chunks(chunks.window_bytes)
 class WindowAttention(nn.Module):
     """Attention inside w × w windows with a learned bias per relative position (L; S when shifted).
 
@@ -112,7 +114,7 @@ def relative_position_index(size: int) -> Tensor:
 # --- Neighbourhoods -------------------------------------------------------------------------------
 
 
-@ops.in_chunks(ops.neighborhood_bytes)
+@in_chunks(chunks.neighborhood_bytes)
 class NeighborhoodAttention(nn.Module):
     """Attention of every query to the w × w window centred on it, with a learned bias per relative position (N).
 
@@ -232,7 +234,7 @@ class SamplingPositions(nn.Module):
         return grid(self.geometry.reference, tuple(size), self.norm.weight.device)
 
 
-@ops.in_chunks(ops.deformable_bytes)
+@in_chunks(chunks.deformable_bytes)
 class DeformableAttention(nn.Module):
     """Attention to keys and values read at positions that follow from the queries (D).
 
@@ -274,7 +276,7 @@ class DeformableAttention(nn.Module):
 # --- The complete map -----------------------------------------------------------------------------
 
 
-@ops.one_node
+@one_node
 class GlobalAttention(nn.Module):
     """Attention of every query to the complete map (G), or to the map reduced r × r times by a convolution (P).
 
@@ -309,7 +311,7 @@ class GlobalAttention(nn.Module):
 # --- Deformable convolution -----------------------------------------------------------------------
 
 
-@ops.in_chunks(ops.deform_conv_bytes)
+@in_chunks(chunks.deform_conv_bytes)
 class DeformableConvolution(nn.Module):
     """3×3 convolution reading at nine predicted positions, each with a predicted weight, and a projection (C).
 
@@ -340,7 +342,7 @@ class DeformableConvolution(nn.Module):
 # --- Convolutions of a map ------------------------------------------------------------------------
 
 
-@ops.one_node
+@one_node
 class ConvStack(nn.Sequential):
     """Plain layers one after another on maps (B, H, W, C), with convolutions among them.
 

@@ -9,18 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
-def is_tracing() -> bool:
-    """Whether torch.compile, torch.export, torch.jit.trace or an exporter record what is computed, or torch.func does.
-
-    What torch.func (grad, vmap, jvp, …) transforms is computed without own derivatives and in-place operations.
-    """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
-
-
-def is_transformed() -> bool:
-    """Whether a transformation of torch.func is active."""
-    return torch._C._are_functorch_transforms_active()
+from models.tracing import is_tracing
 
 
 def cached_tensor(function: Callable) -> Callable:

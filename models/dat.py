@@ -36,7 +36,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models import ops
+from models import chunks, ops
 from models.attention import (
     ConvStack,
     DATGeometry,
@@ -48,6 +48,7 @@ from models.attention import (
     WindowAttention,
 )
 from models.checks import check_fields
+from models.chunks import in_chunks
 from models.convert import checkpoint_filter_fn
 from utils.errors import ConfigError
 
@@ -169,7 +170,7 @@ class LocalPerceptionUnit(nn.Module):
         return x + ops.convolve(self.conv, x)
 
 
-@ops.in_chunks(ops.mlp_bytes)
+@in_chunks(chunks.mlp_bytes)
 class Mlp(nn.Module):
     """The MLP of a block, fc2(GELU(fc1(x))); DAT++ has a local perception unit before the activation."""
 

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
-from models.cache import cached_tensor, is_tracing, is_transformed
+from models.cache import cached_tensor
+from models.chunks import has_hooks
 from models.kernels import (
     GELULinear,
     GridSample,
@@ -37,6 +37,12 @@ from models.kernels import (
     sample_by_rows,
     sum_rows,
     sum_rows_plainly,
+)
+from models.tracing import (
+    is_exported_to_onnx,
+    is_symbol,
+    is_tracing,
+    is_transformed,
 )
 
 # --- What decides ---------------------------------------------------------------------------------
@@ -53,17 +59,6 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     Adapters (LoRA), quantisation, parametrizations and hooks put something else in its place or around it.
     """
     return type(module) is cls and "forward" not in vars(module) and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at the calls of `module`."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
@@ -136,90 +131,6 @@ def fused_windows(x: Tensor, num_heads: int, window: tuple[int, int]) -> ModuleT
     if fused is None or window[0] * window[1] > fused.MAX_WINDOW:
         return None
     return fused if x.shape[-1] // num_heads in fused.HEAD_WIDTHS else None
-
-
-# --- Modules that are one node of a graph ---------------------------------------------------------
-
-
-def is_symbol(x: Tensor) -> bool:
-    """Whether FX traces the call and x has no size."""
-    return isinstance(x, torch.fx.Proxy)
-
-
-def one_node(cls: type) -> type:
-    """Class decorator: to FX, whoever traces, a call of the module is one node: it depends on the size of the map."""
-    forward = cls.forward
-
-    @functools.wraps(forward)
-    def forward_or_node(self: nn.Module, x: Tensor) -> Tensor:
-        if is_symbol(x):
-            tracer = x.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
-        return forward(self, x)
-
-    cls.forward = forward_or_node
-    return register_notrace_module(cls)
-
-
-# --- A batch in chunks ----------------------------------------------------------------------------
-
-# Larger tensors leave a CPU's caches, and the allocator gives them back to the system after each use: page faults then
-# cost more than arithmetic.
-CPU_BYTES = 20 * 2**20
-
-
-def in_chunks(largest: Callable[[nn.Module, Tensor], int]) -> Callable[[type], type]:
-    """Class decorator: on a CPU, `forward` takes so many images at a time that its largest tensor has CPU_BYTES.
-
-    `largest(module, x)` is the size in bytes of that tensor for x (B, H, W, C). Modules with hooks inside see complete
-    batches. To FX the module is one node.
-    """
-
-    def decorate(cls: type) -> type:
-        forward = cls.forward
-
-        @functools.wraps(forward)
-        def forward_in_chunks(self: nn.Module, x: Tensor) -> Tensor:
-            if x.device.type != "cpu" or is_tracing():
-                return forward(self, x)
-            chunks = -(-largest(self, x) // CPU_BYTES)
-            if chunks <= 1 or any(has_hooks(module) for module in self.modules()):
-                return forward(self, x)
-            return torch.cat([forward(self, part) for part in x.chunk(chunks)])
-
-        cls.forward = forward_in_chunks
-        return one_node(cls)
-
-    return decorate
-
-
-def window_bytes(module: nn.Module, x: Tensor) -> int:
-    """Window attention: the queries, keys and values, or the scores."""
-    return x.nbytes * max(3, module.num_heads * module.window_size**2 // x.shape[-1])
-
-
-def neighborhood_bytes(module: nn.Module, x: Tensor) -> int:
-    """Neighbourhood attention: the scores, or the keys and values of all regions."""
-    tiles = neighborhood_tiles(*x.shape[1:3], module.window_size, x.device)
-    scores = len(x) * module.num_heads * tiles.relative.numel() * x.element_size()
-    repeats = len(tiles.rows) * len(tiles.columns) / (x.shape[1] * x.shape[2])
-    return max(scores, int(2 * repeats * x.nbytes))
-
-
-def deformable_bytes(module: nn.Module, x: Tensor) -> int:
-    """Deformable attention: the bias, which is float32."""
-    batch, height, width = x.shape[:3]
-    return 4 * batch * module.num_heads * (height * width // module.positions.stride) ** 2
-
-
-def deform_conv_bytes(module: nn.Module, x: Tensor) -> int:
-    """Deformable convolution: what the nine positions read."""
-    return 9 * x.numel() * module.conv.weight.element_size()
-
-
-def mlp_bytes(module: nn.Module, x: Tensor) -> int:
-    """MLP: the hidden layer."""
-    return x.nbytes * module.expansion
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -414,11 +325,6 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
     if allow_atomic_add(x.device) and not is_exported_to_onnx():
         return sample_by_grid(x, positions)
     return sample_by_rows(x, positions, row_sum(x.device))
-
-
-def is_exported_to_onnx() -> bool:
-    """Whether torch's older ONNX exporter, which traces, records what is computed."""
-    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
 
 
 def row_sum(device: torch.device) -> Callable[..., Tensor]:

@@ -274,7 +274,7 @@ def test_hooks_see_every_layer_as_its_class_computes(plus_plus, monkeypatch):
     # Offsets of 0 read at the centres of cells, where the derivative has a kink.
     torch.nn.init.normal_(model.stages[2].blocks[1].attn.positions.weight, std=0.1)
     expected, seen = answer(model), set()
-    monkeypatch.setattr("models.ops.CPU_BYTES", 1)
+    monkeypatch.setattr("models.chunks.CPU_BYTES", 1)
 
     def check(module, inputs, output):
         torch.testing.assert_close(type(module).forward(module, *inputs), output)

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from models import ops
+from models import chunks, ops
 from models.dat import StochasticDepth
 from models.kernels import bias_by_rows, sample_by_rows
 from models.ops import attend, gelu_linear, rpe_bias, sample, sample_by_grid
@@ -159,8 +159,8 @@ def test_parts_of_a_batch_are_the_same_as_all_of_it(name, monkeypatch):
     mlp, calls = model.stages[0].blocks[0].mlp, []
     forward = mlp.fc2.forward
     monkeypatch.setattr(mlp.fc2, "forward", lambda x: calls.append(len(x)) or forward(x))
-    two_images = 2 * ops.mlp_bytes(mlp, torch.empty(1, 16, 16, 8, dtype=torch.float64))
-    monkeypatch.setattr(ops, "CPU_BYTES", two_images)
+    two_images = 2 * chunks.mlp_bytes(mlp, torch.empty(1, 16, 16, 8, dtype=torch.float64))
+    monkeypatch.setattr(chunks, "CPU_BYTES", two_images)
     for own, other in zip(gradients(model, images), at_once, strict=True):
         torch.testing.assert_close(own, other)
     assert calls == [2 * 256, 2 * 256, 256]
