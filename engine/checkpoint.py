@@ -280,6 +280,21 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def is_own(path: Path) -> bool:
+    """Whether the folder `path` is a run or a checkpoint of ours, under whatever name: its manifest decides."""
+    return (path / "checkpoints").is_dir() or is_checkpoint(path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the folder `path` is a checkpoint, under whatever name; step-<n> is one without its manifest, too."""
+    if CHECKPOINT_NAME.fullmatch(path.name):
+        return path.is_dir()
+    try:
+        return b'"state.json"' in (path / MANIFEST).read_bytes()
+    except OSError:
+        return False
+
+
 def resolve(path: Path, *, best: bool = False) -> Path:
     """The checkpoint that `path` means: a checkpoint itself, or the newest (or the best) of a run's folder.
 
@@ -295,16 +310,15 @@ def resolve(path: Path, *, best: bool = False) -> Path:
             elif step:
                 logger.warning(f"{at_best}, the best, is damaged ({damage}): using {found.name}")
     else:
-        named = path.name.startswith("step-") and path.is_dir()
-        found = path if named or (path / MANIFEST).is_file() else None  # a copy has any name
+        found = path if is_checkpoint(path) else None
         if found and (damage := verify(found)):
             raise CheckpointError(
                 f"{found}: {damage}. Name the run instead to use its latest valid checkpoint."
             )
     if found is None:
         raise CheckpointError(
-            f"{path} is neither a run (a folder with checkpoints/step-<n> in it) nor a checkpoint. "
-            "Weights from elsewhere are given with --pretrained."
+            f"{path} is neither a run (a folder with checkpoints/step-<n> in it) nor a checkpoint "
+            f"(a folder with {MANIFEST} in it). Weights from elsewhere are given with --pretrained."
         )
     return found
 
@@ -315,9 +329,8 @@ def origin_of(path: Path) -> Path | None:
     None for weights from elsewhere.
     """
     if path.is_dir():
-        ours = (path / "checkpoints").is_dir() or (path / MANIFEST).is_file()
-        return resolve(path, best=True) if ours else None
-    belongs = path.name in FILES and (path.parent / MANIFEST).is_file()
+        return resolve(path, best=True) if is_own(path) else None
+    belongs = path.name in FILES and is_checkpoint(path.parent)
     return path.parent if belongs else None
 
 

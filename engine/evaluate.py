@@ -342,10 +342,15 @@ def build_evaluation(
 
 
 def predictions_folder(cfg: CfgNode, weights: Weights, kind: str, size: int | None) -> Path:
-    """Where predictions go: <run>/eval/<step>-<model|ema>, or below --out; `size` of several sizes."""
+    """Where predictions go: <run>/eval/<step>-<model|ema>, or below --out; `size` of several sizes.
+
+    A checkpoint that lies in no run has its predictions in the run directory of the configuration.
+    """
     suffix = [f"{size}px"] if size else []
     if weights.is_checkpoint:
-        base = Path(cfg.TEST.OUT) if cfg.TEST.OUT else weights.path.parents[1] / "eval"
+        folder = weights.path.resolve().parent
+        run = folder.parent if folder.name == "checkpoints" else build.run_path(cfg)
+        base = Path(cfg.TEST.OUT) if cfg.TEST.OUT else run / "eval"
         step = weights.path.name.removeprefix("step-")
         return base / "-".join([step, kind, *suffix])
     return Path(cfg.TEST.OUT, *suffix)

@@ -1,49 +1,41 @@
-"""Pretrained weights: files of many trainers read without running code, fitted to a model, with a report."""
+"""Pretrained weights: fitted to a model, with a report of what became of every tensor."""
 
-import collections
-import pickle
-import struct
 import sys
 from pathlib import Path
 
-import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from engine import checkpoint
-from models.convert import to_ours, unwrap
+from engine.weight_files import read_weights
+from models.convert import to_ours
 from models.dat import DAT
 from models.identify import Description, identify
+from models.state_dicts import strip_prefix
 from utils.errors import CheckpointError
 from utils.logging import logger
 from utils.text import join_some, plain_name
-
-# What the released DAT and Swin files hold besides tensors: a yacs CfgNode, read as the dict that it is.
-SAFE_GLOBALS = [(collections.OrderedDict, "yacs.config.CfgNode")]
-# How torch's reader fails on files with missing and flipped bytes, as tried on thousands of them.
-DAMAGE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-)
 
 
 class Report:
     """What became of a file's tensors, under the model's names, and of the model's: lists of names.
 
-    `new` are the missing and misshapen ones of a classifier that is trained from scratch.
+    `resized` are tables for another image or window, `adapted` convolutions for other channels of images, `new` the
+    missing and misshapen ones of a classifier that is trained from scratch.
     """
 
-    def __init__(self, file: dict[str, Tensor], model: dict[str, Tensor], resized: list[str]):
+    def __init__(
+        self,
+        file: dict[str, Tensor],
+        model: dict[str, Tensor],
+        resized: list[str],
+        adapted: list[str],
+    ):
         both = [name for name in model if name in file]
         fits = [name for name in both if file[name].shape == model[name].shape]
-        self.matched = [name for name in fits if name not in resized]
+        self.matched = [name for name in fits if name not in (*resized, *adapted)]
         self.resized = [name for name in fits if name in resized]
+        self.adapted = [name for name in fits if name in adapted]
         self.missing = [name for name in model if name not in file]
         self.unexpected = [name for name in file if name not in model]
         self.misshapen = [name for name in both if name not in fits]
@@ -57,7 +49,7 @@ class Report:
 
     def __str__(self) -> str:
         parts = [f"{len(self.matched)} tensors matched ({self.share('matched'):.2%} of parameters)"]
-        for word in ("resized", "missing", "unexpected", "misshapen", "new"):
+        for word in ("resized", "adapted", "missing", "unexpected", "misshapen", "new"):
             names = getattr(self, word)
             title = "with other shapes" if word == "misshapen" else word
             shares = f"{len(names)} {title} ({self.share(word):.2%})"
@@ -67,46 +59,6 @@ class Report:
             if names:
                 parts.append(f"{shares}: {join_some(names)}")
         return "; ".join(parts)
-
-
-def read_weights(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, a checkpoint or run of ours (the best), or a pickle of any trainer.
-
-    With `ema` their average over the training. A pickle is opened with `weights_only=True`: code in it never runs.
-    Raises CheckpointError naming the file.
-    """
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist: expected a file of weights, a run or a checkpoint"
-        )
-    if path.is_dir():
-        step = checkpoint.resolve(path, best=True)
-        file = step / ("ema.safetensors" if ema else "model.safetensors")
-        if not file.exists():
-            raise CheckpointError(f"{step} has no EMA: its run had TRAIN.EMA_DECAY 0")
-        return checkpoint.read_tensors(file)
-    content = _open(path)
-    tensors = unwrap(content, ema=ema) if isinstance(content, dict) else {}
-    if not tensors:
-        places = "'model_ema' or 'state_dict_ema'" if ema else "'model' or 'state_dict', or bare"
-        raise CheckpointError(f"{path} holds no such weights: expected a state dict under {places}")
-    return tensors
-
-
-def _open(path: Path) -> object:
-    """What the file at `path` holds."""
-    if path.suffix == ".safetensors":
-        return checkpoint.read_tensors(path)
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is not a plain weights file and was not executed: {str(error).splitlines()[0]}"
-        ) from error
-    except DAMAGE as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is truncated or damaged ({reason})") from error
 
 
 def refuse_nonfinite(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -125,15 +77,17 @@ def load_pretrained(
     """Load the weights at `path` into the timm model `model`, renamed and resized as its architecture knows to.
 
     With `strict` (evaluation) every tensor must be there and the file must be for this variant. Otherwise (a new
-    training) a classifier that does not fit keeps its initial values; all else must fit. With `classes`, those of
-    `model`, the same holds for a classifier whose checkpoint knows others; one that knows them in another order is
-    reordered. Raises CheckpointError with the report and, for a DAT, the name of the model that the file is for.
+    training) a classifier that does not fit keeps its initial values, and the first convolution of a model for RGB is
+    adapted to other channels as timm does; all else must fit. With `classes`, those of `model`, the same holds for a
+    classifier whose checkpoint knows others; one that knows them in another order is reordered. Raises CheckpointError
+    with the report and, for a DAT, the name of the model that the file is for.
     """
     tensors = read_weights(path)
     fitted, resized = _fit(tensors, model, path)
     fitted = _fit_classes(fitted, model, path, classes)
     own = model.state_dict()
-    report = Report(fitted, own, resized)
+    adapted = [] if strict else _adapt_channels(fitted, own, model)
+    report = Report(fitted, own, resized, adapted)
     fresh = () if strict else _classifier(model)
     report.new = [n for n in report.missing + report.misshapen if n.startswith(fresh)]
     unwanted = report.unexpected  # a model without a classifier wants none
@@ -145,9 +99,9 @@ def load_pretrained(
     # Windows are resized for a training only: evaluated, the result would be neither variant's.
     misnamed = found and _asked(model) not in found.variants
     if refused or (strict and misnamed):
-        remedy = _explain_classes(refused, fitted, model) or _remedy(found, model)
+        remedy = _remedy(found, model, fitted, refused)
         raise CheckpointError(f"{path} does not fit {_asked(model)}. {remedy} In numbers: {report}")
-    loaded = {name: fitted[name] for name in report.matched + report.resized}
+    loaded = {name: fitted[name] for name in report.matched + report.resized + report.adapted}
     refuse_nonfinite(path, loaded)
     model.load_state_dict(own | loaded)
     logger.info(f"{path}{f', {found}' if found else ''}: {report}")
@@ -160,6 +114,10 @@ def _fit(
     """`tensors` under the names and in the sizes of `model`, and the names of those that were resized."""
     if isinstance(model, DAT):
         tensors = to_ours(tensors, model)
+    stripped = strip_prefix(tensors, model.state_dict().keys())
+    if stripped.removed:
+        tensors = stripped.tensors
+        logger.info(f"{path}: removed {' and '.join(stripped.removed)}")
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if filter_fn is None:
         return tensors, []
@@ -168,7 +126,7 @@ def _fit(
     except (AttributeError, LookupError, ValueError, RuntimeError, AssertionError) as error:
         # timm's filters take the architecture for granted and stumble over another, each in its own way.
         raise CheckpointError(
-            f"{path} does not fit {_asked(model)}: {error}. {_remedy(identify(tensors), model)}"
+            f"{path} does not fit {_asked(model)}: {error}. {_name_the_model(identify(tensors), model)}"
         ) from error
     # By count, because the same numbers in another layout are no other size.
     counts = {name: tensor.numel() for name, tensor in tensors.items()}
@@ -227,8 +185,58 @@ def _asked(model: nn.Module) -> str:
     return model.pretrained_cfg["architecture"]
 
 
-def _remedy(found: Description | None, model: nn.Module) -> str:
-    """What to do about a file that does not fit `model` and in which `identify` has found `found`."""
+def _adapt_channels(
+    fitted: dict[str, Tensor], own: dict[str, Tensor], model: nn.Module
+) -> list[str]:
+    """Change the first convolutions in `fitted` that are for RGB to the channels of `model`; their names."""
+    adapted = []
+    for name in _first_convolutions(model):
+        if name in fitted and name in own and _channels_alone_differ(fitted[name], own[name]):
+            if fitted[name].shape[1] != 3:
+                continue
+            # One channel: the sum over RGB, so that a grey image is answered as before.
+            fitted[name] = adapt_input_conv(own[name].shape[1], fitted[name])
+            adapted.append(name)
+    return adapted
+
+
+def _first_convolutions(model: nn.Module) -> list[str]:
+    """Names of the weights that read images."""
+    first = model.pretrained_cfg["first_conv"] or ()
+    return [f"{name}.weight" for name in ((first,) if isinstance(first, str) else first)]
+
+
+def _channels_alone_differ(one: Tensor, other: Tensor) -> bool:
+    shapes = [(*tensor.shape[:1], *tensor.shape[2:]) for tensor in (one, other)]
+    return one.ndim == 4 and shapes[0] == shapes[1] and one.shape != other.shape
+
+
+def _remedy(
+    found: Description | None, model: nn.Module, fitted: dict[str, Tensor], refused: list[str]
+) -> str:
+    """What to do about `fitted` weights, of which the tensors `refused` do not fit `model`; `found` is their DAT."""
+    own = model.state_dict()
+    if found and _asked(model) not in found.variants:
+        return _name_the_model(found, model)
+    if refused and not set(refused) & own.keys():
+        return (
+            "All of the model is in the file, and more: write one without that, with "
+            f"`tools/checkpoint.py strip FILE OUT.safetensors --drop {refused[0]}`."
+        )
+    first = _first_convolutions(model)
+    if set(refused) <= set(first) and all(name in fitted for name in refused):
+        channels = [weights[refused[0]].shape[1] for weights in (fitted, own)]
+        return (
+            f"The file is for images of {channels[0]} channels, the model for {channels[1]}: set MODEL.ARGS.in_chans "
+            f"{channels[0]}. A training adapts RGB weights to other channels, an evaluation does not."
+        )
+    if explained := _explain_classes(refused, fitted, model):
+        return explained
+    return _name_the_model(found, model)
+
+
+def _name_the_model(found: Description | None, model: nn.Module) -> str:
+    """Which settings the file `found` asks for, instead of those of `model`."""
     if found is None:
         return "Name the model that it was made for with MODEL.NAME and MODEL.ARGS."
     if _asked(model) in found.variants:

@@ -21,17 +21,18 @@ models/ops.py, which knows how each is computed fast.
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
 from models import chunks, ops
-from models.cache import grid, map_extent
+from models.cache import grid, map_extent, window_mask
+from models.chunks import in_chunks
+from models.tracing import one_node
 
 # --- Windows --------------------------------------------------------------------------------------
 
 
-@chunks.in_chunks(chunks.window_bytes)
+@in_chunks(chunks.window_bytes)
 class WindowAttention(nn.Module):
     """Attention inside w × w windows with a learned bias per relative position (L; S when shifted).
 
@@ -68,7 +69,7 @@ class WindowAttention(nn.Module):
         # What is added to the scores.
         bias = self.bias(window)  # (M, n, n), the same in every window
         if any(shift) or any(padding):
-            mask = ops.window_mask((height, width), window, shift, x.device)  # (K, n, n)
+            mask = window_mask((height, width), window, shift, x.device)  # (K, n, n)
             bias = (bias + mask[:, None]).flatten(0, 1)  # (K · M, n, n)
 
         # Zeros below and to the right, then up and left by the shift: what leaves the map comes back opposite.
@@ -113,7 +114,7 @@ def relative_position_index(size: int) -> Tensor:
 # --- Neighbourhoods -------------------------------------------------------------------------------
 
 
-@chunks.in_chunks(chunks.neighborhood_bytes)
+@in_chunks(chunks.neighborhood_bytes)
 class NeighborhoodAttention(nn.Module):
     """Attention of every query to the w × w window centred on it, with a learned bias per relative position (N).
 
@@ -170,7 +171,7 @@ class DATGeometry:
     def place(cls, reference: Tensor, theta: Tensor) -> Tensor:
         """Sampling positions for the reference points (Hk, Wk, 2) and predicted offsets θ (B, G, Hk, Wk, 2)."""
         cells = map_extent(*reference.shape[:2], theta.device)
-        return torch.addcdiv(reference, theta.tanh(), cells, value=cls.range_factor)
+        return ops.add_scaled(reference, theta.tanh(), cls.range_factor, cells)
 
 
 class DATPlusPlusGeometry:
@@ -233,7 +234,7 @@ class SamplingPositions(nn.Module):
         return grid(self.geometry.reference, tuple(size), self.norm.weight.device)
 
 
-@chunks.in_chunks(chunks.deformable_bytes)
+@in_chunks(chunks.deformable_bytes)
 class DeformableAttention(nn.Module):
     """Attention to keys and values read at positions that follow from the queries (D).
 
@@ -267,7 +268,7 @@ class DeformableAttention(nn.Module):
         q = self.q(x)  # (B, H, W, C)
         positions = self.positions(q)  # (B, G, Hk, Wk, 2)
         queries = grid(self.geometry.query, tuple(x.shape[1:3]), x.device)  # (H, W, 2)
-        kv = self.kv(ops.sample(x, positions))  # k̃, ṽ: (B, S, 2C)
+        kv = self.kv(ops.sample(x, positions).to(x.dtype))  # k̃, ṽ: (B, S, 2C)
         z = ops.attend_at(q, kv, self.rpe_table, queries, positions)  # (B · H · W, C)
         return self.proj(z).view(x.shape)
 
@@ -275,7 +276,7 @@ class DeformableAttention(nn.Module):
 # --- The complete map -----------------------------------------------------------------------------
 
 
-@register_notrace_module  # its padding depends on the map
+@one_node
 class GlobalAttention(nn.Module):
     """Attention of every query to the complete map (G), or to the map reduced r × r times by a convolution (P).
 
@@ -310,7 +311,7 @@ class GlobalAttention(nn.Module):
 # --- Deformable convolution -----------------------------------------------------------------------
 
 
-@chunks.in_chunks(chunks.deform_conv_bytes)
+@in_chunks(chunks.deform_conv_bytes)
 class DeformableConvolution(nn.Module):
     """3×3 convolution reading at nine predicted positions, each with a predicted weight, and a projection (C).
 
@@ -329,9 +330,11 @@ class DeformableConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        # In the weights' precision: coordinates are never computed in half precision.
-        theta = ops.convolve(self.positions, x).to(self.conv.weight.dtype)  # (B, H, W, 27 G)
-        offsets, weights = theta.tensor_split((2 * theta.shape[-1] // 3,), dim=-1)
+        # In the weights' precision, at least float32: coordinates are never computed in half precision.
+        precision = torch.promote_types(self.conv.weight.dtype, torch.float32)
+        theta = ops.convolve(self.positions, x).to(precision)  # (B, H, W, 27 G)
+        taps = int(theta.shape[-1]) // 3
+        offsets, weights = theta.split((2 * taps, taps), dim=-1)
         z = ops.deform_conv(self.conv, x.to(theta.dtype), offsets, weights.sigmoid())
         return self.proj(z)
 
@@ -339,7 +342,7 @@ class DeformableConvolution(nn.Module):
 # --- Convolutions of a map ------------------------------------------------------------------------
 
 
-@register_notrace_module  # its padding depends on the map
+@one_node
 class ConvStack(nn.Sequential):
     """Plain layers one after another on maps (B, H, W, C), with convolutions among them.
 

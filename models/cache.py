@@ -9,11 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
-def is_tracing() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace record what is computed."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
+from models.tracing import is_tracing
 
 _remembered = []  # of every function, what it has made
 
@@ -57,3 +53,34 @@ def grid(
 def map_extent(height: int, width: int, device: torch.device) -> Tensor:
     """(height, width), float32."""
     return torch.tensor((height, width), device=device, dtype=torch.float32)
+
+
+@cached_tensor
+def window_mask(
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """What is added to the scores of padded and shifted windows, (K, n, n).
+
+    −100 between regions that only the cyclic shift made neighbours (as released); −∞ from real
+    queries to padded keys, so that padding never changes a real output, however large its scores.
+    """
+    region, real = [], []
+    for length, extent, offset in zip(size, window, shift, strict=True):
+        padded = length + -length % extent
+        index = torch.arange(padded, device=device)
+        # Along one axis after the shift: 0 up to the last window, which holds 1 and, rolled in from the other end, 2.
+        region.append((index >= padded - extent).long() + (index >= padded - offset).long())
+        real.append(((index + offset) % padded) < length)
+    regions = to_windows(3 * region[0][:, None] + region[1], window)  # (K, n)
+    reals = to_windows(real[0][:, None] & real[1], window)
+    mask = -100.0 * (regions[:, :, None] != regions[:, None, :])
+    return mask.masked_fill(reals[:, :, None] & ~reals[:, None, :], -torch.inf)
+
+
+def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """(H, W) to (K, n), windows in reading order."""
+    rows, columns = (x.shape[i] // window[i] for i in range(2))
+    return x.view(rows, window[0], columns, window[1]).transpose(1, 2).reshape(rows * columns, -1)

@@ -1,15 +1,13 @@
-"""A batch in chunks: on a CPU, layers take so few images at a time that their largest tensor stays in the caches."""
+"""A batch in chunks: on a CPU modules take so many images at a time that their largest tensor stays in the caches."""
 
 import functools
 from collections.abc import Callable
 
 import torch
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from models.cache import is_tracing
 from models.kernels import neighborhood_tiles
-from models.ops import has_hooks
+from models.tracing import is_tracing, one_node
 
 # Larger tensors leave a CPU's caches, and the allocator gives them back to the system after each use: page faults then
 # cost more than arithmetic.
@@ -20,7 +18,7 @@ def in_chunks(largest: Callable[[nn.Module, Tensor], int]) -> Callable[[type], t
     """Class decorator: on a CPU, `forward` takes so many images at a time that its largest tensor has CPU_BYTES.
 
     `largest(module, x)` is the size in bytes of that tensor for x (B, H, W, C). Modules with hooks inside see complete
-    batches. To FX the module is one node, because the number of chunks depends on the input.
+    batches. To FX the module is one node.
     """
 
     def decorate(cls: type) -> type:
@@ -36,7 +34,7 @@ def in_chunks(largest: Callable[[nn.Module, Tensor], int]) -> Callable[[type], t
             return torch.cat([forward(self, part) for part in x.chunk(chunks)])
 
         cls.forward = forward_in_chunks
-        return register_notrace_module(cls)
+        return one_node(cls)
 
     return decorate
 
@@ -68,3 +66,14 @@ def deform_conv_bytes(module: nn.Module, x: Tensor) -> int:
 def mlp_bytes(module: nn.Module, x: Tensor) -> int:
     """MLP: the hidden layer."""
     return x.nbytes * module.expansion
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at the calls of `module`."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import relative_position_index
-from models.ops import window_mask
+from models.cache import window_mask
+from models.state_dicts import choose, clean, find_state_dicts, strip_prefix
 from utils import first_edition
 
 
@@ -50,6 +51,8 @@ MLP_PLUS_PLUS = [
     Entry("local.conv", ("dwc",)),
     Entry("fc2", ("linear2.0",), pointwise=True),
 ]
+# A tensor that every DAT has, under our name and the released one.
+ANCHORS = ("stem.0.weight", "patch_proj.0.weight")
 # Buffers of the released code that every model derives itself: they hold nothing that was learned.
 DERIVED = re.compile(r"stages\.\d+\.attns\.\d+\.(relative_position_index|attn_mask)")
 # Tables whose size follows the window and those whose size follows the image.
@@ -152,32 +155,9 @@ def derived_buffers(model: nn.Module) -> dict[str, Tensor]:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def unwrap(file: dict, *, ema: bool = False) -> dict[str, Tensor]:
-    """The weights in a file of DAT, Swin, timm, ConvNeXt or a detector, by name without wrappers' prefixes.
-
-    Where a file holds the weights and their average, `ema` chooses the average, {} if there is none; without it, the
-    average is taken only where it is all there is.
-    """
-    averages = ("model_ema", "state_dict_ema")
-    keys = averages if ema else ("model", "state_dict", *averages)
-    bare = {} if ema else file
-    weights = next((file[key] for key in keys if isinstance(file.get(key), dict)), bare)
-    state = {
-        re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
-        for name, value in weights.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    backbone = {
-        name.removeprefix("backbone."): value
-        for name, value in state.items()
-        if name.startswith("backbone.")
-    }
-    return backbone or state
-
-
 def is_official(state_dict: dict[str, Tensor]) -> bool:
     """Whether the names are those of the released code."""
-    return "patch_proj.0.weight" in state_dict
+    return ANCHORS[1] in state_dict
 
 
 def to_ours(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -189,7 +169,10 @@ def to_ours(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 def checkpoint_filter_fn(file: dict, model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint's content, ours or released, as state dict for `model` (timm calls it for pretrained files)."""
-    return resize_tables(to_ours(unwrap(file), model), model)
+    found = find_state_dicts(file)
+    tensors = clean(found[choose(found)[0]]).tensors if found else {}
+    tensors = strip_prefix(tensors, ANCHORS).tensors
+    return resize_tables(to_ours(tensors, model), model)
 
 
 # --- Tables ---------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ Sizes are rounded up. What the second paper changes:
     coordinates      DATGeometry                DATPlusPlusGeometry                             attention.py
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,7 @@ from models.attention import (
     WindowAttention,
 )
 from models.checks import check_fields
+from models.chunks import in_chunks
 from models.convert import checkpoint_filter_fn
 from utils.errors import ConfigError
 
@@ -168,7 +170,7 @@ class LocalPerceptionUnit(nn.Module):
         return x + ops.convolve(self.conv, x)
 
 
-@chunks.in_chunks(chunks.mlp_bytes)
+@in_chunks(chunks.mlp_bytes)
 class Mlp(nn.Module):
     """The MLP of a block, fc2(GELU(fc1(x))); DAT++ has a local perception unit before the activation."""
 
@@ -216,7 +218,7 @@ class StochasticDepth(nn.Module):
             chosen = torch.randperm(batch, device=x.device)[:kept]
             return ops.add_chosen(x, branch, chosen, batch / kept)
         # One draw per image, on the host, because the number of kept images is a size.
-        kept = torch.empty(len(x), device=ops.drawing_device(x)).bernoulli_(keep_prob)
+        kept = torch.empty(x.shape[0], device=ops.drawing_device(x)).bernoulli_(keep_prob)
         return ops.add_kept(x, branch, kept, keep_prob)
 
 
@@ -371,9 +373,17 @@ class DAT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the normalised last map (B, ⌈H/32⌉, ⌈W/32⌉, C)."""
-        x = self.stem(x.permute(0, 2, 3, 1))  # (B, H/4, W/4, C)
+        x = self.forward_stem(x)  # (B, H/4, W/4, C)
         x = self.stages(x)  # (B, H/32, W/32, 8C)
         return self.norm(x)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to the first map (B, H/4, W/4, C)."""
+        if torch.compiler.is_compiling():
+            # A compiled graph is for one size: windows, masks and grids of symbols take minutes to reason about.
+            for extent in x.shape[2:]:
+                operator.index(extent)
+        return self.stem(x.permute(0, 2, 3, 1))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map to logits, or to the pooled features (B, C) that the classifier reads."""
@@ -395,7 +405,7 @@ class DAT(nn.Module):
         # Indices may be negative or a number of last stages; timm's own function reads them.
         take, max_index = feature_take_indices(len(self.stages), indices)
         intermediates = []
-        x = self.stem(x.permute(0, 2, 3, 1))
+        x = self.forward_stem(x)
         for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
@@ -441,7 +451,7 @@ class DAT(nn.Module):
             if isinstance(block.attn, DeformableAttention)
         ]
         try:
-            self.forward_features(x)
+            self.stages(self.forward_stem(x))  # not the norm, which pruned stages may not fit
         finally:
             for hook in hooks:
                 hook.remove()

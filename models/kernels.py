@@ -6,6 +6,7 @@ Nothing here is called by a model: models/ops.py picks, and holds the plain refe
     N queries   Hk, Wk grid of positions   S = Hk · Wk keys
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,8 +53,99 @@ def row_table(height: int, width: int, groups: int, device: torch.device) -> Row
     )
 
 
-def bilinear_gather(x: Tensor, points: Tensor, weights: Tensor | None = None) -> Tensor:
-    """x (B, H, W, C) read at `points` (B, S, G, 2), counted in cells, times `weights` (B, S, G, 1), to (B, S, C)."""
+def sum_rows(values: Tensor, rows: Tensor, share: Tensor) -> Tensor:
+    """The sums Σⱼ share[p, j] · values[rows[p, j]]: values (R, c), rows and share (P, 4), to (P, c)."""
+    return F.embedding_bag(rows, values, per_sample_weights=share, mode="sum")
+
+
+def sum_rows_plainly(values: Tensor, rows: Tensor, share: Tensor) -> Tensor:
+    """`sum_rows` of operations that can be derived twice, transformed by torch.func and exported to ONNX."""
+    return (values[rows] * share.unsqueeze(-1)).sum(-2)
+
+
+class SumRows(torch.autograd.Function):
+    """`sum_rows` on a CPU, with the same first derivatives, which can be derived again."""
+
+    @staticmethod
+    def forward(values: Tensor, rows: Tensor, share: Tensor) -> tuple[Tensor, ...]:
+        """The sums, and what embedding_bag keeps for its derivatives."""
+        bags = torch.arange(0, rows.numel(), rows.shape[1], device=rows.device)
+        indices, share = rows.reshape(-1), share.reshape(-1)
+        kept = torch.ops.aten._embedding_bag(values, indices, bags, False, 0, False, share)
+        return *kept, bags
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: tuple) -> None:
+        """Keep all of it."""
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
+        """The gradients of values and share from that of the sums."""
+        values, rows, share, bag_of, sizes, largest, bags = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            inputs = values, rows, share
+            found = derive(sum_rows_plainly, inputs, grad, ctx.needs_input_grad)
+            return found[0], None, found[2]
+        indices, grad_values, grad_share = rows.reshape(-1), None, None
+        if ctx.needs_input_grad[0]:
+            grad_values = torch.ops.aten._embedding_bag_backward(
+                *(grad, indices, bags, bag_of, sizes, largest, len(values)),
+                *(False, 0, False, share.reshape(-1)),
+            )
+        if ctx.needs_input_grad[2]:
+            grad_share = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                grad, values, indices, bags, bag_of, 0
+            ).view(share.shape)
+        return grad_values, None, grad_share
+
+
+def derive(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor, wanted: tuple
+) -> list[Tensor | None]:
+    """The gradients of the `wanted` of `inputs` from `grad`, that of function(*inputs), which can be derived again."""
+    chosen = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(function(*inputs), chosen, grad, create_graph=True))
+    return [next(found) if want else None for want in wanted]
+
+
+class GridSample(torch.autograd.Function):
+    """grid_sample with align_corners on a CPU, with the same first derivatives, which can be derived again."""
+
+    @staticmethod
+    def forward(image: Tensor, points: Tensor) -> Tensor:
+        """image (b, c, H, W) read at points (b, N, S, 2), (x, y), to (b, c, N, S)."""
+        return F.grid_sample(image, points, align_corners=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep the inputs."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of image and points from that of the reading."""
+        inputs, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return tuple(derive(grid_sample_plainly, inputs, grad, wanted))
+        return torch.ops.aten.grid_sampler_2d_backward(grad, *inputs, 0, 0, True, list(wanted))
+
+
+def grid_sample_plainly(image: Tensor, points: Tensor) -> Tensor:
+    """`GridSample` of operations that can be derived twice and transformed by torch.func."""
+    maps, positions = image.permute(0, 2, 3, 1), points.flip(-1).unsqueeze(1)
+    read = sample_by_rows(maps, positions, sum_rows_plainly)  # (b, N · S, c)
+    return read.transpose(1, 2).unflatten(-1, points.shape[1:3])
+
+
+def bilinear_gather(
+    x: Tensor, points: Tensor, weights: Tensor | None, sum_rows: Callable[..., Tensor]
+) -> Tensor:
+    """x (B, H, W, C) read at `points` (B, S, G, 2), counted in cells, times `weights` (B, S, G, 1), to (B, S, C).
+
+    `sum_rows` is one of the three above.
+    """
     batch, height, width, channels = x.shape
     groups = points.shape[2]
     table = row_table(height, width, groups, x.device)
@@ -72,16 +164,16 @@ def bilinear_gather(x: Tensor, points: Tensor, weights: Tensor | None = None) ->
     image = torch.arange(0, batch * table.rows, table.rows, device=x.device).view(-1, 1, 1, 1)
     rows = first_row + (image + table.neighbours)  # (B, S, G, 4)
     values = F.pad(x, (0, 0, 1, 1, 1, 1)).view(-1, channels // groups)
-    read = F.embedding_bag(
-        rows.flatten(0, 2), values, per_sample_weights=share.flatten(0, 2), mode="sum"
-    )
-    return read.view(batch, -1, channels)
+    return sum_rows(values, rows.flatten(0, 2), share.flatten(0, 2)).view(batch, -1, channels)
 
 
-def sample_by_rows(x: Tensor, positions: Tensor) -> Tensor:
+def sample_by_rows(
+    x: Tensor, positions: Tensor, sum_rows: Callable[..., Tensor] = sum_rows
+) -> Tensor:
     """`ops.sample`."""
     half = (map_extent(*x.shape[1:3], x.device) - 1) / 2
-    return bilinear_gather(x, (positions.flatten(2, 3).transpose(1, 2) + 1) * half)
+    points = (positions.flatten(2, 3).transpose(1, 2) + 1) * half
+    return bilinear_gather(x, points, None, sum_rows)
 
 
 def bias_by_rows(tables: Tensor, displacement: Tensor) -> Tensor:
@@ -95,14 +187,20 @@ def bias_by_rows(tables: Tensor, displacement: Tensor) -> Tensor:
 # --- Deformable convolution -----------------------------------------------------------------------
 
 
-def deform_conv_by_rows(conv: DeformConv2d, x: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+def deform_conv_by_rows(
+    conv: DeformConv2d,
+    x: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    sum_rows: Callable[..., Tensor] = sum_rows,
+) -> Tensor:
     """`ops.deform_conv`; on a CPU a tenth of torchvision's time."""
     heads, (batch, height, width, channels) = conv.groups, x.shape
     groups = weights.shape[-1] // 9
     points = nine_cells(height, width, x.device) + offsets.unflatten(-1, (groups, 9, 2))
     points = points.transpose(3, 4).reshape(batch, -1, groups, 2)  # (B, H · W · 9, G, 2)
     weights = weights.unflatten(-1, (groups, 9)).transpose(3, 4).reshape(batch, -1, groups, 1)
-    read = bilinear_gather(x, points, weights)
+    read = bilinear_gather(x, points, weights, sum_rows).to(conv.weight.dtype)
     read = read.view(-1, 9, heads, channels // heads).transpose(1, 2)  # (B · H · W, M, 9, D)
     read = read.flatten(2).transpose(0, 1)  # (M, B · H · W, 9 D)
     kernel = conv.weight.unflatten(0, (heads, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)

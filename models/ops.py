@@ -23,15 +23,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
-from models.cache import cached_tensor, is_tracing
+from models.cache import window_mask
+from models.chunks import has_hooks
 from models.kernels import (
     AlignedRows,
     GELULinear,
+    GridSample,
     IndexAddScaled,
+    SumRows,
     bias_by_rows,
     deform_conv_by_rows,
+    grid_sample_plainly,
     neighborhood_tiles,
     sample_by_rows,
+    sum_rows,
+    sum_rows_plainly,
+)
+from models.tracing import (
+    is_exported_to_onnx,
+    is_symbol,
+    is_tracing,
+    is_transformed,
 )
 
 # --- What decides ---------------------------------------------------------------------------------
@@ -48,17 +60,6 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     Adapters (LoRA), quantisation, parametrizations and hooks put something else in its place or around it.
     """
     return type(module) is cls and "forward" not in vars(module) and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at the calls of `module`."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
@@ -120,10 +121,9 @@ def fused_kernels(x: Tensor) -> ModuleType | None:
     if _kernels == "reference" or not (x.is_cuda or _kernels == "fused"):
         return None
     recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    transformed = torch._C._are_functorch_transforms_active()
-    if recorded or transformed or x.dtype == torch.float64 or fused_obstacle():
+    if recorded or is_transformed() or x.dtype == torch.float64 or fused_obstacle():
         return None
-    return importlib.import_module("models.fused")
+    return importlib.import_module(f"{__package__}.fused")
 
 
 def fused_windows(x: Tensor, num_heads: int, window: tuple[int, int]) -> ModuleType | None:
@@ -174,7 +174,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     # after the product, as released: bilinear reads have kinks, so rounding shows in the gradients of offsets.
     if bias.shape[0] != q.shape[0]:
         bias = bias.repeat(q.shape[0] // bias.shape[0], 1, 1)
-    scores = bias.baddbmm_(q, k.mT, alpha=q.shape[-1] ** -0.5)
+    add_product = torch.baddbmm if is_transformed() else Tensor.baddbmm_
+    scores = add_product(bias, q, k.transpose(-2, -1), alpha=q.shape[-1] ** -0.5)
     return torch.bmm(scores.softmax(dim=-1), v)
 
 
@@ -274,36 +275,6 @@ def attend_windows(
     return z[:, :height, :width]
 
 
-@cached_tensor
-def window_mask(
-    size: tuple[int, int],
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    device: torch.device,
-) -> Tensor:
-    """What is added to the scores of padded and shifted windows, (K, n, n).
-
-    −100 between regions that only the cyclic shift made neighbours (as released); −∞ from real
-    queries to padded keys, so that padding never changes a real output, however large its scores.
-    """
-    region, real = [], []
-    for length, extent, offset in zip(size, window, shift, strict=True):
-        padded = length + -length % extent
-        index = torch.arange(padded, device=device)
-        # Along one axis after the shift: 0 up to the last window, which holds 1 and, rolled in from the other end, 2.
-        region.append((index >= padded - extent).long() + (index >= padded - offset).long())
-        real.append(((index + offset) % padded) < length)
-    regions = to_windows(3 * region[0][:, None] + region[1], window)  # (K, n)
-    reals = to_windows(real[0][:, None] & real[1], window)
-    mask = -100.0 * (regions[:, :, None] != regions[:, None, :])
-    return mask.masked_fill(reals[:, :, None] & ~reals[:, None, :], -torch.inf)
-
-
-def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """(H, W) to (K, n), windows in reading order."""
-    return split_heads(x[..., None], tuple(x.shape), window, num_heads=1)[0].squeeze(-1)
-
-
 def attend_neighborhoods(qkv: Tensor, rpb: Tensor) -> Tensor:
     """`attend` from every position to the w × w window around it, (B, H, W, 3C) to (B, H, W, C).
 
@@ -351,16 +322,43 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
     """
     if fused := fused_kernels(x):
         return fused.sample(x, positions.flatten(2, 3))
-    read = sample_by_grid if allow_atomic_add(x.device) else sample_by_rows
-    return read(x.to(positions.dtype), positions)
+    x = x.to(positions.dtype)
+    if allow_atomic_add(x.device) and not is_exported_to_onnx():
+        return sample_by_grid(x, positions)
+    return sample_by_rows(x, positions, row_sum(x.device))
+
+
+def row_sum(device: torch.device) -> Callable[..., Tensor]:
+    """The kernel that sums rows; on a CPU as fast as embedding_bag, whose derivatives have none."""
+    if is_transformed() or is_exported_to_onnx():
+        return sum_rows_plainly
+    if device.type == "cpu" and torch.is_grad_enabled() and not is_tracing():
+        return lambda *tensors: SumRows.apply(*tensors)[0]
+    return sum_rows
+
+
+def add_scaled(x: Tensor, offset: Tensor, factor: float, scale: Tensor) -> Tensor:
+    """x + factor · offset / scale."""
+    if is_exported_to_onnx():
+        return x + factor * offset / scale
+    return torch.addcdiv(x, offset, scale, value=factor)
+
+
+def grid_sample(image: Tensor, points: Tensor) -> Tensor:
+    """image (b, c, H, W) read at points (b, N, S, 2), (x, y) with ±1 at the centres of the border cells."""
+    if is_transformed():
+        return grid_sample_plainly(image, points)
+    if image.device.type == "cpu" and torch.is_grad_enabled() and not is_tracing():
+        return GridSample.apply(image, points)
+    return F.grid_sample(image, points, align_corners=True)
 
 
 def sample_by_grid(x: Tensor, positions: Tensor) -> Tensor:
     """The reference of `sample`."""
-    batch, groups = positions.shape[:2]
+    batch, groups = positions.shape[0], positions.shape[1]
     image = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (B, G, C/G, H, W)
     points = positions.flatten(0, 1).flip(-1)  # (x, y)
-    read = F.grid_sample(image.flatten(0, 1), points, align_corners=True)  # (B·G, C/G, Hk, Wk)
+    read = grid_sample(image.flatten(0, 1), points)  # (B·G, C/G, Hk, Wk)
     return read.flatten(2).unflatten(0, (batch, groups)).flatten(1, 2).transpose(1, 2).contiguous()
 
 
@@ -369,7 +367,7 @@ def rpe_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
 
     Queries are at (H, W, 2), keys at (B, G, Hk, Wk, 2).
     """
-    batch, groups = positions.shape[:2]
+    batch, groups = positions.shape[0], positions.shape[1]
     # Halved before they are subtracted, so that the backward pass scales keys and not pairs.
     keys = -0.5 * positions.reshape(batch * groups, 1, -1, 2)
     displacement = torch.add(keys, queries.view(-1, 1, 2), alpha=0.5)  # (B·G, N, S, 2)
@@ -377,19 +375,21 @@ def rpe_bias(tables: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
     if displacement.is_cuda and not allow_atomic_add(displacement.device):
         return bias_by_rows(tables, displacement.unflatten(0, (batch, groups)))
     # grid_sample wants (x, y): (y, x) is that of the transposed table.
-    tables = tables.mT.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
-    bias = F.grid_sample(tables, displacement, align_corners=True)  # (B·G, M/G, N, S)
-    return bias.flatten(0, 1)
+    tables = tables.transpose(-2, -1).unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
+    return grid_sample(tables, displacement).flatten(0, 1)  # of (B·G, M/G, N, S)
 
 
 def deform_conv(conv: DeformConv2d, x: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """The 3×3 `conv` of x (B, H, W, C), every tap moved by an offset and multiplied by a weight, to (B, H, W, C).
 
-    For G groups of channels: offsets (B, H, W, 18 G) are nine times (y, x) in cells, weights (B, H, W, 9 G).
+    For G groups of channels: offsets (B, H, W, 18 G) are nine times (y, x) in cells, weights (B, H, W, 9 G). Read in
+    the precision of the offsets; the result is in that of the kernel.
     """
-    if is_plain(conv, DeformConv2d) and not allow_atomic_add(x.device):
-        return deform_conv_by_rows(conv, x, offsets, weights)
-    return deform_conv_by_module(conv, x, offsets, weights)
+    # Torchvision's computes in one precision, and has no second derivative.
+    torchvision = allow_atomic_add(x.device) and x.dtype == conv.weight.dtype
+    if not is_plain(conv, DeformConv2d) or (torchvision and not is_transformed()):
+        return deform_conv_by_module(conv, x, offsets, weights)
+    return deform_conv_by_rows(conv, x, offsets, weights, row_sum(x.device))
 
 
 def deform_conv_by_module(conv: nn.Module, x: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -421,10 +421,13 @@ def convolve_groups(conv: nn.Module, x: Tensor, groups: int) -> Tensor:
         weight, bias = conv.weight.repeat(groups, 1, 1, 1), conv.bias.repeat(groups)
         x = x.permute(0, 3, 1, 2)
         theta = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, x.shape[1])
-        return theta.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
+        theta = theta.permute(0, 2, 3, 1)
+        # Sizes in full: ONNX's older exporter takes the batch for a constant after an unflatten.
+        return theta.view(x.shape[0], theta.shape[1], theta.shape[2], groups, -1)
     # The reference: every group is an image.
     images = x.unflatten(-1, (groups, -1)).movedim(3, 1).flatten(0, 1)  # (B·G, H, W, c)
-    return convolve(conv, images).unflatten(0, (-1, groups)).movedim(1, 3)
+    theta = convolve(conv, images)
+    return theta.view(x.shape[0], groups, *theta.shape[1:]).movedim(1, 3)
 
 
 # --- Parts of a block -----------------------------------------------------------------------------
@@ -452,8 +455,9 @@ def add_kept(
 
     `branch` maps (b, …) to the same shape, image by image.
     """
-    if is_tracing():  # the reference
-        return x + branch(x) * (kept.to(x) / keep_prob).view(-1, *[1] * (x.ndim - 1))
+    if is_symbol(x) or is_tracing():  # the reference
+        scaled = branch(x).movedim(0, -1) * (kept.to(x) / keep_prob)
+        return x + scaled.movedim(-1, 0)
     if kept.all():
         return torch.add(x, branch(x), alpha=1 / keep_prob)
     # If none is kept, one is computed all the same and added 0 times: every weight needs a gradient.

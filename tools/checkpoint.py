@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Checkpoint tool: inspect, verify, convert, strip and average checkpoints and files of weights.
 
-FILE is a .safetensors file or the .pth of any trainer, STEP a folder step-<n>, RUN the folder of a run, which means its
-best checkpoint. Weights are written as .safetensors under this project's names, or as .pth under the authors'.
+FILE is a .safetensors file, the .pth of any trainer or a folder with one, STEP a checkpoint, RUN the folder of a run,
+which means its best checkpoint. `inspect` says of any file what it is. Weights are written as .safetensors under this
+project's names, or as .pth under the authors'.
 
 examples:
   python tools/checkpoint.py inspect output/dat_tiny/default
+  python tools/checkpoint.py inspect download.pth
   python tools/checkpoint.py verify output/dat_tiny/default
   python tools/checkpoint.py convert output/dat_tiny/default dat_tiny.pth --to released
   python tools/checkpoint.py strip output/dat_tiny/default dat_tiny.safetensors --ema
@@ -25,19 +27,20 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from analysis.records import read_records
 from engine import checkpoint
-from engine.pretrained import read_weights, refuse_nonfinite
-from models.convert import DERIVED, derived_buffers, to_official, to_ours
+from engine.pretrained import refuse_nonfinite
+from engine.weight_files import read_weights
+from models.convert import derived_buffers, to_official, to_ours
 from models.identify import identify
+from tools.common.weights import describe
 from utils.errors import CheckpointError, ConfigError, as_exit_code
 from utils.files import write_atomically
 from utils.text import join_some
 
 
-def read(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
+def read(path: Path, *, ema: bool = False, key: str | None = None) -> dict[str, Tensor]:
     """The weights at `path`, with `ema` their moving average. Raises CheckpointError, also where one is not finite."""
-    tensors = read_weights(path, ema=ema)
+    tensors = read_weights(path, ema=ema, key=key)
     refuse_nonfinite(path, tensors)
     return tensors
 
@@ -59,44 +62,9 @@ def write(tensors: dict[str, Tensor], out: Path) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Show which model a file, checkpoint or run holds, and how long it was trained."""
-    source = checkpoint.resolve(args.path, best=True) if args.path.is_dir() else args.path
-    tensors = read(source)
-    found = identify(tensors)
-    weights = {name: t for name, t in tensors.items() if not DERIVED.fullmatch(name)}
-    names = "the authors' names" if found and found.released else "this project's names"
-    rows = {
-        "file": source,
-        "weights": f"{found}, {names}" if found else "not a DAT variant",
-        "parameters": f"{sum(t.numel() for t in weights.values()):,} in {len(weights)} tensors",
-    }
-    if source.is_dir():
-        rows |= describe_training(source)
-    for name, value in rows.items():
+    """Show what a file, checkpoint or run is: its model, how long it was trained, or why it holds no weights."""
+    for name, value in describe(args.path).items():
         print(f"{name:<12}{value}")
-
-
-def describe_training(step: Path) -> dict[str, object]:
-    """What the checkpoint `step` and the records of its run say about the training."""
-    metadata = checkpoint.read_metadata(step)
-    best = metadata["best"]
-    rows = {
-        "model": f"{metadata['model']}, {len(metadata['classes'])} classes",
-        "step": f"{metadata['step']}, after {metadata['epoch']} complete epochs",
-        "best": f"{best['acc1']:.3f} % top-1 so far, at step {best['step']}",
-    }
-    if arguments := metadata["config"]["MODEL"]["ARGS"]:
-        rows["MODEL.ARGS"] = arguments
-    file = step.resolve().parents[1] / "metrics.jsonl"
-    for record in read_records(file) if file.exists() else ():
-        for name in ("val", "val_ema"):
-            keys = [f"{name}/acc1", f"{name}/acc5"]
-            if record["step"] == metadata["step"] and record.keys() >= set(keys):
-                acc1, acc5 = (record[key] for key in keys)
-                rows[name] = f"{acc1:.3f} % top-1, {acc5:.3f} % top-5"
-    return rows | {
-        "written by": f"torch {metadata['versions']['torch']}, code {metadata['revision']}"
-    }
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -131,7 +99,13 @@ def convert(args: argparse.Namespace) -> None:
 
 def strip(args: argparse.Namespace) -> None:
     """Write the weights without optimizer and configuration."""
-    write(read(args.path, ema=args.ema), args.out)
+    tensors = read(args.path, ema=args.ema, key=args.key)
+    for prefix in args.drop:
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        if len(kept) == len(tensors):
+            raise ConfigError(f"--drop {prefix}: no tensor of {args.path} has a name like this")
+        tensors = kept
+    write(tensors, args.out)
 
 
 def average(args: argparse.Namespace) -> None:
@@ -194,6 +168,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     sub.add_argument("path", type=Path, metavar="RUN|STEP|FILE")
     add_out(sub)
     sub.add_argument("--ema", action="store_true", help="write the moving average (EMA) instead")
+    sub.add_argument("--key", help="of several state dicts in FILE the one under this key")
+    sub.add_argument(
+        "--drop",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="leave out the tensors whose names begin with NAME; may be repeated",
+    )
 
     sub = command(average, "average output/dat_tiny/default/checkpoints/step-* mean.safetensors")
     sub.add_argument("paths", type=Path, nargs="+", metavar="STEP", help="or RUN or FILE")

@@ -20,6 +20,11 @@ def download(source: str) -> Path:
     Raises CheckpointError.
     """
     pinned = PINNED_URL.fullmatch(source)
+    if pinned is None and re.match(r"[a-z]+://", source):
+        raise CheckpointError(
+            f"{source}: a download needs https and its SHA-256: https://host/file.pth#sha256=<64 hex digits>. "
+            "Or download the file yourself and give its path."
+        )
     if pinned is None:
         return Path(source)
     from torch import hub  # config.py imports PINNED_URL and needs no torch

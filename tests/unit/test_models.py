@@ -23,8 +23,8 @@ from models.attention import (
     NeighborhoodAttention,
     WindowAttention,
 )
+from models.cache import window_mask
 from models.convert import checkpoint_filter_fn, from_official, to_official
-from models.ops import window_mask
 from tools.benchmarks.macs import count_macs
 from utils.errors import ConfigError
 

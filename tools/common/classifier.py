@@ -21,7 +21,8 @@ import config
 from analysis import imagenet
 from engine import build, checkpoint
 from engine.loop import autocast
-from engine.pretrained import load_pretrained, read_weights
+from engine.pretrained import load_pretrained
+from engine.weight_files import read_weights
 from models.identify import identify
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError, DataError
