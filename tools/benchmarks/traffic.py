@@ -4,7 +4,8 @@ Every operation of a pass is recorded as CUDA would run it, under CUDA's autocas
 its tensors. "compiled" is an estimate of what torch.compile leaves: all operations between products, convolutions,
 attention, bilinear reads and scatters are one pass, which reads what it needs once and writes what others read. The
 speed is what these bytes and products would take on an H100; it is an estimate on paper, good to about a third, and
-ratios of models to a tenth. No image is dropped by stochastic depth.
+ratios of models to a tenth. No image is dropped by stochastic depth. Of a fused kernel its arguments and results count,
+not what it keeps to itself.
 
 example:
   python tools/benchmark.py bytes dat_tiny dat_pp_tiny swin_tiny_patch4_window7_224 --batch 128
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import models
+from models import ops
 from models.cache import forget_cached_tensors
 from tools.benchmarks.model import at_least
 
@@ -44,7 +47,7 @@ MOVES_NOTHING = re.compile(
 WRITES_ONLY = re.compile(r"^aten\.(copy_|fill_|zero_)\.")
 # What torch.compile calls a kernel of a library or a scatter for.
 NOT_FUSED = re.compile(
-    r"mm\.|bmm|convolution|_scaled_dot|grid_sampler|embedding_dense|index_add|index_put|index_select|deform_conv"
+    r"mm\.|bmm|convolution|_scaled_dot|grid_sampler|embedding_dense|^dat\.|index_add|index_put|index_select|deform_conv"
 )
 # H100: bytes and FLOP (bfloat16) a second. EFFICIENCY, and with it the 600 TFLOP/s that products reach, was fitted to
 # timm's published training speeds on an RTX 3090 (results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv).
@@ -221,13 +224,27 @@ def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def fake_cuda() -> Iterator[None]:
-    """A CUDA device that computes nothing."""
+def choose_kernels(name: str) -> Iterator[None]:
+    """MODEL.KERNELS `name` inside."""
+    ops.use_kernels(name)
+    try:
+        yield
+    finally:
+        ops.use_kernels("auto")
+
+
+@contextmanager
+def fake_cuda(kernels: str = "reference") -> Iterator[None]:
+    """A CUDA device that computes nothing, for which models choose `kernels` as for a real one."""
     former = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     forget_cached_tensors()
     try:
-        with FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True):
+        with (
+            patch.object(ops, "fused_obstacle", lambda: ""),  # the card that is missing here
+            choose_kernels(kernels),
+            FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True),
+        ):
             yield
     finally:
         forget_cached_tensors()
@@ -235,7 +252,13 @@ def fake_cuda() -> Iterator[None]:
 
 
 def count(
-    model: nn.Module, *, batch: int, size: tuple[int, int], dtype: torch.dtype, training: bool
+    model: nn.Module,
+    *,
+    batch: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    training: bool,
+    kernels: str = "reference",
 ) -> Traffic:
     """The traffic of a forward pass, and of the backward pass in `training`, over `batch` images (height, width).
 
@@ -247,7 +270,7 @@ def count(
         kept[storage_of(tensor)] = tensor.untyped_storage()
         return tensor
 
-    with fake_cuda():
+    with fake_cuda(kernels):
         model = model.to_empty(device="cuda").train(training)
         parameters = {storage_of(parameter) for parameter in model.parameters()}
         images = torch.empty(batch, 3, *size, device="cuda")
@@ -336,6 +359,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="autocast"
     )
+    parser.add_argument("--kernels", choices=("reference", "fused"), default="reference")
     parser.add_argument(
         "--top", type=at_least(0), default=0, metavar="N", help="list the operations that move most"
     )
@@ -343,7 +367,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Count every model's traffic in evaluation and training. Raises ConfigError."""
-    conditions = {name: getattr(args, name) for name in ("batch", "size", "dtype", "top")}
+    conditions = {
+        name: getattr(args, name) for name in ("batch", "size", "dtype", "kernels", "top")
+    }
     set_fused_attn(True)
     found = {}
     for name in args.models:
@@ -356,6 +382,7 @@ def run(args: argparse.Namespace) -> dict:
                 size=(args.size, args.size),
                 dtype=getattr(torch, args.dtype),
                 training=training,
+                kernels=args.kernels,
             )
             found[name][phase] = {
                 **asdict(traffic),
@@ -375,7 +402,10 @@ def table(result: dict) -> str:
     """The result of `run` as text."""
     batch = result["batch"]
     head = f"{'on paper, per image':36}{'moved':>10}{'compiled':>10}{'kept':>8}  MiB"
-    lines = [f"batch {batch}, {result['size']} px, {result['dtype']}", ""]
+    lines = [
+        f"batch {batch}, {result['size']} px, {result['dtype']}, {result['kernels']} kernels",
+        "",
+    ]
     lines.append(f"{head}{'kernels':>10}{'GFLOP':>8}{'H100 images/s: eager':>24}{'compiled':>10}")
     for name, phases in result["models"].items():
         for phase, found in phases.items():

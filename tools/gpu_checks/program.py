@@ -178,7 +178,8 @@ class Steps:
         )  # fmt: skip
         self.recipe = Recipe(
             seed=0, epochs=1, steps_per_epoch=1000, global_batch=batch, micro_batches=range(1),
-            schedule=Schedule(1000, 0, 1e-3, 1e-3, 1e-5), transform=transform, mixup_off_epoch=0, label_smoothing=0.1,
+            schedule=Schedule(1000, 0, 1e-3, 1e-3, 1e-5), transform=transform, mixup_off_epoch=0,
+            label_smoothing=0.1, distillation=None,
             clip_grad=5.0, amp_dtype=torch.float16 if setting.cuda else torch.float32, print_freq=10,
         )  # fmt: skip
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
