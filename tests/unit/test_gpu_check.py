@@ -142,7 +142,7 @@ def test_a_file_of_another_commit_is_refused(check, monkeypatch, tmp_path):
     assert "'commit': 'abc'" in printed.err
     assert len(records) == 3
     (tmp_path / "check.jsonl").write_text("my notes\n")
-    assert check({1: RESULT % 1})[0] == 2
+    assert gpu_check.main(["--json", str(tmp_path / "check.jsonl"), "--device", "cpu"]) == 2
     assert (tmp_path / "check.jsonl").read_text() == "my notes\n"
 
 

@@ -84,7 +84,7 @@ def read_records(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         records = [json.loads(line) for line in lines if line.endswith("\n")]
         if records and "subject" not in records[0]:
             raise ValueError("no subject")
