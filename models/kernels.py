@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import DeformConv2d
 
-from models.cache import cached_tensor, map_extent
+from models.cache import cached_tensor, is_tracing, map_extent
 
 # --- Bilinear reads -------------------------------------------------------------------------------
 # A bilinear read is the weighted sum of four rows of the map, each row the channels of one cell. Nothing is rearranged,
@@ -269,7 +269,16 @@ def axis_tiles(length: int, window: int, device: torch.device) -> AxisTiles:
     return AxisTiles(keys, relative)
 
 
-# --- Rows of a bias -------------------------------------------------------------------------------
+def read_table(table: Tensor, index: Tensor) -> Tensor:
+    """The entries `index` (K, n, keys) of every head's table (M, entries), to (M, K, n, keys)."""
+    if (
+        table.is_cuda
+    ):  # the gradient of F.embedding is summed in a fixed order, without atomic additions
+        return F.embedding(index, table.t()).permute(3, 0, 1, 2)
+    return table.index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+# --- Fused attention of PyTorch -------------------------------------------------------------------
 
 
 class AlignedRows(torch.autograd.Function):
@@ -291,6 +300,27 @@ class AlignedRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         """The gradient of the bias from that of the copy."""
         return grad.to(ctx.dtype), None
+
+
+# Heads of the fused kernel are an axis of its grid, which on CUDA has at most 65,535 entries.
+MAX_HEADS = 65_535
+
+
+def attend_by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """`ops.attend` by PyTorch's fused kernel, which repeats the bias as it reads and never writes the scores."""
+    bias = align_rows(bias, q.dtype)
+    q, k, v = (part.unflatten(0, (-1, len(bias))) for part in (q, k, v))
+    if len(bias) <= MAX_HEADS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).flatten(0, 1)
+    parts = zip(*(x.split(MAX_HEADS, dim=-3) for x in (q, k, v, bias)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*x) for x in parts], dim=1).flatten(0, 1)
+
+
+def align_rows(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias (b, N, S) in `dtype`, its rows S rounded up to 8 apart in memory: the fused kernel would copy others."""
+    if is_tracing():  # a compiler lays out its tensors itself
+        return bias.to(dtype)
+    return AlignedRows.apply(bias, dtype)
 
 
 # --- Less memory for the backward pass ------------------------------------------------------------

@@ -26,15 +26,16 @@ from torchvision.ops import DeformConv2d
 from models.cache import window_mask
 from models.chunks import has_hooks
 from models.kernels import (
-    AlignedRows,
     GELULinear,
     GridSample,
     IndexAddScaled,
     SumRows,
+    attend_by_sdpa,
     bias_by_rows,
     deform_conv_by_rows,
     grid_sample_plainly,
     neighborhood_tiles,
+    read_table,
     sample_by_rows,
     sum_rows,
     sum_rows_plainly,
@@ -168,7 +169,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     if _recorder is not None:
         return attend_recorded(q, k, v, bias, _recorder)
     if q.is_cuda:
-        return attend_by_fused_kernel(q, k, v, bias)
+        return attend_by_sdpa(q, k, v, bias)
     bias = bias.to(q.dtype)
     # On a CPU a product that is added to the bias is faster than the fused kernel for windows of 49 positions. Scaled
     # after the product, as released: bilinear reads have kinks, so rounding shows in the gradients of offsets.
@@ -188,27 +189,6 @@ def attend_recorded(
     weights = (scores.unflatten(0, (-1, len(bias))) + bias.float()).flatten(0, 1).softmax(dim=-1)
     recorder(Attended(queries, keys, weights))
     return (weights @ v.float()).to(v.dtype)
-
-
-# Heads of the fused kernel are an axis of its grid, which on CUDA has at most 65,535 entries.
-MAX_HEADS = 65_535
-
-
-def attend_by_fused_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`attend` by the fused kernel, which repeats the bias as it reads and never writes the scores."""
-    bias = align_rows(bias, q.dtype)
-    q, k, v = (part.unflatten(0, (-1, len(bias))) for part in (q, k, v))
-    if len(bias) <= MAX_HEADS:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).flatten(0, 1)
-    parts = zip(*(x.split(MAX_HEADS, dim=-3) for x in (q, k, v, bias)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*x) for x in parts], dim=1).flatten(0, 1)
-
-
-def align_rows(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias (b, N, S) in `dtype`, its rows S rounded up to 8 apart in memory: the fused kernel would copy others."""
-    if is_tracing():  # a compiler lays out its tensors itself
-        return bias.to(dtype)
-    return AlignedRows.apply(bias, dtype)
 
 
 def split_heads(
@@ -301,15 +281,6 @@ def attend_neighborhoods(qkv: Tensor, rpb: Tensor) -> Tensor:
     k, v = split_heads(kv, tuple(kv.shape[1:3]), tiles.region, num_heads, parts=2)
     z = merge_heads(attend(q, k, v, bias), padded, tiles.tile, num_heads)
     return z.view(-1, *padded, channels // 3)[:, :height, :width]
-
-
-def read_table(table: Tensor, index: Tensor) -> Tensor:
-    """The entries `index` (K, n, keys) of every head's table (M, entries), to (M, K, n, keys)."""
-    if (
-        table.is_cuda
-    ):  # the gradient of F.embedding is summed in a fixed order, without atomic additions
-        return F.embedding(index, table.t()).permute(3, 0, 1, 2)
-    return table.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
 # --- Bilinear reads -------------------------------------------------------------------------------

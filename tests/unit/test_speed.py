@@ -8,12 +8,18 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from models import chunks, ops
+from models import chunks, kernels, ops
 from models.dat import StochasticDepth
-from models.kernels import AlignedRows, bias_by_rows, neighborhood_tiles, sample_by_rows
+from models.kernels import (
+    AlignedRows,
+    attend_by_sdpa,
+    bias_by_rows,
+    neighborhood_tiles,
+    read_table,
+    sample_by_rows,
+)
 from models.ops import (
     attend,
-    attend_by_fused_kernel,
     gelu_linear,
     rpe_bias,
     sample,
@@ -91,7 +97,7 @@ def test_a_position_that_is_no_number_gives_no_number():
 @pytest.mark.parametrize("repeats", [1, 2, 6])
 @pytest.mark.parametrize("most", [65_535, 2])
 def test_attention_equals_the_fused_kernel(repeats, most, monkeypatch):
-    monkeypatch.setattr(ops, "MAX_HEADS", most)
+    monkeypatch.setattr(kernels, "MAX_HEADS", most)
     calls, kernel = [], F.scaled_dot_product_attention
     monkeypatch.setattr(
         F,
@@ -105,7 +111,7 @@ def test_attention_equals_the_fused_kernel(repeats, most, monkeypatch):
     def own(q, k, v, bias):
         return attend(q, k, v, bias.clone())
 
-    fused = gradients(attend_by_fused_kernel, q, k, v, bias)  # as on CUDA
+    fused = gradients(attend_by_sdpa, q, k, v, bias)  # as on CUDA
     for one, other in zip(gradients(own, q, k, v, bias), fused, strict=True):
         torch.testing.assert_close(one, other)
     assert len(calls) == -(-6 // repeats // most)
@@ -129,10 +135,10 @@ def test_neighbourhoods_read_their_table_the_same_way_on_cuda():
         is_cuda = True
 
     def read(table):
-        return ops.read_table(table, relative)
+        return read_table(table, relative)
 
     def read_on_cuda(table):
-        return ops.read_table(table.as_subclass(OnCuda), relative).as_subclass(torch.Tensor)
+        return read_table(table.as_subclass(OnCuda), relative).as_subclass(torch.Tensor)
 
     table = torch.randn(2, 36, dtype=torch.float64)
     for own, other in zip(gradients(read, table), gradients(read_on_cuda, table), strict=True):
