@@ -80,7 +80,7 @@ def refused(folder: Path, images: Path, code: int, *words: str, hooks, more=(), 
         (functools.partial(change_answer, 1, "revision", "abcdef"), "revision is"),
         (functools.partial(change_answer, 1, "hash_sources", "abcdef"), "the hash of the sources"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_other_settings_or_code_on_one_rank_are_refused_on_all(hook, words, images, tmp_path):
     refused(tmp_path, images, 2, words, hooks=[hook])

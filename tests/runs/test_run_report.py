@@ -1,6 +1,6 @@
 """TRAIN.REPORT: a run leaves report.html when it ends and when it stops, and never fails because of it.
 
-pytest tests/runs/test_report.py
+pytest tests/runs/test_run_report.py
 """
 
 from helpers.runs import arguments
