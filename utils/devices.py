@@ -38,12 +38,14 @@ def explain_no_gpu() -> str:
 
 
 def check_gpus_differ(device: torch.device) -> None:
-    """Raise ConfigError, on all processes, where two of them compute on one GPU. A collective."""
-    own = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
+    """Raise ConfigError, on all processes, where two of them compute on one GPU. A collective, also for CPUs."""
+    own = None
+    if device.type == "cuda":
+        own = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
     gpus: list = [None] * dist.get_world_size()
     dist.all_gather_object(gpus, own)
     for rank, gpu in enumerate(gpus):
-        if (first := gpus.index(gpu)) < rank:
+        if gpu is not None and (first := gpus.index(gpu)) < rank:
             raise ConfigError(
                 f"Processes {first} and {rank} on {gpu[0]} share one GPU: start as many processes as it has GPUs "
                 "(torchrun --nproc-per-node N), or set DEVICE cpu."

@@ -56,19 +56,29 @@ def init_distributed(
     env = {name: int(os.environ.get(name, default)) for name, default in
            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
     threads, source = choose_threads(threads, env["LOCAL_WORLD_SIZE"])
+    refusal = None
+    try:
+        chosen = choose_device(device, env["LOCAL_RANK"])
+    except ConfigError as error:  # ends the others as well, once this process has joined them
+        refusal, chosen = error, torch.device("cpu")
     process = Process(
         rank=env["RANK"],
         world_size=env["WORLD_SIZE"],
-        device=choose_device(device, env["LOCAL_RANK"]),
+        device=chosen,
         threads_from=source,
     )
     torch.set_num_threads(threads)
-    if process.device.type == "cuda":
-        torch.cuda.set_device(process.device)
     if process.world_size > 1:
         with explain_lost_process():
             _join_group(process, timeout)
     try:
+        with share_errors():
+            if refusal is not None:
+                raise refusal
+            if process.device.type == "cuda":
+                torch.cuda.set_device(process.device)
+        if process.world_size > 1:
+            check_gpus_differ(process.device)
         yield process
     finally:
         if process.world_size > 1:
@@ -101,8 +111,6 @@ def _join_group(process: Process, timeout: float) -> None:
         raise ConfigError(f"The processes cannot meet at {place}. {remedy} ({reason})") from error
     finally:
         waiting.cancel()
-    if cuda:
-        check_gpus_differ(process.device)
 
 
 def wait_without_limit() -> None:
@@ -160,7 +168,7 @@ def share_refusal(error: UserError) -> UserError:
         with init_distributed("cpu", timeout=REFUSAL_SECONDS), share_errors():
             raise error
     except UserError as shared:
-        return error if isinstance(shared, ProcessLost) else shared
+        return shared if shared.on_all else error
 
 
 def _share(own: BaseException | None) -> UserError | None:
