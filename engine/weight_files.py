@@ -22,12 +22,12 @@ from torch import Tensor
 
 from engine import checkpoint
 from models.convert import ANCHORS
-from models.state_dicts import choose, clean, find_state_dicts, strip_prefix
+from models.state_dicts import Cleaned, choose, clean, find_state_dicts, strip_prefix
 from utils import file_kinds
 from utils.errors import CheckpointError
 from utils.file_kinds import INDEX, LEGACY_TORCH, SAFETENSORS, TORCH, kind_of, printable
 from utils.logging import logger
-from utils.text import join_some
+from utils.text import join_some, quantity
 
 # --- Classes beside weights -----------------------------------------------------------------------
 
@@ -219,14 +219,18 @@ def read_weights(path: Path, *, ema: bool = False, key: str | None = None) -> di
         return checkpoint.read_tensors(file)
     if path.is_dir():
         path = find_file(path)
-    return select(path, find_state_dicts(open_file(path)), ema=ema, key=key)
+    tensors, removed = select(path, find_state_dicts(open_file(path)), ema=ema, key=key)
+    if removed:
+        logger.info(f"{path}: removed {', '.join(removed)}")
+    return tensors
 
 
 def find_file(folder: Path) -> Path:
     """The file of weights in a `folder`, as the Hugging Face hub and people have them. Raises CheckpointError."""
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        for file in (folder / name, folder / f"{name}.index.json"):
+            if file.is_file():
+                return file
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file())
     except OSError as error:
@@ -252,13 +256,13 @@ def find_file(folder: Path) -> Path:
 
 def select(
     path: Path, found: dict[str, dict[str, Tensor]], *, ema: bool = False, key: str | None = None
-) -> dict[str, Tensor]:
+) -> Cleaned:
     """The state dict of the file `path` that is meant among those `found` in it, with clean names."""
     keys = choose(found, ema=ema) if key is None else [k for k in found if k == key]
-    listed = join_some(f"{k or 'the file itself'} ({len(v)} tensors)" for k, v in found.items())
+    listed = join_some(f"{printable(k)} ({quantity(len(v), 'tensor')})" for k, v in found.items())
     if not keys:
         wanted = "average of weights" if ema else "such weights"
-        held = f"it holds {listed}" if found else "expected a state dict: tensors by name"
+        held = f"it holds {listed.lstrip()}" if found else "expected a state dict: tensors by name"
         raise CheckpointError(f"{path} holds no {wanted}{f' under {key!r}' * bool(key)}: {held}")
     if len(keys) > 1:
         raise CheckpointError(
@@ -267,9 +271,5 @@ def select(
         )
     cleaned = clean(found[keys[0]])
     stripped = strip_prefix(cleaned.tensors, ANCHORS)
-    notes = [f"removed {what}" for what in (*cleaned.removed, *stripped.removed)]
-    if len(found) > 1:
-        notes.insert(0, f"{keys[0]!r} of {listed}")
-    if notes:
-        logger.info(f"{path}: {'; '.join(notes)}")
-    return stripped.tensors
+    others = [f"the state dict {k!r} beside {keys[0]!r}" for k in found if k != keys[0]]
+    return Cleaned(stripped.tensors, [*others, *cleaned.removed, *stripped.removed])

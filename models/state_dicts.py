@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.text import quantity
+
 # What wrappers put before a name: DDP at the beginning; torch.compile, DeepSpeed and FSDP anywhere.
 WRAPPERS = re.compile(
     r"^(module\.)+|\b(_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -83,7 +85,7 @@ def clean(state: dict[str, Tensor]) -> Cleaned:
     """`state` without the prefixes of wrappers and without counters; of a detector, the backbone."""
     tensors = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
     counters = [name for name in tensors if name.rpartition(".")[2] in COUNTERS]
-    removed = [f"{len(counters)} counters ({counters[0]} …)"] if counters else []
+    removed = [f"{quantity(len(counters), 'counter')} ({counters[0]} …)"] if counters else []
     tensors = {name: tensor for name, tensor in tensors.items() if name not in counters}
     return keep_prefix(tensors, "backbone.", removed)
 
@@ -114,5 +116,5 @@ def keep_prefix(state: dict[str, Tensor], prefix: str, removed: list[str]) -> Cl
     rest = [name for name in state if not name.startswith(prefix)]
     removed = [*removed, f"the prefix {prefix!r}"]
     if rest:
-        removed.append(f"{len(rest)} tensors without it ({rest[0]} …)")
+        removed.append(f"{quantity(len(rest), 'tensor')} without it ({rest[0]} …)")
     return Cleaned(kept, removed)

@@ -28,10 +28,12 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from engine import checkpoint
 from engine.pretrained import load_pretrained
 from engine.weight_files import HARMLESS, read_weights
 from tests.unit.test_pretrained import make_run, micro, same
 from tools.checkpoint import main as tool
+from tools.common.weights import describe
 from utils.errors import CheckpointError
 
 
@@ -204,6 +206,10 @@ def test_files_of_trainers_open(trainer, zipped, model, tmp_path):
     report = load_pretrained(target, tmp_path / "w.pth", strict=True)
     assert not report.unexpected
     assert same(target.state_dict(), model.state_dict())
+    rows = describe(tmp_path / "w.pth")
+    assert "dat_micro with 10 classes" in rows["weights"]
+    assert "problem" not in rows
+    assert "removed" in rows or trainer not in (lightning, mmengine, dino, torchvision_ema, thop)
 
 
 def test_timms_own_checkpoint_opens_and_its_average_is_read(model, tmp_path):
@@ -229,7 +235,7 @@ def test_one_prefix_is_removed(name, tmp_path, caplog):
         assert len(report.matched) == len(source.state_dict())
         assert same(target.state_dict(), source.state_dict())
     assert "the prefix 'net.'" in caplog.text
-    assert "1 tensors without it (loss.weight …)" in caplog.text
+    assert "1 tensor without it (loss.weight …)" in caplog.text
 
 
 def test_of_two_models_in_one_state_dict_the_preferred_is_taken(model, tmp_path):
@@ -244,7 +250,7 @@ def test_several_state_dicts_are_listed_and_one_is_chosen_by_its_key(model, tmp_
     path, out = tmp_path / "gan.pth", tmp_path / "w.safetensors"
     content = {"nets": {"generator": {"a": torch.ones(2)}, "critic": model.state_dict()}}
     torch.save(content, path)
-    listed = r"generator \(1 tensors\), nets.critic \(175 tensors\).*--key nets.generator"
+    listed = r"generator \(1 tensor\), nets.critic \(175 tensors\).*--key nets.generator"
     with pytest.raises(CheckpointError, match=listed):
         read_weights(path)
     assert tool(["strip", str(path), str(out), "--key", "nets.critic"]) == 0
@@ -482,6 +488,8 @@ def test_the_manifest_decides_what_a_checkpoint_is(tmp_path, capsys):
     best = shutil.copytree(run / "checkpoints" / "step-5", tmp_path / "best")
     assert same(read_weights(best), micro(seed=5).state_dict())
     assert same(read_weights(best, ema=True), micro(seed=-5).state_dict())
+    assert checkpoint.resolve(best) == best
+    assert tool(["verify", str(best)]) == 0
     assert tool(["inspect", str(best)]) == 0
     assert "step        5, after 1" in capsys.readouterr().out
     (best / "model.safetensors").write_bytes(b"")
@@ -521,5 +529,7 @@ def test_weights_for_other_channels_are_not_adapted(tmp_path):
 
 def test_the_remedy_for_other_classes_names_the_keys(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"10 classes, the model 3\..*CLASS_LIST.*VAL_SUBSET"):
+    with pytest.raises(
+        CheckpointError, match=r"10 classes, the data has 3.*CLASS_LIST.*VAL_SUBSET"
+    ):
         load_pretrained(micro(3), tmp_path / "w.pth", strict=True)

@@ -11,7 +11,7 @@ from models.identify import identify
 from models.state_dicts import find_state_dicts
 from utils.errors import CheckpointError
 from utils.file_kinds import kind_of, printable
-from utils.text import join_some
+from utils.text import join_some, quantity
 
 # Keys of a file by which its trainer is known.
 TRAINERS = {
@@ -25,7 +25,12 @@ TRAINERS = {
 
 
 def describe(path: Path) -> dict[str, object]:
-    """The rows that `checkpoint.py inspect` prints for `path`, also where it is damaged or holds no weights."""
+    """The rows that `checkpoint.py inspect` prints for `path`, also where it is damaged or holds no weights.
+
+    Raises CheckpointError if there is nothing at `path`.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
     rows: dict[str, object] = {"file": path}
     try:
         if path.is_dir() and checkpoint.is_own(path):
@@ -45,7 +50,9 @@ def describe(path: Path) -> dict[str, object]:
         content = weight_files.open_file(path)
         if isinstance(content, dict):
             rows |= describe_content(content)
-        tensors = weight_files.select(path, find_state_dicts(content))
+        tensors, removed = weight_files.select(path, find_state_dicts(content))
+        if removed:
+            rows["removed"] = ", ".join(removed)
         return rows | describe_weights(tensors)
     except CheckpointError as error:
         return rows | {"problem": error}
@@ -68,7 +75,8 @@ def describe_content(content: dict) -> dict[str, object]:
     rows["keys"] = join_some(keys, 20)
     if found:
         rows["state dicts"] = join_some(
-            f"{printable(key)} ({len(tensors)} tensors)" for key, tensors in found.items()
+            f"{printable(key)} ({quantity(len(tensors), 'tensor')})"
+            for key, tensors in found.items()
         )
     return rows
 
