@@ -252,4 +252,4 @@ def _seconds_since_torchrun() -> float:
 
 def _read_stat(pid: int) -> list[str]:
     """The fields of /proc/<pid>/stat from the third on: state, parent …; the 20th is the start, in ticks since boot."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
