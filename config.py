@@ -154,7 +154,8 @@ SCHEMA = (
     Key("TRAIN.EMA_WARMUP", False, ANY, "average over few steps at first; docs/finetuning.md has the formula"),
     Key("TRAIN.EMA_WARMUP_GAMMA", 1.0, POSITIVE, "timm's warmup_gamma"),
     Key("TRAIN.EMA_WARMUP_POWER", 2 / 3, POSITIVE, "timm's warmup_power; 3/4 reaches 0.999 after 10,000 steps"),
-    Key("TRAIN.MAX_SECONDS", 0.0, at_least(0), "stop, saved, after so long (exit 75); 0: no limit"),
+    Key("TRAIN.MAX_SECONDS", 0.0, at_least(0),
+        "stop, saved, so long after the start of the command or of torchrun (exit 75); 0: no limit"),
     Key("TRAIN.EXACT_WORLD_SIZE", False, ANY, "the same bits on 1, 2, 4 … processes, at the cost of speed"),
     Key("TRAIN.DETERMINISTIC", False, ANY, "repeat the bits on CUDA too, at the cost of speed; CPUs always do"),
     Key("TRAIN.HANG_SECONDS", 300.0, at_least(0),
@@ -172,7 +173,8 @@ SCHEMA = (
 
     # ---- checkpoints ----
     Key("CHECKPOINT.RESUME", "", RUN_PATH, "run or checkpoint folder to resume from; overrides PRETRAINED"),
-    Key("CHECKPOINT.AUTO_RESUME", True, ANY, "resume from the latest valid checkpoint of the run's own folder"),
+    Key("CHECKPOINT.AUTO_RESUME", True, ANY,
+        "resume from the latest valid checkpoint of the run's own folder; False: refused where there is one"),
     Key("CHECKPOINT.ACCEPT", "", NAMES, "what changed on purpose since the checkpoint: names that a refusal lists"),
     Key("CHECKPOINT.PRETRAINED", "", WEIGHTS, "weights to start from: a file, or https://…#sha256=<64 hex digits>"),
     Key("CHECKPOINT.KEEP", 3, at_least(2), "newest checkpoints kept besides the best"),

@@ -71,9 +71,8 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         replicas = start_replicas(state, resumed, process)
         with share_errors():
             run_dir.write_settings(dump(cfg), sources)
-            hparams = compat.list_hparams(metadata["config"])
-            every = cfg.PRINT_FREQ, cfg.EVAL_FREQ
-            writer = MetricWriter(folder, state.step, state.epoch, *every, hparams)
+            args = cfg.PRINT_FREQ, compat.list_hparams(metadata["config"]), cfg.EVAL_FREQ
+            writer = MetricWriter(folder, state.step, state.epoch, *args)
 
         # --- After a step -------------------------------------------------------------------------
         sampler = build.train_sampler(cfg, train_set, recipe, process, start_step=0)

@@ -26,7 +26,7 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
 # Ignore the signals here: this shell waits for the exit code of the processes.
-trap : TERM USR1
+trap : TERM HUP USR1 USR2 XCPU
 
 # One process per GPU. srun returns the highest exit code of all processes, where torchrun would return 1. After the
 # first process has ended, the others have a minute.

@@ -96,8 +96,8 @@ class MetricWriter:
         step: int,
         epoch: int,
         every: int,
-        eval_every: int = 0,
         hparams: dict[str, bool | int | float | str] | None = None,
+        eval_every: int = 0,
     ):
         self._folder = folder
         self._hparams = hparams or {}

@@ -56,7 +56,7 @@ def arguments(
 def launch(processes: int, argv: list[str], program: str = "main.py") -> subprocess.Popen:
     """Start main.py, or a `program` like it, with `argv` under torchrun, in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2,SIGXCPU"]
     command += ["--nproc-per-node", str(processes), program, *argv]
     return subprocess.Popen(
         command,

@@ -203,7 +203,7 @@ def check_metrics(sandbox: Sandbox) -> Result:
 
 
 def stop_trial(sandbox: Sandbox, trial: tuple[int, int, float]) -> dict:
-    """Send a signal at a random time of the training, five of them in every second trial; then finish the run."""
+    """Send a signal at a random time of the training, five in every second trial; then finish the run."""
     number, processes, seconds = trial
     random = sandbox.random("stop", number)
     wanted = SIGNALS[number % len(SIGNALS)]
@@ -221,8 +221,9 @@ def stop_trial(sandbox: Sandbox, trial: tuple[int, int, float]) -> dict:
             continue
         begun = -(-len(read_ledger(ledger, 0)[1]) * processes // BATCH)
         asked = time.monotonic()
-        for _ in range(5 if number % 2 else 1):
-            victim.signal(wanted, *range(processes)[-1:])  # one process gets it, all have to stop
+        for more in range(5 if number % 2 else 1):  # a second SIGINT would end the run at once
+            sent = SIGNALS[(number + more) % len(SIGNALS)]
+            victim.signal(sent, *range(processes)[-1:])  # one process gets it, all have to stop
             time.sleep(0.02)
         codes = victim.wait()
         took = time.monotonic() - asked
@@ -245,7 +246,7 @@ def stop_trial(sandbox: Sandbox, trial: tuple[int, int, float]) -> dict:
 
 
 def check_signals(sandbox: Sandbox) -> Result:
-    """SIGTERM, SIGINT and SIGUSR1 in turn: exit code 75 after the next step, equal bits after a restart."""
+    """Six signals in turn: exit code 75 after the next step, equal bits after a restart."""
     trials = sandbox.map(stop_trial, number_trials(sandbox, sandbox.count(30, 300)))
     good = sum(
         set(trial["exit_codes"]) == {STOPPED}

@@ -157,7 +157,7 @@ def test_the_records_are_on_the_disk_before_a_checkpoint_is_written(tmp_path, mo
         saver.sync_records = writer.sync
         saver.save(make_state(1), {})
     first = synced.index("model.safetensors")
-    records = {"metrics.jsonl", "timing.jsonl", "skipped.jsonl", tmp_path.name}
+    records = {"metrics.jsonl", "timing.jsonl", tmp_path.name}
     assert set(synced[:first]) == records
     monkeypatch.setattr(os, "fsync", failing(errno.EIO, 1, fsync))
     with Saver(tmp_path / "checkpoints", keep=2) as saver:
@@ -351,7 +351,7 @@ def test_workers_that_are_ended_with_the_job_stop_the_run(
 
 def test_a_worker_that_dies_while_a_stop_is_asked_for_is_the_stop(images, monkeypatch):
     dataset = workers.TrackedDataset(image_dataset(images), num_workers=1)
-    dataset.notes[0] = torch.tensor([17, 2, 0.0])
+    dataset.notes[0] = torch.tensor([17, 2, 0.0, workers.IDLE])
     dataset.note_death(17, signal.SIGKILL)
     assert isinstance(dataset.death, DataError)
     assert dataset.dataset.path(2) in str(dataset.death)
