@@ -15,7 +15,6 @@ examples:
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -28,10 +27,10 @@ from typing import TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.gpu_checks.groups import ALL, ORDER, WARM_UP, Group
+from tools.gpu_checks.processes import end, start
 from tools.gpu_checks.report import ResultFile, read_records, table
 from utils.errors import ConfigError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 2.5  # a group may take so many times what it takes on an H100
 UNTIMED = (1, 2, 3, 4)  # groups that the warm-up beside them does not disturb
 
@@ -93,20 +92,6 @@ def command_of(group: Group, args: argparse.Namespace) -> list[str]:
     """The command line of a group's process."""
     command = [sys.executable, "-m", "tools.gpu_checks", str(group.number), "--device", args.device]
     return [*command, "--tiny"] if args.tiny else command
-
-
-def start(command: list[str], output: int | TextIO, errors: TextIO) -> subprocess.Popen:
-    """Start a process at the head of a group of its own."""
-    return subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stdout=output, stderr=errors, text=True
-    )
-
-
-def end(process: subprocess.Popen) -> None:
-    """Kill a process and all that it has started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def run(group: Group, args: argparse.Namespace, file: ResultFile, limit: float) -> None:

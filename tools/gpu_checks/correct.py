@@ -3,6 +3,7 @@
 import json
 import runpy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -54,13 +55,9 @@ def make_cases(tiny: bool) -> dict[str, Case]:
     }
     for name, (size, window, shift) in windows.items():
         positions = window[0] * window[1]
-        cases[f"windows, {name}"] = (
-            lambda qkv, bias, window=window, shift=shift: ops.attend_windows(
-                qkv, bias, window, shift
-            ),
-            [leaf(batch, *size, 3 * channels), leaf(heads, positions, positions)],
-            1,
-        )
+        inputs = [leaf(batch, *size, 3 * channels), leaf(heads, positions, positions)]
+        function = partial(attend_windows, window=window, shift=shift)
+        cases[f"windows, {name}"] = (function, inputs, 1)
     for size in ((5, 5), (9, 11)) if tiny else ((14, 14), (56, 56), (30, 45)):
         rpb = leaf(heads, 5, 5) if tiny else leaf(heads, 13, 13)
         case = (ops.attend_neighborhoods, [leaf(batch, *size, 3 * channels), rpb], 1)
@@ -73,13 +70,24 @@ def make_cases(tiny: bool) -> dict[str, Case]:
         points = (torch.rand(batch, 1, *keys, 2, dtype=torch.float64) * 2.4 - 1.2).float().double()
         table = leaf(heads, 2 * size[0] - 1, 2 * size[1] - 1)
         inputs = [leaf(batch, *size, channels), leaf(batch, keys[0] * keys[1], 2 * channels)]
-        cases[f"deformable attention, {name}"] = (
-            ops.attend_at,
-            [*inputs, table, queries, points],
-            2,
-        )
+        function = partial(attend_at, queries=queries)
+        cases[f"deformable attention, {name}"] = (function, [*inputs, table, points], 2)
         cases[f"bilinear reads, {name}"] = (ops.sample, [leaf(batch, *size, channels), points], 1)
     return cases
+
+
+def attend_windows(
+    qkv: Tensor, bias: Tensor, *, window: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """Window attention as WindowAttention has it computed."""
+    fused = ops.fused_windows(qkv[..., : qkv.shape[-1] // 3], len(bias), window)
+    attend = ops.attend_windows if fused is None else fused.window_attend
+    return attend(qkv, bias, window, shift)
+
+
+def attend_at(q: Tensor, kv: Tensor, table: Tensor, points: Tensor, *, queries: Tensor) -> Tensor:
+    """Deformable attention; the queries' places are constants."""
+    return ops.attend_at(q, kv, table, queries.to(points), points)
 
 
 def check_paths(report: Report, setting: Setting) -> None:

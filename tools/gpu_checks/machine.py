@@ -2,6 +2,7 @@
 
 import importlib
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -28,8 +29,9 @@ def check(report: Report, setting: Setting) -> None:
         report.add("card", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
         report.add("CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}")
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False)
-        report.add("driver", driver.stdout.strip() or "unknown")
+        if shutil.which(query[0]):
+            driver = subprocess.run(query, capture_output=True, text=True, check=False)
+            report.add("driver", driver.stdout.strip() or "unknown")
     _measure_peaks(report, setting)
     _import_everything(report)
 

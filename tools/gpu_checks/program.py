@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from PIL import Image
 from timm.utils import ModelEmaV3
 
 from tools.gpu_checks.common import Setting
+from tools.gpu_checks.processes import ROOT, end, start
 from tools.gpu_checks.report import Report
 
-ROOT = Path(__file__).resolve().parents[2]
 KILL_AFTER = 5  # steps; a checkpoint every second one
 
 # --- 8: main.py -----------------------------------------------------------------------------------
@@ -92,20 +91,13 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 def run_and_kill(command: list[str], folder: Path) -> bool:
-    """Start a command and kill its process group with SIGKILL when it has made KILL_AFTER steps."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    """Start a command and kill all its processes with SIGKILL when it has made KILL_AFTER steps."""
+    process = start(command, subprocess.DEVNULL, subprocess.DEVNULL)
     metrics = None
     while process.poll() is None:
         metrics = next(iter((folder / "runs").glob("*/broken/metrics.jsonl")), None)
         if metrics and metrics.read_bytes().count(b"\n") >= KILL_AFTER:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
             return True
         time.sleep(0.02)
     return False
