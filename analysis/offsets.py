@@ -65,7 +65,9 @@ def _points_of(layer: SamplingPoints, *, clamped: bool) -> list[Points]:
 
 def _draw(picture: Image.Image, points: Points, scale: float) -> None:
     draw = ImageDraw.Draw(picture)
-    for group, places in enumerate((scale * points.points).tolist()):
+    # A model that diverges has points that are far away or nowhere, which Pillow would draw for minutes.
+    seen = (scale * points.points).nan_to_num(nan=-SIDE).clamp(-SIDE, 2 * SIDE)
+    for group, places in enumerate(seen.tolist()):
         colour = GROUP_COLOURS[group % len(GROUP_COLOURS)]
         for (y0, x0), (y, x) in zip((scale * points.reference).tolist(), places, strict=True):
             draw.line((x0, y0, x, y), fill=colour)

@@ -23,6 +23,7 @@ from engine.loop import Accuracy, apply_gradient, forward_backward, validate
 from engine.optim import Schedule, parameter_groups
 from engine.results import StepResults
 from engine.state import TrainState
+from models import ops
 from utils.distributed import Process
 from utils.errors import CheckpointError, ConfigError, StorageError
 from utils.logging import MetricWriter
@@ -372,6 +373,7 @@ def test_auto_is_the_recipes_type_or_what_the_cpu_is_fast_with(
     device, bfloat16, expected, monkeypatch
 ):
     monkeypatch.setattr(compat, "cpu_multiplies_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(ops, "_kernels", "auto")  # restored after the test
     cfg = config.load(str(ROOT / "configs/dat_tiny.yaml"))
     assert cfg.AMP_DTYPE == "auto"
     assert expected == build.prepare_device(cfg, torch.device(device)).AMP_DTYPE

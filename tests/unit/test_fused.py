@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import models
-from engine import build
+from engine import build, precision
 from models import ops
 from models.attention import (
     DATGeometry,
@@ -339,7 +339,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
     ],
 )
 def test_which_kernels_a_run_uses(monkeypatch, obstacle, device, asked, resolved):
-    monkeypatch.setattr(build, "fused_obstacle", lambda: obstacle)
+    monkeypatch.setattr(precision, "fused_obstacle", lambda: obstacle)
     monkeypatch.setattr(ops, "_kernels", "auto")
     opts = ["MODEL.KERNELS", asked, "AMP_DTYPE", "float32"]
     cfg = config.load(str(ROOT / "configs/digits.yaml"), opts)

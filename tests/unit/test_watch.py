@@ -79,6 +79,16 @@ def test_sparklines():
 # --- Offsets --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("far", [1e12, float("nan")])
+def test_points_of_a_model_that_diverges_are_drawn_at_once(far):
+    model = timm.create_model("dat_micro").eval()
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        layers = model.sampling_positions(images / 255)
+    layers = [layer._replace(positions=layer.positions + far) for layer in layers]
+    assert draw_offsets(layers, images)["offsets/stage3"].shape == (288, 288, 3)
+
+
 def test_offsets_in_numbers_and_pictures():
     torch.manual_seed(0)
     model = timm.create_model("dat_micro").eval()
