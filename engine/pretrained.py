@@ -4,9 +4,11 @@ import collections
 import pickle
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from engine import checkpoint
@@ -131,6 +133,8 @@ def load_pretrained(
     """
     tensors = read_weights(path)
     fitted, resized = _fit(tensors, model, path)
+    if not strict:
+        resized += _fit_channels(fitted, model)
     fitted = _fit_classes(fitted, model, path, classes)
     own = model.state_dict()
     report = Report(fitted, own, resized)
@@ -176,6 +180,26 @@ def _fit(
     return fitted, resized
 
 
+def _fit_channels(tensors: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """Fit the first convolutions among `tensors` to the channels of `model`'s images, as timm does; their names.
+
+    For one channel the weights of the colours are added, for three a single one is shared out.
+    """
+    own, fitted = model.state_dict(), []
+    for layer in _names(model.pretrained_cfg.get("first_conv")):
+        name = f"{layer}.weight"
+        before, wanted = tensors.get(name), own[name].shape
+        if before is not None and before.ndim == 4 and before.shape[1] != wanted[1]:
+            tensors[name] = adapt_input_conv(wanted[1], before)
+            fitted.append(name)
+    return fitted
+
+
+def _names(entry: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names in an entry of timm's settings: none, one or several."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 def _fit_classes(
     tensors: dict[str, Tensor], model: nn.Module, path: Path, classes: list[str] | None
 ) -> dict[str, Tensor]:
@@ -199,8 +223,7 @@ def _fit_classes(
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the classifier's tensors."""
-    heads = model.pretrained_cfg["classifier"] or ()
-    return tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
+    return tuple(f"{name}." for name in _names(model.pretrained_cfg["classifier"]))
 
 
 def _classifier(model: nn.Module) -> tuple[str, ...]:
