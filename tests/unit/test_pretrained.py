@@ -361,6 +361,24 @@ def test_timm_models_resize_their_own_tables(tmp_path):
     assert [n.rpartition(".")[2] for n in report.resized] == ["relative_position_bias_table"] * 2
 
 
+@pytest.mark.parametrize("name", ["dat_pp_micro", "test_resnet"])
+def test_weights_of_colours_start_a_training_on_grey_images_and_are_not_evaluated_on_them(
+    name, tmp_path
+):
+    colours, grey = (timm.create_model(name, num_classes=10, in_chans=n) for n in (3, 1))
+    torch.save(colours.state_dict(), tmp_path / "w.pth")
+    first = f"{colours.pretrained_cfg['first_conv']}.weight"
+    report = load_pretrained(grey, tmp_path / "w.pth", strict=False)
+    assert report.adapted == [first]
+    images = torch.randn(2, 1, 32, 32)
+    expected = colours.eval()(
+        images.expand(-1, 3, -1, -1)
+    )  # normalised alike, grey is three equal colours
+    torch.testing.assert_close(grey.eval()(images), expected, atol=1e-4, rtol=1e-3)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_pretrained(grey, tmp_path / "w.pth", strict=True)
+
+
 # --- tools/checkpoint.py --------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ def find_evaluated(command: config.Command) -> tuple[Weights | None, list[Findin
 def check_evaluated(cfg: CfgNode, weights: Weights, classes: list[str]) -> Iterator[Finding]:
     """Findings about whether `weights` fit the model, and about the order in which they may count `classes`."""
     model = build.build_model(cfg, len(classes), CPU)
-    for kind, file in weights.files():
+    for kind, file in weights.files.items():
         try:
             load_weights(model, file, weights.is_checkpoint)
         except CheckpointError as error:
