@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 import config
 from data import same_names
 from engine import build, checkpoint
-from engine.evaluate import Weights, choose_weights, load_weights
+from engine.evaluate import Weights, choose_weights, load_weights, read_tensors
 from engine.pretrained import load_pretrained
 from engine.run_dir import RunDir
 from engine.sanity import class_order_warnings
@@ -34,9 +34,10 @@ def find_evaluated(command: config.Command) -> tuple[Weights | None, list[Findin
 def check_evaluated(cfg: CfgNode, weights: Weights, classes: list[str]) -> Iterator[Finding]:
     """Findings about whether `weights` fit the model, and about the order in which they may count `classes`."""
     model = build.build_model(cfg, len(classes), CPU)
+    tensors = read_tensors(weights)
     for kind, file in weights.files.items():
         try:
-            load_weights(model, file, weights.is_checkpoint)
+            load_weights(model, weights, kind, tensors)
         except CheckpointError as error:
             yield Finding("FAIL", "weights", str(error))
         else:
