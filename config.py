@@ -19,6 +19,7 @@ from utils.checks import (
     ANY,
     AREAS,
     BETAS,
+    CHANNELS,
     CLASSES,
     COLOURS,
     DECAY,
@@ -38,6 +39,7 @@ from utils.checks import (
     SHARE,
     SHARE_ABOVE_0,
     SHARE_BELOW_1,
+    SIZE,
     SIZE_SCHEDULE,
     SIZES,
     SPREADS,
@@ -89,9 +91,10 @@ SCHEMA = (
         "text file, a class name a line, or imagenet-1k; empty: the training set's class folders"),
     Key("DATA.VAL_SUBSET", False, ANY, "the validation set may lack classes"),
     Key("DATA.BATCH_SIZE", 128, at_least(1), "images of a micro-batch: what a process forwards at once"),
-    Key("DATA.IMG_SIZE", 224, at_least(32), "pixels of the model's input, height and width"),
+    Key("DATA.IMG_SIZE", 224, SIZE, "pixels of the model's input: side of a square, or [height, width]", pair=True),
     Key("DATA.IMG_SIZE_SCHEDULE", [], SIZE_SCHEDULE, "training's sizes from some epochs on; evaluation is at IMG_SIZE"),
     Key("DATA.INTERPOLATION", "bicubic", one_of("nearest", "bilinear", "bicubic", "lanczos"), "for resizing"),
+    Key("DATA.IN_CHANS", 3, CHANNELS, "channels of the model's input; 1: the luma of the colours"),
     Key("DATA.MEAN", [0.485, 0.456, 0.406], COLOURS, "mean of the red, green and blue values, scaled to 0 … 1"),
     Key("DATA.STD", [0.229, 0.224, 0.225], SPREADS, "standard deviations of the same values"),
     Key("DATA.NUM_WORKERS", 8, at_least(0), "loader processes of each process; 0: load in the process itself"),
@@ -219,6 +222,7 @@ OWNED_ARGS = {
     "drop_path_rate": "MODEL.DROP_PATH_RATE",
     "stochastic_depth": "MODEL.STOCHASTIC_DEPTH",
     "img_size": "DATA.IMG_SIZE",
+    "in_chans": "DATA.IN_CHANS",
     "pretrained": "CHECKPOINT.PRETRAINED",
 }
 
@@ -545,7 +549,8 @@ def _augmentation_conflicts(aug: CfgNode, data: CfgNode, batch: int) -> Iterator
         if aug.PADDING and aug[name] != KEYS[f"AUG.{name}"].default:
             message = "padded crops do not use it; remove it, or set AUG.PADDING to 0"
             yield f"AUG.{name} AUG.PADDING", message
-    if min([data.IMG_SIZE, *(size for _, size in data.IMG_SIZE_SCHEDULE)]) < 2 * aug.PADDING:
+    sizes = [data.IMG_SIZE, *(size for _, size in data.IMG_SIZE_SCHEDULE)]
+    if min(min(s) if isinstance(s, list) else s for s in sizes) < 2 * aug.PADDING:
         message = "more border than image; the usual padding of CIFAR is 4 for 32 pixels"
         yield "AUG.PADDING DATA.IMG_SIZE DATA.IMG_SIZE_SCHEDULE", message
     if aug.ON_DEVICE and not aug.AUTO_AUGMENT.startswith("rand-"):

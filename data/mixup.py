@@ -8,25 +8,44 @@ from timm.data.random_erasing import RandomErasing
 
 from data.device_augment import RandAugmentOnDevice
 
+LUMA = torch.tensor(
+    [19595, 38470, 7471]
+)  # of red, green and blue, in 65536ths (ITU-R BT.601, Pillow's L)
+
 
 class Normalize:
-    """Per channel (value - mean) / std, of values in [0, 1]."""
+    """Per channel (value - mean) / std, of values in [0, 1].
+
+    in_chans: 1 for the luma of the pixels, as Pillow computes it, with that of `mean` and `std`: a grey image keeps
+    its values. 3 for the colours.
+    """
 
     def __init__(
         self,
         mean: Sequence[float],
         std: Sequence[float],
         *,
+        in_chans: int,
         device: torch.device,
     ):
         self.device = device
-        self.shift = 255 * torch.tensor(mean, device=device).view(-1, 1, 1)
-        self.scale = 255 * torch.tensor(std, device=device).view(-1, 1, 1)
+        self.grey = in_chans == 1
+        mean, std = torch.tensor(mean), torch.tensor(std)
+        if self.grey:
+            mean, std = (
+                (LUMA / LUMA.sum() * colour).sum(0, keepdim=True) for colour in (mean, std)
+            )
+        self.shift = 255 * mean.to(device).view(-1, 1, 1)
+        self.scale = 255 * std.to(device).view(-1, 1, 1)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [B, 3, H, W] from anywhere to float32 on `device`, memory format kept."""
+        """Images uint8 [B, 3, H, W] from anywhere to float32 [B, C, H, W] on `device`, memory format kept."""
         # Moved as bytes, a quarter of the traffic; then one float copy, changed in place.
-        images = images.to(self.device, non_blocking=True).float()
+        images = images.to(self.device, non_blocking=True)
+        if self.grey:
+            weighted = images.int() * LUMA.to(self.device).view(-1, 1, 1)
+            images = (weighted.sum(1, keepdim=True) + LUMA.sum() // 2) // LUMA.sum()
+        images = images.float()
         shift, scale, values = self.shift, self.scale, images
         if images.is_contiguous(memory_format=torch.channels_last):
             # Row by row: a CPU takes an innermost axis of three channels three by three.
@@ -55,6 +74,7 @@ class BatchTransform:
         device: torch.device,
         mean: Sequence[float],
         std: Sequence[float],
+        in_chans: int,
         reprob: float,
         remode: str,
         recount: int,
@@ -67,7 +87,7 @@ class BatchTransform:
         mixup_mode: str,
     ):
         self.device = device
-        self.normalize = Normalize(mean, std, device=device)
+        self.normalize = Normalize(mean, std, in_chans=in_chans, device=device)
         self.augment = None
         if on_device:
             fill = [min(255, round(255 * colour)) for colour in mean]

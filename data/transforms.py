@@ -8,6 +8,7 @@ from PIL import Image
 from timm.data import auto_augment as timm_augment
 from timm.data import create_transform, str_to_interp_mode, str_to_pil_interp
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.layers import to_2tuple
 from torchvision import transforms
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 
@@ -19,7 +20,7 @@ MAX_RESIZED = 2**15  # pixels of a side of a resized picture of which only the c
 
 
 def train_transform(
-    img_size: int,
+    img_size: int | Sequence[int],
     *,
     scale: Sequence[float],
     ratio: Sequence[float],
@@ -31,7 +32,7 @@ def train_transform(
     interpolation: str,
     mean: Sequence[float],
 ) -> transforms.Compose | DeferredTransform:
-    """timm's training augmentation, from pixels to [3, img_size, img_size].
+    """timm's training augmentation, from pixels to [3, H, W]; `img_size` is H = W, or (H, W).
 
     Every random number is timm's. Pixels may differ by rounding where timm's operation is slow:
     bilinear and bicubic crops are resized by torch (`RandomResizedCrop`), bicubic shears and shifts
@@ -76,32 +77,35 @@ def train_transform(
 
 
 def eval_transform(
-    img_size: int,
+    img_size: int | Sequence[int],
     *,
     crop_mode: str,
     crop_pct: float,
     interpolation: str,
     exact: bool,
 ) -> "ResizedCenterCrop":
-    """Resize and centre crop, from pixels to [3, img_size, img_size].
+    """Resize and centre crop, from pixels to [3, H, W]; `img_size` is H = W, or (H, W).
 
-    crop_mode: `squash`, as the released DAT code: squash to a square of img_size / crop_pct,
-    whatever the aspect ratio; `center`, as timm: shorter side to img_size / crop_pct. Any other
-    value raises ConfigError.
+    crop_mode: `squash`, as the released DAT code: squash to img_size / crop_pct, whatever the
+    aspect ratio; `center`, as timm: shorter side to img_size / crop_pct, or if that is no square
+    the side that is shorter in comparison. Any other value raises ConfigError.
     exact: resize with Pillow; without it, where interpolation is bilinear or bicubic, with torch,
     four times as fast and for one in 30 values 1 away.
     """
     if crop_mode not in ("squash", "center"):
         raise ConfigError(f"crop mode {crop_mode!r}: expected squash or center")
     squash = crop_mode == "squash"
-    side = round(img_size / crop_pct) if squash else math.floor(img_size / crop_pct)
+    img_size, rounded = to_2tuple(img_size), round if squash else math.floor
+    sides = tuple(rounded(length / crop_pct) for length in img_size)
     fast = not exact and interpolation in BY_TORCH
     crop = FastResizedCenterCrop if fast else ResizedCenterCrop
-    return crop(img_size, side, squash=squash, interpolation=interpolation)
+    return crop(img_size, sides, squash=squash, interpolation=interpolation)
 
 
 class ResizedCenterCrop:
-    """Resize a picture to a square of `side`, or its shorter side to that, and keep the centre.
+    """Resize a picture to `sides`, or until it just covers them, and keep `img_size` in the centre.
+
+    Sizes are (height, width).
 
     Along x first, then along y, the 8 bits between them included: so did Pillow until 12, with
     which the published accuracies were measured; 13 swaps the two for some shapes. Where the
@@ -110,45 +114,56 @@ class ResizedCenterCrop:
     but for rounding, where a picture is so long that the complete one would fill the memory.
     """
 
-    def __init__(self, img_size: int, side: int, *, squash: bool, interpolation: str):
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        sides: tuple[int, int],
+        *,
+        squash: bool,
+        interpolation: str,
+    ):
         self.img_size = img_size
-        self.side = side
+        self.sides = sides
         self.squash = squash
         self.resample = str_to_pil_interp(interpolation)
         self.mode = interpolation
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels of a picture of any size to [3, img_size, img_size]."""
+        """Pixels of a picture of any size to [3, H, W]."""
         picture = to_picture(pixels)
-        (width, (x0, x1), left), (height, (y0, y1), top) = map(
-            self._axis, picture.size, self._resized(picture.size)
+        full, length = picture.height, picture.width
+        (height, (y0, y1), top), (width, (x0, x1), left) = map(
+            self._axis, (full, length), self._resized((full, length)), self.img_size
         )
-        full = picture.height
         picture = picture.resize((width, full), self.resample, (x0, 0, x1, full))
         picture = picture.resize((width, height), self.resample, (0, y0, width, y1))
-        picture = picture.crop((left, top, left + self.img_size, top + self.img_size))
+        kept_height, kept_width = self.img_size
+        picture = picture.crop((left, top, left + kept_width, top + kept_height))
         return pil_to_tensor(picture)
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.squash:
-            return self.side, self.side
-        return tuple(self.side * length // min(size) for length in size)
+            return self.sides
+        if self.sides[0] == self.sides[1]:  # torchvision's Resize rounds down
+            return tuple(self.sides[0] * length // min(size) for length in size)
+        ratio = min(length / side for length, side in zip(size, self.sides, strict=True))
+        return tuple(round(length / ratio) for length in size)  # timm's ResizeKeepRatio
 
-    def _axis(self, length: int, resized: int) -> tuple[int, tuple[float, float], int]:
+    def _axis(self, length: int, resized: int, kept: int) -> tuple[int, tuple[float, float], int]:
         """For one axis: the pixels to compute, from which part of the source, and the first kept."""
-        first = round((resized - self.img_size) / 2)
+        first = round((resized - kept) / 2)
         denominator = resized // math.gcd(length, resized)
         if denominator & (denominator - 1) and resized <= MAX_RESIZED:
             return resized, (0, length), first
-        last = first + self.img_size
-        return self.img_size, (first * length / resized, last * length / resized), 0
+        last = first + kept
+        return kept, (first * length / resized, last * length / resized), 0
 
 
 class FastResizedCenterCrop(ResizedCenterCrop):
     """The same by torch."""
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels of a picture of any size to [3, img_size, img_size]."""
+        """Pixels of a picture of any size to [3, H, W]."""
         height, width, _ = pixels.shape
         if max(self._resized((height, width))) > MAX_RESIZED:
             return super().__call__(pixels)

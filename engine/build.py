@@ -4,6 +4,7 @@ It is one file so that nothing else reads the configuration, group by group: wha
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.utils import ModelEmaV3
 from torch import nn
 from yacs.config import CfgNode
@@ -37,7 +39,7 @@ from utils.errors import ConfigError
 from utils.logging import logger, start_logging
 from utils.machine import list_shortages
 from utils.rng import key, reseed
-from utils.text import quantity
+from utils.text import format_size, quantity
 from utils.version import CHECKPOINT_FORMAT, __version__
 from utils.yaml_nodes import to_dict
 
@@ -95,7 +97,7 @@ def prepare_device(cfg: CfgNode, device: torch.device) -> CfgNode:
     return resolved
 
 
-def at_size(cfg: CfgNode, size: int) -> CfgNode:
+def at_size(cfg: CfgNode, size: int | list[int]) -> CfgNode:
     """`cfg` for images of another size; a DAT's tables keep the size that it was trained at."""
     if size == cfg.DATA.IMG_SIZE:
         return cfg
@@ -200,7 +202,7 @@ def _image_arguments(cfg: CfgNode) -> dict[str, object]:
     }
 
 
-def train_transform(cfg: CfgNode, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def train_transform(cfg: CfgNode, size: int | list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
     """From an image's pixels to an augmented sample of `size`."""
     return data.train_transform(
         size,
@@ -223,7 +225,9 @@ def describe_pixels(cfg: CfgNode, crop: str) -> dict[str, object]:
     """What changes the pixels of a set, for the record of an evaluation."""
     settings = lower(cfg.TEST, ("CROP_MODE", "CROP_PCT", "EXACT")) | suite.CROPS[crop]
     settings |= {"border": suite.BORDER} if crop == "border" else {}
-    return settings | lower(cfg.DATA, ("IMG_SIZE", "INTERPOLATION"))
+    size = cfg.DATA.IMG_SIZE
+    settings |= {"img_size": size if isinstance(size, int) else format_size(size)}
+    return settings | lower(cfg.DATA, ("INTERPOLATION",))
 
 
 def class_list(cfg: CfgNode) -> list[str] | None:
@@ -300,13 +304,13 @@ def _loader_arguments(cfg: CfgNode, process: Process) -> dict[str, object]:
 
 def normalize(cfg: CfgNode, device: torch.device) -> data.Normalize:
     """From pixels to the model's input."""
-    return data.Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device=device)
+    return data.Normalize(cfg.DATA.MEAN, cfg.DATA.STD, in_chans=cfg.DATA.IN_CHANS, device=device)
 
 
 def describe_preprocessing(cfg: CfgNode) -> str:
     """What decides the pixels and the precision of an evaluation, for people."""
     return (
-        f"crop_mode {cfg.TEST.CROP_MODE}, {cfg.DATA.IMG_SIZE} px, crop_pct {cfg.TEST.CROP_PCT:g}, "
+        f"crop_mode {cfg.TEST.CROP_MODE}, {format_size(cfg.DATA.IMG_SIZE)} px, crop_pct {cfg.TEST.CROP_PCT:g}, "
         f"{cfg.DATA.INTERPOLATION}{'' if cfg.TEST.EXACT else ' by torch'}, {cfg.AMP_DTYPE}"
     )
 
@@ -323,7 +327,8 @@ def check_model(cfg: CfgNode, *, training: bool) -> None:
         cfg.MODEL.NAME,
         num_classes=cfg.MODEL.NUM_CLASSES or 1000,
         img_size=cfg.DATA.IMG_SIZE,
-        sizes=image_sizes(cfg) if training else [cfg.DATA.IMG_SIZE],
+        sizes=image_sizes(cfg) if training else [to_2tuple(cfg.DATA.IMG_SIZE)],
+        in_chans=cfg.DATA.IN_CHANS,
         drop_path_rate=cfg.MODEL.DROP_PATH_RATE,
         batch_size=cfg.DATA.BATCH_SIZE,
         training=training,
@@ -337,9 +342,10 @@ def check_model(cfg: CfgNode, *, training: bool) -> None:
         learning_rate_scales(model, 1.0, cfg.TRAIN.LR_SCALES)
 
 
-def image_sizes(cfg: CfgNode) -> list[int]:
-    """The sizes of images that the model sees, largest last."""
-    return sorted({cfg.DATA.IMG_SIZE, *(size for _, size in cfg.DATA.IMG_SIZE_SCHEDULE)})
+def image_sizes(cfg: CfgNode) -> list[tuple[int, int]]:
+    """The sizes (height, width) of images that the model sees, largest last."""
+    sizes = [cfg.DATA.IMG_SIZE, *(size for _, size in cfg.DATA.IMG_SIZE_SCHEDULE)]
+    return sorted({to_2tuple(size) for size in sizes}, key=math.prod)
 
 
 def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Module:
@@ -353,11 +359,17 @@ def build_model(cfg: CfgNode, num_classes: int, device: torch.device) -> nn.Modu
     return model.to(device)
 
 
+def input_shape(cfg: CfgNode) -> tuple[int, int, int]:
+    """(channels, height, width) of the model's input."""
+    return cfg.DATA.IN_CHANS, *to_2tuple(cfg.DATA.IMG_SIZE)
+
+
 def _model_arguments(cfg: CfgNode, num_classes: int) -> dict[str, object]:
     own = {"stochastic_depth": cfg.MODEL.STOCHASTIC_DEPTH} if cfg.MODEL.NAME in VARIANTS else {}
     return {
         "num_classes": num_classes,
         "img_size": cfg.DATA.IMG_SIZE,
+        "in_chans": cfg.DATA.IN_CHANS,
         "drop_path_rate": cfg.MODEL.DROP_PATH_RATE,
         **own,
         **cfg.MODEL.ARGS,
@@ -432,7 +444,7 @@ def build_grad_sync(
     if cfg.TRAIN.EXACT_WORLD_SIZE:
         compile_if(cfg, model)
         return DeterministicSync(model, micro_batches, process)
-    net = wrap_in_ddp(model, cfg.DATA.IMG_SIZE, process)
+    net = wrap_in_ddp(model, input_shape(cfg), process)
     compile_if(cfg, model)  # after the pass of another shape that DDP needs
     return DDPSync(net, micro_batches, process)
 
@@ -468,8 +480,7 @@ def build_recipe(
         transform=data.BatchTransform(
             num_classes=len(classes),
             device=process.device,
-            mean=cfg.DATA.MEAN,
-            std=cfg.DATA.STD,
+            **lower(cfg.DATA, ("MEAN", "STD", "IN_CHANS")),
             interpolation=cfg.DATA.INTERPOLATION,
             **lower(cfg.AUG, BATCH_KEYS),
         ),
@@ -500,6 +511,8 @@ def build_distillation(
         return None
     path = download(cfg.DISTILL.TEACHER_PATH)
     teacher = load_teacher(path, cfg.DISTILL.TEACHER_MODEL, classes, device)
+    if cfg.DATA.IN_CHANS != 3:
+        raise ConfigError("DATA.IN_CHANS 1: a teacher sees colours, set it to 3")
     colours = Colours(cfg.DATA.MEAN, cfg.DATA.STD)
     return Distillation(teacher, colours, **lower(cfg.DISTILL, ("TYPE", "ALPHA", "TAU")))
 

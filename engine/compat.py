@@ -57,7 +57,7 @@ PACKAGES = ("analysis", "data", "engine", "models", "utils")  # of the code of a
 
 # What changes the pixels or the logits of an evaluation, beside the weights.
 EVALUATED = (
-    *("DATA.MEAN", "DATA.STD", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.EXIF"),
+    *("DATA.MEAN", "DATA.STD", "DATA.IMG_SIZE", "DATA.IN_CHANS", "DATA.INTERPOLATION", "DATA.EXIF"),
     *(
         "DATA.VAL_SUBSET",
         "MODEL.ARGS",

@@ -30,7 +30,7 @@ from utils.distributed import Process, explain_failures, on_main, share_errors
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError
 from utils.logging import logger
-from utils.text import join_some, quantity
+from utils.text import format_size, join_some, quantity
 from utils.yaml_nodes import to_dict
 
 Tensors = dict[str, torch.Tensor]
@@ -408,8 +408,8 @@ def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
         cfg = build.prepare_device(cfg, process.device)
         model = build.build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process.device).eval()
         build.compile_if(cfg, model)
-        size, batch = cfg.DATA.IMG_SIZE, cfg.DATA.BATCH_SIZE
-        images = torch.randn(batch, 3, size, size, device=process.device)
+        batch = cfg.DATA.BATCH_SIZE
+        images = torch.randn(batch, *build.input_shape(cfg), device=process.device)
         seconds = []
         with torch.inference_mode(), autocast(process.device, getattr(torch, cfg.AMP_DTYPE)):
             while len(seconds) < 13 or sum(seconds) < 10:
@@ -422,5 +422,5 @@ def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     logger.info(
         f"batch_size {batch} throughput {speeds[len(speeds) // 2]:.1f} images/s per process "
         f"(median of {len(speeds)}; {speeds[0]:.1f} to {speeds[-1]:.1f}), "
-        f"{size} px, {cfg.AMP_DTYPE}, {process.device}"
+        f"{format_size(cfg.DATA.IMG_SIZE)} px, {cfg.AMP_DTYPE}, {process.device}"
     )

@@ -126,8 +126,8 @@ def running_statistics(model: nn.Module) -> list[torch.Tensor]:
     return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
-def wrap_in_ddp(model: nn.Module, img_size: int, process: Process) -> nn.Module:
-    """`model` in DDP where there is more than one process.
+def wrap_in_ddp(model: nn.Module, input_shape: tuple[int, int, int], process: Process) -> nn.Module:
+    """`model`, of images of `input_shape` (channels, height, width), in DDP where there is more than one process.
 
     DDP regroups its gradients after the first backward pass and then sums them in another order, which shows in the
     last bits of three and more processes. After one discarded pass every step, resumed or not, is a later one.
@@ -143,7 +143,7 @@ def wrap_in_ddp(model: nn.Module, img_size: int, process: Process) -> nn.Module:
         forward_sync_buffers=False,  # GradSync does it, after a step instead of before
         gradient_as_bucket_view=True,
     )
-    net(torch.zeros(2, 3, img_size, img_size, device=process.device)).sum().backward()
+    net(torch.zeros(2, *input_shape, device=process.device)).sum().backward()
     model.zero_grad(set_to_none=True)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])

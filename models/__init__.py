@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from models.dat import DAT, VARIANTS, DATConfig, SamplingPoints
 from utils.errors import ConfigError
-from utils.text import nearest
+from utils.text import format_size, nearest
 
 __all__ = ["SamplingPoints", "build", "check", "check_forward", "set_grad_checkpointing"]
 
@@ -24,7 +25,13 @@ _FITTING: set[tuple] = set()  # what `check_forward` has tried in this process
 
 
 def build(
-    name: str, *, num_classes: int, img_size: int, drop_path_rate: float, **args
+    name: str,
+    *,
+    num_classes: int,
+    img_size: int | Sequence[int],
+    drop_path_rate: float,
+    in_chans: int = 3,
+    **args,
 ) -> nn.Module:
     """The model that timm knows as `name`, untrained; `args` go to its constructor.
 
@@ -35,6 +42,8 @@ def build(
     settings = timm.get_pretrained_cfg(name)
     if name in VARIANTS or (settings and settings.fixed_input_size):
         args["img_size"] = img_size
+    if in_chans != 3:  # what every model takes
+        args["in_chans"] = in_chans
     try:
         return timm.create_model(
             name, num_classes=num_classes, drop_path_rate=drop_path_rate, **args
@@ -79,28 +88,26 @@ def check_forward(
     name: str,
     *,
     num_classes: int,
-    img_size: int,
-    sizes: list[int],
+    img_size: int | Sequence[int],
+    sizes: list[tuple[int, int]],
+    in_chans: int,
     drop_path_rate: float,
     batch_size: int,
     training: bool,
     grad_checkpointing: bool,
     **args,
 ) -> None:
-    """Raise ConfigError unless the model can be built and maps images (B, 3, S, S) to logits (B, `num_classes`).
+    """Raise ConfigError unless the model can be built and maps images (B, C, H, W) to logits (B, `num_classes`).
 
-    img_size: the size that the model is made for; `sizes`: each S.
+    img_size: the size that the model is made for; `sizes`: each (H, W); in_chans: C.
 
     Tried with shapes alone, on the meta device. What that device cannot do, such as reading a value, is not tried.
     """
-    tried = repr((name, num_classes, img_size, sizes, drop_path_rate, batch_size, training, args))
+    shape = img_size, sizes, in_chans
+    tried = repr((name, num_classes, shape, drop_path_rate, batch_size, training, args))
     if (tried, grad_checkpointing) in _FITTING:
         return
     check(name, args)
-    if args.get("in_chans", 3) != 3:
-        raise ConfigError(
-            f"MODEL.ARGS.in_chans is {args['in_chans']}, but images are read with 3 channels; leave it out"
-        )
     asked, size = (f"{name} with {args}" if args else name), img_size
     try:
         with torch.device("meta"):
@@ -108,12 +115,13 @@ def check_forward(
                 name,
                 num_classes=num_classes,
                 img_size=img_size,
+                in_chans=in_chans,
                 drop_path_rate=drop_path_rate,
                 **args,
             )
         with torch.no_grad():
             for size in sizes:
-                images = torch.empty(batch_size, 3, size, size, device="meta")
+                images = torch.empty(batch_size, in_chans, *size, device="meta")
                 logits = model.train(training)(images)
     except FAILURES as error:
         if isinstance(error, NotImplementedError) or "meta" in str(error):
@@ -122,10 +130,10 @@ def check_forward(
         if "more than 1 value per channel" in reason:
             raise ConfigError(
                 f"{name} has BatchNorm, which needs more than one value per channel to train: DATA.BATCH_SIZE "
-                f"{batch_size} is too small for images of {size} pixels"
+                f"{batch_size} is too small for images of {format_size(size)} pixels"
             ) from error
         raise ConfigError(
-            f"{asked} cannot take images of {size}×{size} pixels: {reason}"
+            f"{asked} cannot take images of {format_size(size)} pixels: {reason}"
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (batch_size, num_classes):
         found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

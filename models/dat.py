@@ -75,8 +75,8 @@ class DATConfig:
     window_size: int = 7
     # Pixels per position of the first stage; a power of two.
     patch_size: int = 4
-    # Image size that the displacement tables are made for; None: the model's `img_size`.
-    rpe_img_size: int | None = None
+    # Image size that the displacement tables are made for, one or (height, width); None: the model's `img_size`.
+    rpe_img_size: int | Sequence[int] | None = None
     # DAT++ instead of DAT: stem, downsampling, blocks and coordinates; the mixers are those of `stages`.
     plus_plus: bool = False
 
@@ -84,9 +84,8 @@ class DATConfig:
         check_fields(self)
         if self.patch_size & (self.patch_size - 1):
             raise ConfigError(f"patch_size is {self.patch_size}, expected a power of two")
-        lengths = {
-            name: len(value) for name, value in vars(self).items() if isinstance(value, Sequence)
-        }
+        lists = {n: v for n, v in vars(self).items() if isinstance(v, Sequence)}
+        lengths = {n: len(v) for n, v in lists.items() if n != "rpe_img_size"}
         if len(set(lengths.values())) != 1:
             raise ConfigError(
                 f"every list of a DAT needs one entry per stage; got lengths {lengths}"

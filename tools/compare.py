@@ -26,7 +26,7 @@ from yacs.config import CfgNode
 import config
 from analysis.records import read_records
 from analysis.tables import format_run_differences, format_runs
-from engine import checkpoint
+from engine import build, checkpoint
 from engine.build import build_model, prepare_device
 from tools.benchmarks.macs import count_macs
 from tools.benchmarks.model import Subject, at_least, time_in_turns
@@ -114,7 +114,7 @@ def compare(args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
         name: Subject(
             build_model(cfg, count_classes(cfg, runs[name]), torch.device("cpu")),
             batch=args.batch,
-            size=cfg.DATA.IMG_SIZE,
+            shape=build.input_shape(cfg),
             dtype=cfg.AMP_DTYPE,
             device=args.device,
         )

@@ -32,6 +32,7 @@ from tools.visualize import parse_point
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.files import write_atomically
 from utils.logging import logger
+from utils.text import format_size
 
 SHOWN = 448  # pixels of the pictures for people, at least
 MANY_PIXELS = 300  # of the model's input, above which the last blocks alone are recorded
@@ -77,8 +78,9 @@ def at_size(classifier: Classifier, size: int) -> Classifier:
     try:
         model.load_state_dict(classifier.model.state_dict())
     except RuntimeError as error:
+        own = format_size(classifier.cfg.DATA.IMG_SIZE)
         raise ConfigError(
-            f"--size {size}: {cfg.MODEL.NAME} has weights for {classifier.cfg.DATA.IMG_SIZE} px alone; leave --size out"
+            f"--size {size}: {cfg.MODEL.NAME} has weights for {own} px alone; leave --size out"
         ) from error
     return dataclasses.replace(classifier, cfg=cfg, model=model)
 
@@ -125,7 +127,7 @@ def make_page(args: argparse.Namespace) -> str:
     models = []
     for classifier in load_models(args):
         last = args.blocks == "last" or (
-            not args.blocks and classifier.cfg.DATA.IMG_SIZE > MANY_PIXELS
+            not args.blocks and max(build.input_shape(classifier.cfg)) > MANY_PIXELS
         )
         pictures = [explore(classifier, path, heads=args.heads, last=last) for path in args.images]
         models.append(

@@ -37,7 +37,7 @@ import data
 from analysis.attention import NEGLIGIBLE, BlockAttention, record_attention
 from analysis.recording import KINDS
 from data.decode import UNREADABLE, decode_pixels
-from engine import checkpoint
+from engine import build, checkpoint
 from engine.build import build_model
 from engine.pretrained import load_pretrained
 from models.dat import DAT
@@ -327,7 +327,7 @@ def make_picture(args: argparse.Namespace) -> str:
     cfg = config.load(args.cfg, args.opts)
     model, weights = load_model(cfg, args.pretrained, args.resume)
     pixels = load_image(cfg, args.image)
-    images = data.Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device=torch.device("cpu"))(pixels[None])
+    images = build.normalize(cfg, torch.device("cpu"))(pixels[None])
     if args.block:
         rows = detail(*record_attention(model, images, point, [parse_block(args.block, model)]))
         subject = f"block {args.block}, by head or offset group"

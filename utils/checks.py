@@ -55,12 +55,17 @@ def _is_policy(value: str) -> bool:
 
 
 def _is_size_schedule(value: list) -> bool:
-    """Whether `value` is a list of [epoch, size] pairs of integers, in the order of the epochs."""
+    """Whether `value` is a list of [epoch, size], in the order of the epochs."""
     pairs = [pair for pair in value if isinstance(pair, list) and len(pair) == 2]
-    if len(pairs) < len(value) or any(type(n) is not int for pair in pairs for n in pair):
-        return False
-    epochs = [epoch for epoch, _ in pairs]
-    return epochs == sorted({*epochs}) and all(e >= 0 and size >= 32 for e, size in pairs)
+    epochs = [epoch for epoch, _ in pairs if type(epoch) is int and epoch >= 0]
+    fits = len(epochs) == len(value) and epochs == sorted({*epochs})
+    return fits and all(_is_size(size) for _, size in pairs)
+
+
+def _is_size(value: object) -> bool:
+    """Whether `value` is the side of a square, or [height, width], of at least 32 pixels."""
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(type(side) is int and side >= 32 for side in sides)
 
 
 def _is_scale_list(value: list) -> bool:
@@ -121,6 +126,8 @@ SIZES = Check(
         and all(int(size) >= 32 for size in value.split(",") if size)
     ),
 )
+SIZE = Check("of at least 32, or [height, width]", _is_size)
+CHANNELS = Check("1 or 3", lambda value: value in (1, 3))
 SIZE_SCHEDULE = Check(
     "a list of [first epoch, size of at least 32], epochs ascending, such as [[0, 96], [10, 128]]",
     _is_size_schedule,

@@ -37,6 +37,7 @@ LATER_KEYS = {
     "AUG.REPEATS": 1,
     "DATA.HOLDOUT": 0.0,
     "DATA.IMG_SIZE_SCHEDULE": [],
+    "DATA.IN_CHANS": 3,
     "MODEL.COMPILE": False,
     "MODEL.KERNELS": "reference",
     "MODEL.STOCHASTIC_DEPTH": "independent",

@@ -113,12 +113,14 @@ def open_files_needed(workers: int) -> int:
     return 256 + 2 * 3 * PREFETCH * workers
 
 
-def shared_memory_needed(workers: int, images: int, img_size: int) -> int:
+def shared_memory_needed(workers: int, images: int, img_size: tuple[int, int]) -> int:
     """Bytes that the prefetched batches of so many workers take at most; `images` of a batch of each loader, added."""
-    return workers * PREFETCH * images * 3 * img_size**2
+    return workers * PREFETCH * images * 3 * math.prod(img_size)
 
 
-def list_shortages(workers: int, local_workers: int, images: int, img_size: int) -> list[str]:
+def list_shortages(
+    workers: int, local_workers: int, images: int, img_size: tuple[int, int]
+) -> list[str]:
     """What this machine has too little of for the loader workers, with the remedy; empty where all is well.
 
     workers: of each process. local_workers: of all processes on this machine.

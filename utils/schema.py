@@ -29,12 +29,16 @@ KINDS = {bool: "True or False", int: "an integer", float: "a number", str: ""}
 
 @dataclass(frozen=True)
 class Key:
-    """One thing that can be set; the type of `default` is the type of the value."""
+    """One thing that can be set; the type of `default` is the type of the value, or of both of a `pair`.
+
+    pair: a list of two values is allowed too; two equal ones are read as one.
+    """
 
     name: str
     default: bool | int | float | str | list | dict
     check: Check
     text: str
+    pair: bool = False
 
     @property
     def expected(self) -> str:
@@ -136,7 +140,7 @@ class Draft:
         key = self.schema.keys.get(name)
         if key is None and not name.startswith(f"{self.schema.free_group}."):
             return self.refuse(where, f"{name}: unknown key; {self.schema.advise(name)[0]}")
-        if key is not None and not (type(value) is type(key.default) and key.check.holds(value)):
+        if key is not None and not (_has_type(key, value) and key.check.holds(value)):
             return self.refuse(where, f"{name}: got {value!r}, expected {key.expected}", name)
         self.values[name], self.sources[name] = value, where
 
@@ -216,15 +220,22 @@ class Draft:
 
 def read_value(key: Key, node: yaml.Node) -> bool | int | float | str | list:
     """The value of a node for a key; ValueError says what was got and expected."""
+    paired = key.pair and isinstance(node, yaml.SequenceNode)
     try:
-        value = convert_node(node, key.default)
+        value = convert_node(node, [key.default] * 2 if paired else key.default)
     except (ValueError, yaml.YAMLError):
         raise ValueError(f"got {format_node(node)}, expected {key.expected}") from None
     if not key.check.holds(value):
         raise ValueError(
             f"got {format_node(node)}, expected {key.expected}{key.check.remedy(value)}"
         )
-    return value
+    return value[0] if paired and value[0] == value[1] else value
+
+
+def _has_type(key: Key, value: object) -> bool:
+    if key.pair and isinstance(value, list):
+        return len(value) == 2 and all(type(one) is type(key.default) for one in value)
+    return type(value) is type(key.default)
 
 
 # --- Files ----------------------------------------------------------------------------------------

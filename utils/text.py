@@ -2,7 +2,7 @@
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def join_some(items: Iterable[str], count: int = 10) -> str:
@@ -28,3 +28,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def plain_name(name: str) -> str:
     """What is equal of two spellings of one name: composed accents, no spaces at the ends."""
     return unicodedata.normalize("NFC", name).strip()
+
+
+def format_size(size: int | Sequence[int]) -> str:
+    """The size of images for people: "224", or "160×320" of (height, width)."""
+    return str(size) if isinstance(size, int) else "×".join(map(str, size))

@@ -41,7 +41,7 @@ def eval_transform(img_size: int, **options):
 
 def batch_transform(num_classes: int, **options) -> data.BatchTransform:
     """Normalisation on the CPU with config.py's defaults; erasing and mixing are off."""
-    settings = defaults("DATA", "mean", "std", "interpolation") | defaults(
+    settings = defaults("DATA", "mean", "std", "in_chans", "interpolation") | defaults(
         "AUG", "on_device", "remode", "recount", "mixup_prob", "mixup_switch_prob", "mixup_mode"
     )
     off = {"reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}

@@ -100,3 +100,26 @@ def test_wrong_names_of_parameters_are_refused_before_the_data_are_opened(tmp_pa
         assert main.main(argv) == 2
         assert f"TRAIN.{key}: " in capsys.readouterr().err
     assert not (tmp_path / "dat_micro").exists()
+
+
+def test_grey_images_that_are_no_squares_are_trained_on_and_evaluated(images, tmp_path, capsys):
+    knobs = (
+        "--opts",
+        "DATA.IMG_SIZE=[32, 48]",
+        "DATA.IN_CHANS=1",
+        "TRAIN.EPOCHS=1",
+        "TRAIN.WARMUP_EPOCHS=0",
+    )
+    assert main.main(arguments(tmp_path, images, *knobs)) == 0
+    weights = safetensors.torch.load_file(
+        tmp_path / "dat_micro/run/checkpoints/step-2/model.safetensors"
+    )
+    assert weights["stem.0.weight"].shape == (16, 1, 2, 2)
+    tables = {n: t.shape for n, t in weights.items() if n.endswith("rpe_table")}
+    assert tables["stages.1.blocks.1.attn.rpe_table"] == (2, 15, 23)
+    capsys.readouterr()
+    assert (
+        main.main(arguments(tmp_path, images, *knobs, "--eval", "--out", str(tmp_path / "x"))) == 0
+    )
+    assert "32×48 px" in capsys.readouterr().out
+    assert main.main(arguments(tmp_path, images, *knobs, "--eval", "--sizes", "48")) == 0

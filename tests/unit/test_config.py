@@ -12,7 +12,7 @@ from reliability.wrong_configs import WRONG_FILES, WRONG_TOGETHER, WRONG_WORDS
 import config
 from utils import first_edition
 from utils.errors import ConfigError
-from utils.yaml_nodes import to_dict
+from utils.yaml_nodes import dump, to_dict
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -97,6 +97,18 @@ def test_the_file_must_be_named_and_readable(argv, parts):
     assert len(str(caught.value).splitlines()) == 1
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_size_is_one_number_or_height_and_width():
+    for text, expected in (("96", 96), ("[96, 96]", 96), ("[96, 128]", [96, 128])):
+        cfg = parse(yaml=f"DATA: {{IMG_SIZE: {text}}}").cfg
+        assert (
+            expected
+            == cfg.DATA.IMG_SIZE
+            == parse("--opts", f"DATA.IMG_SIZE={text}").cfg.DATA.IMG_SIZE
+        )
+        assert expected == config.load_values(to_dict(cfg), "").DATA.IMG_SIZE
+        assert expected == config.load(write(dump(cfg), "again.yaml")).DATA.IMG_SIZE
 
 
 def test_all_problems_are_reported_at_once():

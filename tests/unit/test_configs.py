@@ -5,6 +5,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
 import torch
 import torch.nn.functional as F
 from helpers import commands
@@ -146,6 +148,33 @@ def test_timm_models_train_resume_and_evaluate(name, model, tmp_path):
     assert main.main(broken) == 0
     assert last_weights(tmp_path / "broken") == last_weights(tmp_path / "unbroken")
     assert main.main([*broken, "--eval"]) == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/finetune").glob("*.yaml")), ids=label)
+def test_fine_tuning_recipes_train_and_resume(path, tmp_path):
+    """Two steps of a small model under the recipe, from weights of other classes; stopped after the first."""
+    images = write_image_folder(tmp_path / "images", classes=4, train=4, val=2)
+    torch.manual_seed(0)
+    before = timm.create_model("dat_pp_micro", num_classes=7).state_dict()
+    torch.save(before, tmp_path / "w.pth")
+    command = ["--cfg", str(path), "--data-path", str(images), "--batch-size", "4", "--workers"]
+    command += ["0", "--amp-dtype", "float32", "--pretrained", str(tmp_path / "w.pth")]
+    command += ["--tag", "default", "--opts"]
+    command += ["MODEL.NAME=dat_pp_micro", "DATA.IMG_SIZE=48", "TRAIN.GLOBAL_BATCH_SIZE=8"]
+    command += ["THREADS=1", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.WARMUP_STEPS=0"]
+
+    unbroken = [*command, "--output", str(tmp_path / "unbroken")]
+    broken = [*command, "--output", str(tmp_path / "broken")]
+    assert main.main(unbroken) == 0
+    assert main.main([*broken, "--opts", "TRAIN.MAX_SECONDS=1e-3"]) == 75
+    assert main.main(broken) == 0
+    assert last_weights(tmp_path / "broken") == last_weights(tmp_path / "unbroken")
+    after = safetensors.torch.load(last_weights(tmp_path / "broken"))
+    same = {n for n, t in before.items() if t.shape == after[n].shape and torch.equal(t, after[n])}
+    if path.stem == "linear_probe":
+        assert before.keys() - same == {"head.fc.weight", "head.fc.bias"}
+    else:
+        assert not {n for n in same if n.endswith("weight")}
 
 
 def last_weights(output: Path) -> bytes:

@@ -274,7 +274,7 @@ def test_weights_are_loaded_as_the_run_would(examine, root, tmp_path, monkeypatc
         (("--pretrained", "none.pth"), 3, "FAIL weights none.pth does not exist"),
         (("--pretrained", str(weights)), 0, "2 new"),
         (("--resume", "nowhere"), 3, "FAIL weights nowhere is neither a run"),
-        (("--opts", "MODEL.ARGS.in_chans=1"), 3, "FAIL model MODEL.ARGS.in_chans is 1"),
+        (("--opts", "MODEL.ARGS.window_size=0"), 3, "FAIL model window_size is 0"),
         (("--opts", "TRAIN.EMA_DECAY=0.9999"), 0, "WARN schedule TRAIN.EMA_DECAY 0.9999 averages"),
         (("--opts", "DEVICE=cuda"), 3, "FAIL device DEVICE is cuda, but"),
     ):

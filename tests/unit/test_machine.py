@@ -166,10 +166,10 @@ def test_sockets_of_a_long_temporary_folder_are_below_tmp(tmp_path, monkeypatch)
 def test_shortages_are_listed_before_the_start(monkeypatch):
     monkeypatch.setattr(machine.resource, "getrlimit", lambda kind: (64, 64))
     monkeypatch.setattr(machine, "free_shared_memory", lambda: 2**20)
-    files, memory = machine.list_shortages(4, 8, 256, 224)
+    files, memory = machine.list_shortages(4, 8, 256, (224, 224))
     assert "may open 64 files" in files
     assert "1.0 MiB free, prefetched batches take up to 588.0 MiB" in memory
-    assert machine.list_shortages(0, 0, 256, 224) == []
+    assert machine.list_shortages(0, 0, 256, (224, 224)) == []
 
 
 # --- Devices --------------------------------------------------------------------------------------

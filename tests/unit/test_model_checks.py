@@ -4,6 +4,7 @@ pytest tests/unit/test_model_checks.py
 """
 
 import pytest
+from timm.layers import to_2tuple
 
 import models
 from engine.sanity import schedule_warnings
@@ -11,14 +12,13 @@ from utils.errors import ConfigError
 
 SETTINGS = {
     **{"num_classes": 10, "img_size": 32, "drop_path_rate": 0.0, "batch_size": 8},
-    **{"training": True, "grad_checkpointing": False},
+    **{"in_chans": 3, "training": True, "grad_checkpointing": False},
 }
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("dat_micro", {"in_chans": 1}, "images are read with 3 channels"),
         ("dat_micro", {"global_pool": "bogus"}, "Invalid pool type"),
         ("dat_micro", {"global_pool": ""}, r"returns \[8, 2, 2, 10\], expected logits \[8, 10\]"),
         ("dat_micro", {"features_only": True}, "takes no argument"),
@@ -40,6 +40,7 @@ SETTINGS = {
         ("vgg11_bn", {"grad_checkpointing": True}, "no gradient checkpointing"),
         ("vit_tiny_patch16_224", {"global_pool": "bogus"}, "cannot take images"),
         ("crossvit_tiny_240", {"img_size": 224}, "cannot take images of 224×224 pixels"),
+        ("maxvit_tiny_rw_224", {"img_size": [224, 100]}, "cannot take images of 224×100 pixels"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(name, settings, words):
@@ -54,6 +55,9 @@ def test_arguments_that_cannot_work_are_refused(name, settings, words):
         ("dat_pp_micro", {"rpe_img_size": 64}),
         ("resnet18", {"batch_size": 1, "training": False}),
         ("vgg11_bn", {}),
+        ("resnet18", {"in_chans": 1}),
+        ("dat_pp_micro", {"img_size": [32, 48], "in_chans": 1}),
+        ("swin_tiny_patch4_window7_224", {"img_size": [96, 64], "in_chans": 1}),
         ("hrnet_w18_small", {}),  # takes no drop path, in other words than vgg
         ("swin_tiny_patch4_window7_224", {"img_size": 64}),
     ],
@@ -64,7 +68,8 @@ def test_what_works_is_accepted(name, settings):
 
 def check(name, settings):
     settings = SETTINGS | settings
-    models.check_forward(name, sizes=[settings["img_size"]], **settings)
+    sizes = [to_2tuple(settings["img_size"])]
+    models.check_forward(name, sizes=sizes, **settings)
 
 
 # --- Schedules ------------------------------------------------------------------------------------

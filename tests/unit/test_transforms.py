@@ -153,6 +153,46 @@ def test_the_crop_is_timms_resized_with_other_rounding(interpolation):
         assert difference.mean() < 0.05
 
 
+@pytest.mark.parametrize("size", [(300, 500), (500, 300), (64, 640)])
+@pytest.mark.parametrize("crop_mode", ["squash", "center"])
+def test_sizes_that_are_no_square_are_timms(crop_mode, size):
+    """(height, width) of the model's input against timm's evaluation and training transforms."""
+    settings = {"crop_mode": crop_mode, "crop_pct": 0.8, "interpolation": "bicubic"}
+    picture = PICTURE.resize(size)
+    theirs = np.asarray(create_transform((48, 80), use_prefetcher=True, **settings)(picture))
+    for exact in (True, False):
+        ours = eval_transform((48, 80), exact=exact, **settings)(pixels_of(picture)).numpy()
+        assert ours.shape == (3, 48, 80)
+        assert np.abs(ours.astype(int) - theirs).max() <= 1
+    policy = {"auto_augment": "", "color_jitter": 0.0}
+    for padding in (0, 4):
+        train = train_transform((48, 80), padding=padding, **policy)
+        assert train(pixels_of(picture)).shape == (3, 48, 80)
+    reseed(5)
+    ours = train_transform((48, 80), **policy)(pixels_of(picture)).numpy()
+    reseed(5)
+    theirs = create_transform(
+        (48, 80), is_training=True, use_prefetcher=True, interpolation="bicubic", **policy
+    )(picture)
+    assert np.abs(ours.astype(int) - np.asarray(theirs)).max() <= 2
+
+
+def test_one_channel_is_pillows_luma_and_keeps_grey_values():
+    pixels = pixels_of(PICTURE.resize((40, 30))).permute(2, 0, 1)[None]
+    luma = np.asarray(PICTURE.resize((40, 30)).convert("L"))
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    shift, scale = (np.dot((0.299, 0.587, 0.114), colour) for colour in (mean, std))
+    found = Normalize(mean, std, in_chans=1, device=CPU)(pixels)
+    assert found.shape == (1, 1, 30, 40)
+    expected = torch.tensor((luma / 255 - shift) / scale, dtype=torch.float32)[None, None]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    grey = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    found = Normalize([0.0] * 3, [1 / 255] * 3, in_chans=1, device=CPU)(grey)
+    torch.testing.assert_close(found.flatten(), torch.arange(256.0))
+    micro_batch = batch_transform(10, in_chans=1, reprob=1.0, mixup=0.8, cutmix=1.0)
+    assert micro_batch(pixels.repeat(4, 1, 1, 1), torch.arange(4))[0].shape == (4, 1, 30, 40)
+
+
 @pytest.mark.parametrize("theirs", REPLACED_IF_BICUBIC)
 def test_moved_rows_are_pillows_with_other_rounding(theirs):
     picture = PICTURE.resize((224, 200))
@@ -267,7 +307,7 @@ def test_normalize_is_torchvisions():
     expected = v2.functional.normalize(images / 255, mean, std)
     for layout in (torch.channels_last, torch.contiguous_format):
         images = images.contiguous(memory_format=layout)
-        result = Normalize(mean, std, device=CPU)(images)
+        result = Normalize(mean, std, in_chans=3, device=CPU)(images)
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
         assert result.is_contiguous(memory_format=layout)
     assert images.dtype == torch.uint8, "the batch itself is left alone"

@@ -212,7 +212,7 @@ def _training(root: Path, args: argparse.Namespace) -> Pass:
     loader = data.train_loader(dataset, sampler, num_workers=args.workers, timeout=0)
     mixing = {name: AUG[name] for name in MIXING}
     micro_batch = data.BatchTransform(
-        len(dataset.classes), device=CPU, interpolation="bicubic", **COLOURS, **mixing
+        len(dataset.classes), device=CPU, in_chans=3, interpolation="bicubic", **COLOURS, **mixing
     )
     return lambda: (micro_batch(batch.images, batch.labels) for batch in loader)
 
@@ -226,7 +226,7 @@ def _evaluation(
     dataset = data.ImageDataset(root, "val", transform=transform, train=False, **IMAGES)
     sampler = data.ShardSampler(len(dataset), batch_size=args.batch_size)
     loader = data.eval_loader(dataset, sampler, num_workers=args.workers, timeout=0)
-    normalize = data.Normalize(**COLOURS, device=CPU)
+    normalize = data.Normalize(**COLOURS, in_chans=3, device=CPU)
     return lambda: (normalize(batch.images) for batch in loader)
 
 

@@ -121,20 +121,28 @@ def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[
 class Subject:
     """A model with a batch of random images, and the steps that are timed."""
 
-    def __init__(self, net: nn.Module, *, batch: int, size: int, dtype: str, device: str):
+    def __init__(
+        self, net: nn.Module, *, batch: int, shape: tuple[int, int, int], dtype: str, device: str
+    ):
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: no CUDA device is available; use --device cpu")
         torch.manual_seed(0)
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
         self.net = net.to(self.device)
-        self.images = torch.randn(batch, 3, size, size, device=self.device)
+        self.images = torch.randn(batch, *shape, device=self.device)
 
     @classmethod
     def from_name(cls, name: str, args: argparse.Namespace) -> "Subject":
         """The timm model `name` with the settings of the command line."""
         net = models.build(name, num_classes=1000, img_size=args.size, drop_path_rate=0.2)
-        return cls(net, batch=args.batch, size=args.size, dtype=args.dtype, device=args.device)
+        return cls(
+            net,
+            batch=args.batch,
+            shape=(3, args.size, args.size),
+            dtype=args.dtype,
+            device=args.device,
+        )
 
     @torch.inference_mode()
     def evaluate(self) -> Tensor:
