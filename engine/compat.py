@@ -58,8 +58,14 @@ PACKAGES = ("analysis", "data", "engine", "models", "utils")  # of the code of a
 # What changes the pixels or the logits of an evaluation, beside the weights.
 EVALUATED = (
     *("DATA.MEAN", "DATA.STD", "DATA.IMG_SIZE", "DATA.IN_CHANS", "DATA.INTERPOLATION", "DATA.EXIF"),
-    *("DATA.VAL_SUBSET", "MODEL.ARGS", "MODEL.COMPILE", "AMP_DTYPE"),
-    *("TEST.CROP_MODE", "TEST.CROP_PCT"),
+    *(
+        "DATA.VAL_SUBSET",
+        "MODEL.ARGS",
+        "MODEL.COMPILE",
+        "AMP_DTYPE",
+        "TEST.CROP_MODE",
+        "TEST.CROP_PCT",
+    ),
     *("TEST.EXACT", "val_data", "decoder.pixels"),
 )
 

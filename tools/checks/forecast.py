@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from yacs.config import CfgNode
 
-from engine.build import build_model
+from engine.build import build_model, input_shape
 from engine.loop import autocast
 from engine.precision import resolve_amp_dtype
 from models.dat import VARIANTS
@@ -71,14 +71,14 @@ class Measurement:
     """A step of the run, with images of noise."""
 
     def __init__(self, cfg: CfgNode, classes: int, device: torch.device):
-        self.device, self.size = device, cfg.DATA.IMG_SIZE
+        self.device, self.shape = device, input_shape(cfg)
         self.dtype = getattr(torch, resolve_amp_dtype(cfg.AMP_DTYPE, device))
         self.net = build_model(cfg, classes, device).train()
         self.parameters = sum(p.numel() for p in self.net.parameters())
 
     def __call__(self, images: int) -> Step:
         """Two steps: the first one warms up, the second is measured. Raises torch.OutOfMemoryError."""
-        x = torch.randn(images, 3, self.size, self.size, device=self.device)
+        x = torch.randn(images, *self.shape, device=self.device)
         labels = torch.zeros(images, dtype=torch.long, device=self.device)
         kept = kept_bytes(self.net, lambda: self._forward(x, labels))
         if self.device.type == "cuda":
@@ -154,9 +154,9 @@ def estimate_on_paper(cfg: CfgNode, classes: int, step_images: int | None, state
     for module in model.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0  # its draws are read on the host
-    size = cfg.DATA.IMG_SIZE
+    size = input_shape(cfg)[1:]
     dtype = torch.float32 if cfg.AMP_DTYPE == "float32" else torch.float16
-    found = count(model, batch=BATCH, size=(size, size), dtype=dtype, training=True)
+    found = count(model, batch=BATCH, size=size, dtype=dtype, training=True)
     speed = CARDS * estimate_speed(found.moved, found.flops, BATCH)
     need = state + cfg.DATA.BATCH_SIZE * found.kept / BATCH
     hours = "" if step_images is None else f"{describe_hours(step_images / speed / 3600)}, "
