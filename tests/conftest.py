@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -52,6 +53,14 @@ def _unchanged_logger() -> Iterator[None]:
     former = logger.handlers, logger.propagate, logger.level, logging.raiseExceptions
     yield
     logger.handlers, logger.propagate, logger.level, logging.raiseExceptions = former
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_kernels() -> Iterator[None]:
+    """Undo the choice of kernels of a run in this process: in Triton's interpreter a model takes minutes."""
+    yield
+    if "models.ops" in sys.modules:
+        sys.modules["models.ops"].use_kernels("auto")
 
 
 @pytest.fixture

@@ -172,7 +172,9 @@ def test_fine_tuning_recipes_train_and_resume(path, tmp_path):
     after = safetensors.torch.load(last_weights(tmp_path / "broken"))
     same = {n for n, t in before.items() if t.shape == after[n].shape and torch.equal(t, after[n])}
     if path.stem == "linear_probe":
-        changed = {n for n in before.keys() - same if not n.endswith("rpe_table")}  # of another size
+        changed = {
+            n for n in before.keys() - same if not n.endswith("rpe_table")
+        }  # of another size
         assert changed == {"head.fc.weight", "head.fc.bias"}
     else:
         assert not {n for n in same if n.endswith("weight")}
