@@ -26,6 +26,7 @@ from data import BadFile, BadSamples, bad_samples, workers
 from engine import checkpoint, evaluate, run_dir
 from engine.checkpoint import Saver
 from engine.hooks import AfterStep
+from engine.results import StepResults
 from engine.run_dir import RunDir
 from reliability.disk import after_power_loss, read_recording, record_operations
 from utils import files, signals
@@ -329,7 +330,7 @@ def test_workers_that_are_ended_with_the_job_stop_the_run(
 ):
     asked = []
 
-    def kill_workers(self: AfterStep) -> None:
+    def kill_workers(self: AfterStep, results: StepResults) -> None:
         asked.append(self.state.step)
         if len(asked) == 2:
             # By another process: from their own, SIGTERM is how a loader ends its workers.
@@ -338,7 +339,7 @@ def test_workers_that_are_ended_with_the_job_stop_the_run(
             if main_too:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.3)
-        after_step(self)
+        after_step(self, results)
 
     after_step = AfterStep.__call__
     with monkeypatch.context() as patch:
