@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 import models  # noqa: F401  registers the variants
 from golden.fill import fill_state_dict, make_images
-from models import ops
 from models.convert import checkpoint_filter_fn, to_official
 
 GOLDEN = Path(__file__).parent
@@ -26,22 +25,6 @@ GOLDEN = Path(__file__).parent
     ],
 )
 def test_golden_numbers(name):
-    check(name)
-
-
-@pytest.mark.slow
-def test_golden_numbers_by_the_fused_kernels():
-    """In Triton's interpreter, which takes minutes."""
-    pytest.importorskip("triton")
-    ops.use_kernels("fused")
-    try:
-        check("dat_tiny")
-    finally:
-        ops.use_kernels("auto")
-
-
-def check(name):
-    """The model called `name`, filled as the golden file says, against the file's numbers."""
     expected = load_file(GOLDEN / f"{name}.safetensors")
     metadata = json.loads((GOLDEN / f"{name}.json").read_text())
     model = timm.create_model(name).eval()
