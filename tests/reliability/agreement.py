@@ -90,7 +90,7 @@ def refusal_trial(sandbox: Sandbox, name: str) -> dict:
     case = disagreements(sandbox.folder / "agreement")[name]
     folder = sandbox.new_folder("refusal", name.replace(" ", "-"))
     victim = launch(sandbox.arguments(folder), log=folder / "log", processes=2, hooks=[case.hook])
-    codes = victim.wait(120)
+    codes = victim.wait()
     said = all(victim.output.count(word) for word in case.words)
     saved = list(folder.glob("*/*/checkpoints/step-*"))
     good = codes == [case.code] * 2 and said and not saved and "Traceback" not in victim.output
@@ -118,7 +118,7 @@ def resume_trial(sandbox: Sandbox, name: str) -> dict:
     elif name == "ESTALE":
         hook = functools.partial(lose_file_handle, 1, "model.safetensors")
     command = sandbox.arguments(mine, "CHECKPOINT.KEEP=9")
-    codes = launch(command, log=folder / "log", processes=2, hooks=[hook]).wait(120)
+    codes = launch(command, log=folder / "log", processes=2, hooks=[hook]).wait()
     different = ["did not finish"]
     if codes == [0, 0]:
         different = differences(outcome(mine), outcome(prepared / "unbroken"))
@@ -143,7 +143,7 @@ def flip_trial(sandbox: Sandbox, number: int) -> dict:
     command = sandbox.arguments(folder, *settings, "SAVE_STEPS=1", "TRAIN.EPOCHS=3")
     hook = functools.partial(flip_bit, hit, part, step, bit)
     victim = launch(command, log=folder / "log", processes=processes, hooks=[hook])
-    codes = victim.wait(120)
+    codes = victim.wait()
     saved = [checkpoint.read_metadata(p)["step"] for p in folder.glob("*/*/checkpoints/step-*")]
     accused = f"of rank {hit} are corrupt" if processes > 2 else f"on rank {hit} ("
     good = codes == [CHECKPOINT] * processes and accused in victim.output
