@@ -74,7 +74,7 @@ def logged_warnings() -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def restore_signals() -> Iterator[None]:
     """Give the signals their handlers back: a run that was asked to stop ignores them, as its process is to end."""
     former = {number: signal.getsignal(number) for number in SIGNALS}

@@ -160,7 +160,8 @@ def test_fine_tuning_recipes_train_and_resume(path, tmp_path):
     command = ["--cfg", str(path), "--data-path", str(images), "--batch-size", "4", "--workers"]
     command += ["0", "--amp-dtype", "float32", "--pretrained", str(tmp_path / "w.pth")]
     command += ["--tag", "default", "--opts"]
-    command += ["MODEL.NAME=dat_pp_micro", "DATA.IMG_SIZE=48", "TRAIN.GLOBAL_BATCH_SIZE=8"]
+    size = 48 if "384" in path.stem else 32  # as the weights, or larger
+    command += ["MODEL.NAME=dat_pp_micro", f"DATA.IMG_SIZE={size}", "TRAIN.GLOBAL_BATCH_SIZE=8"]
     command += ["THREADS=1", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.WARMUP_STEPS=0"]
 
     unbroken = [*command, "--output", str(tmp_path / "unbroken")]

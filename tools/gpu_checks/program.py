@@ -166,7 +166,7 @@ class Steps:
         transform = data.BatchTransform(
             1000, device=setting.device, reprob=0.0, remode="pixel", recount=1, mixup=0.8, cutmix=1.0,
             mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch", on_device=False,
-            interpolation="bicubic", **colours,
+            interpolation="bicubic", in_chans=3, **colours,
         )  # fmt: skip
         self.recipe = Recipe(
             seed=0, epochs=1, steps_per_epoch=1000, global_batch=batch, micro_batches=range(1),
