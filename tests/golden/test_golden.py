@@ -10,9 +10,17 @@ from safetensors.torch import load_file
 
 import models  # noqa: F401  registers the variants
 from golden.fill import fill_state_dict, make_images
+from models import ops
 from models.convert import checkpoint_filter_fn, to_official
 
 GOLDEN = Path(__file__).parent
+
+
+def filled_model(name):
+    model = timm.create_model(name).eval()
+    filled = fill_state_dict(to_official(model.state_dict(), model))
+    model.load_state_dict(checkpoint_filter_fn({"model": filled}, model))
+    return model
 
 
 @pytest.mark.parametrize(
@@ -27,9 +35,7 @@ GOLDEN = Path(__file__).parent
 def test_golden_numbers(name):
     expected = load_file(GOLDEN / f"{name}.safetensors")
     metadata = json.loads((GOLDEN / f"{name}.json").read_text())
-    model = timm.create_model(name).eval()
-    filled = fill_state_dict(to_official(model.state_dict(), model))
-    model.load_state_dict(checkpoint_filter_fn({"model": filled}, model))
+    model = filled_model(name)
     batch, size = len(expected["logits"]), model.pretrained_cfg["input_size"][1]
     images = make_images(batch, size, size)
 
@@ -52,3 +58,19 @@ def test_golden_numbers(name):
         assert gradients[released].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), (
             released
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
+def test_golden_logits_through_the_fused_kernels(name):
+    """The first image alone: Triton's interpreter is slow."""
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("conftest.py could not turn Triton's interpreter on")
+    expected = load_file(GOLDEN / f"{name}.safetensors")["logits"]
+    model = filled_model(name)
+    images = make_images(len(expected), 224, 224)
+    ops.use_kernels("fused")
+    with torch.no_grad():
+        logits = model(images[:1])
+    torch.testing.assert_close(logits, expected[:1], atol=1e-4, rtol=0)

@@ -9,6 +9,7 @@ not what it keeps to itself.
 
 example:
   python tools/benchmark.py bytes dat_tiny dat_pp_tiny swin_tiny_patch4_window7_224 --batch 128
+  python tools/benchmark.py bytes dat_tiny --kernels fused --size 800x1333 --batch 2
 """
 
 import argparse
@@ -355,7 +356,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `benchmark.py bytes`."""
     parser.add_argument("models", nargs="+", help="any names that timm knows")
     parser.add_argument("--batch", type=at_least(1), default=128, help="images at a time")
-    parser.add_argument("--size", type=at_least(1), default=224, help="pixels along a side")
+    parser.add_argument(
+        "--size", type=image_size, default=(224, 224), metavar="N|HxW", help="pixels, as 224 or 800x1333"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="autocast"
     )
@@ -365,21 +368,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """Height and width from "224" or "800x1333"."""
+    sides = [at_least(1)(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected pixels, as 224 or 800x1333")
+    return sides[0], sides[-1]
+
+
 def run(args: argparse.Namespace) -> dict:
-    """Count every model's traffic in evaluation and training. Raises ConfigError."""
+    """Count every model's traffic in evaluation and training. Raises ConfigError.
+
+    For images that are not square the model is built for 224 pixels and pads its maps, as a detector's backbone does.
+    """
     conditions = {
         name: getattr(args, name) for name in ("batch", "size", "dtype", "kernels", "top")
     }
     set_fused_attn(True)
+    height, width = args.size
     found = {}
     for name in args.models:
         found[name] = {}
         for phase, training in (("eval", False), ("train", True)):
-            model = models.build(name, num_classes=1000, img_size=args.size, drop_path_rate=0.0)
+            model = models.build(
+                name,
+                num_classes=1000,
+                img_size=height if height == width else 224,
+                drop_path_rate=0.0,
+            )
             traffic = count(
                 model,
                 batch=args.batch,
-                size=(args.size, args.size),
+                size=args.size,
                 dtype=getattr(torch, args.dtype),
                 training=training,
                 kernels=args.kernels,
@@ -403,7 +423,7 @@ def table(result: dict) -> str:
     batch = result["batch"]
     head = f"{'on paper, per image':36}{'moved':>10}{'compiled':>10}{'kept':>8}  MiB"
     lines = [
-        f"batch {batch}, {result['size']} px, {result['dtype']}, {result['kernels']} kernels",
+        f"batch {batch}, {' × '.join(map(str, result['size']))} px, {result['dtype']}, {result['kernels']} kernels",
         "",
     ]
     lines.append(f"{head}{'kernels':>10}{'GFLOP':>8}{'H100 images/s: eager':>24}{'compiled':>10}")
