@@ -199,6 +199,20 @@ def test_bytes_by_name(tmp_path, capsys):
     assert benchmark.main(["bytes", "resnet10x"]) == 2
 
 
+def test_bytes_of_images_that_are_not_square(tmp_path, capsys):
+    file = tmp_path / "numbers.json"
+    kept = []
+    for size in ("32", "32x64"):
+        arguments = ["bytes", "dat_micro", "--batch", "2", "--size", size, "--json", str(file)]
+        assert benchmark.main(arguments) == 0
+        kept.append(json.loads(file.read_text())["models"]["dat_micro"]["train"]["kept"])
+    assert "32 × 64 px" in capsys.readouterr().out
+    assert 1.5 < kept[1] / kept[0] < 2.5
+    with pytest.raises(SystemExit):
+        benchmark.main(["bytes", "dat_micro", "--size", "1x2x3"])
+    assert "expected pixels, as 224 or 800x1333" in capsys.readouterr().err
+
+
 # --- loop -----------------------------------------------------------------------------------------
 
 
