@@ -1,9 +1,21 @@
 """torch.compile of a complete model: one graph for training, one for evaluation, the same kernels each time."""
 
 import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
+
+from utils.errors import ConfigError
+
+# A module of a compiler, its errors' base class, what failed, and what turns it off.
+COMPILERS = (
+    ("torch._dynamo.exc", "TorchDynamoException", "torch.compile", "MODEL.COMPILE False"),
+    ("triton.errors", "TritonError", "A fused kernel", "MODEL.KERNELS reference"),
+)
 
 
 def compile_model(model: nn.Module, *, cache: Path, one_graph: bool) -> None:
@@ -21,3 +33,18 @@ def compile_model(model: nn.Module, *, cache: Path, one_graph: bool) -> None:
     exact = torch.are_deterministic_algorithms_enabled()
     torch._inductor.config.deterministic = exact or next(model.parameters()).device.type == "cpu"
     model.compile(fullgraph=one_graph, dynamic=False)
+
+
+@contextmanager
+def explain_compile_errors() -> Iterator[None]:
+    """Raise a ConfigError with the key to change where a compiler fails."""
+    try:
+        yield
+    except Exception as error:
+        for module, base, what, remedy in COMPILERS:
+            if isinstance(error, getattr(sys.modules.get(module), base, ())):
+                reason = " ".join(str(error).strip().partition("\n\n")[0].split())
+                reason = textwrap.shorten(reason, 400, placeholder=" …")
+                message = f"{what} failed ({type(error).__name__}: {reason}). Set {remedy}."
+                raise ConfigError(message) from error
+        raise

@@ -22,6 +22,7 @@ from analysis.scores import write_scores
 from analysis.suite_table import markdown
 from data import Loader
 from engine import agreement, build, checkpoint, compat, suite
+from engine.compilation import explain_compile_errors
 from engine.hooks import InterruptibleLoader
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
@@ -59,7 +60,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
     sources: where values that are no defaults come from. given: keys set on the command line. Raises CheckpointError
     for weights that do not fit in full.
     """
-    with build.join_run(cfg, "eval") as process, explain_failures():
+    with build.join_run(cfg, "eval") as process, explain_failures(), explain_compile_errors():
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
         weights = on_main(lambda: choose_weights(cfg, given))
@@ -403,7 +404,7 @@ def log_accuracy(result: Accuracy, name: str) -> None:
 
 def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Print how many images a second the model classifies, on random images; needs no data."""
-    with build.join_run(cfg, "throughput") as process:
+    with build.join_run(cfg, "throughput") as process, explain_compile_errors():
         build.log_start(cfg, sources, process)
         cfg = build.prepare_device(cfg, process.device)
         model = build.build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process.device).eval()

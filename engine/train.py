@@ -11,6 +11,7 @@ from analysis import offsets
 from engine import agreement, build, checkpoint, compat
 from engine.agreement import Replicas
 from engine.checkpoint import Saver
+from engine.compilation import explain_compile_errors
 from engine.evaluate import log_accuracy, score
 from engine.hooks import AfterStep, Divergence, InterruptibleLoader
 from engine.loop import train_one_epoch
@@ -43,6 +44,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         Saver(run_dir.checkpoints, cfg.CHECKPOINT.KEEP) as saver,
         Watchdog(cfg.TRAIN.HANG_SECONDS, run_dir.hang_file(), run_dir.report_hang) as watchdog,
         explain_failures(),
+        explain_compile_errors(),
     ):
         stop.raise_if_requested(run_dir.report_exit)
         folder = run_dir.path if process.is_main else None  # only the main process writes there

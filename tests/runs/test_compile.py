@@ -10,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import main
 from engine import checkpoint
+from engine.compilation import explain_compile_errors
+from utils.errors import ConfigError
 from utils.signals import StopRequest
 
 pytestmark = pytest.mark.usefixtures("restore_signals")
@@ -60,3 +62,22 @@ def test_a_compiled_run_resumes_to_the_same_bits(graphs, command, tmp_path, monk
     assert main.main(command("broken")) == 0
     assert outcome(tmp_path, "broken") == outcome(tmp_path, "unbroken")
     assert main.main([*command("broken"), "MODEL.COMPILE=False", "TRAIN.EPOCHS=1"]) == 4
+
+
+def test_errors_of_compilers_name_the_key_that_turns_them_off(command, monkeypatch, capsys):
+    def fail(graph, inputs):
+        raise AssertionError("no such instruction")
+
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=fail))
+        assert main.main(command("compiled")) == 2
+    torch._dynamo.reset()
+    assert "no such instruction). Set MODEL.COMPILE False." in capsys.readouterr().err
+
+
+def test_errors_of_triton_name_the_key_that_turns_them_off():
+    triton = pytest.importorskip("triton")
+    message = r"A fused kernel failed .* Set MODEL\.KERNELS reference"
+    with pytest.raises(ConfigError, match=message), explain_compile_errors():
+        raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")

@@ -37,6 +37,9 @@ with torch.no_grad():
     assert torch.equal(load(weights=weights)(images), logits)
     assert len(load(features_only=True)(images)) == 4
     torch.testing.assert_close(torch.compile(model, backend="eager")(images), logits)
+    sys.modules["dat_hub.models.ops"].use_kernels("fused")  # in Triton's interpreter, where it is installed
+    torch.testing.assert_close(model(images), logits)
+    sys.modules["dat_hub.models.ops"].use_kernels("auto")
 model(images).sum().backward()
 try:
     torch.hub.load(ROOT, "dat_pp_micro", source="local", weights=weights)

@@ -357,7 +357,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", help="any names that timm knows")
     parser.add_argument("--batch", type=at_least(1), default=128, help="images at a time")
     parser.add_argument(
-        "--size", type=image_size, default=(224, 224), metavar="N|HxW", help="pixels, as 224 or 800x1333"
+        "--size",
+        type=image_size,
+        default=(224, 224),
+        metavar="N|HxW",
+        help="pixels, as 224 or 800x1333",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="autocast"
