@@ -294,7 +294,7 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
     if fused := fused_kernels(x):
         return fused.sample(x, positions.flatten(2, 3))
     x = x.to(positions.dtype)
-    if allow_atomic_add(x.device) and not is_exported_to_onnx():
+    if allow_atomic_add(x.device) or is_exported_to_onnx():
         return sample_by_grid(x, positions)
     return sample_by_rows(x, positions, row_sum(x.device))
 

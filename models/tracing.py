@@ -21,8 +21,9 @@ def is_transformed() -> bool:
 
 
 def is_exported_to_onnx() -> bool:
-    """Whether torch's older ONNX exporter, which traces, records what is computed."""
-    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+    """Whether one of torch's ONNX exporters, of which the older one traces, records what is computed."""
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return recorded and torch.onnx.is_in_onnx_export()
 
 
 def is_symbol(x: Tensor) -> bool:

@@ -12,8 +12,6 @@ examples:
 """
 
 import argparse
-import copy
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -27,12 +25,18 @@ from analysis.class_gradient import class_gradients
 from analysis.recording import can_record, record
 from data.decode import UNREADABLE, decode_pixels
 from engine import build
-from tools.common.classifier import Classifier, add_arguments, load_classifier, log_to_stderr
+from tools.common.classifier import (
+    Classifier,
+    add_arguments,
+    at_size,
+    load_classifier,
+    log_to_stderr,
+    with_weights,
+)
 from tools.visualize import parse_point
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
 from utils.files import write_atomically
 from utils.logging import logger
-from utils.text import format_size
 
 SHOWN = 448  # pixels of the pictures for people, at least
 MANY_PIXELS = 300  # of the model's input, above which the last blocks alone are recorded
@@ -47,7 +51,7 @@ def load_models(args: argparse.Namespace) -> list[Classifier]:
         )
     found = []
     for spec in args.compare or [None]:
-        one = args if spec is None else _with_weights(args, Path(spec))
+        one = args if spec is None else with_weights(args, Path(spec))
         classifier = at_size(load_classifier(one, args.names, untrained=True), args.size)
         if not can_record(classifier.model):
             raise ConfigError(
@@ -55,34 +59,6 @@ def load_models(args: argparse.Namespace) -> list[Classifier]:
             )
         found.append(classifier)
     return found
-
-
-def _with_weights(args: argparse.Namespace, spec: Path) -> argparse.Namespace:
-    """`args` for one of --compare's: a run or checkpoint, a configuration, or a file of weights."""
-    one = copy.copy(args)
-    if spec.suffix in (".yaml", ".yml"):
-        one.cfg = str(spec)
-    elif spec.is_dir() and not (spec / "config.json").is_file():
-        one.resume = str(spec)
-    else:
-        one.pretrained = str(spec)
-    return one
-
-
-def at_size(classifier: Classifier, size: int) -> Classifier:
-    """`classifier` for pictures of `size` pixels, 0: as it is; a DAT's bias tables keep the size of its training."""
-    if size in (0, classifier.cfg.DATA.IMG_SIZE):
-        return classifier
-    cfg = build.at_size(classifier.cfg, size)
-    model = build.build_model(cfg, len(classifier.classes), classifier.device).eval()
-    try:
-        model.load_state_dict(classifier.model.state_dict())
-    except RuntimeError as error:
-        own = format_size(classifier.cfg.DATA.IMG_SIZE)
-        raise ConfigError(
-            f"--size {size}: {cfg.MODEL.NAME} has weights for {own} px alone; leave --size out"
-        ) from error
-    return dataclasses.replace(classifier, cfg=cfg, model=model)
 
 
 def read_pixels(classifier: Classifier, path: Path) -> Tensor:

@@ -5,10 +5,11 @@ neither), a Hugging Face folder (--pretrained FOLDER) or timm's own weights (--m
 """
 
 import argparse
+import copy
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -27,12 +28,13 @@ from models.identify import identify
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.logging import logger
+from utils.text import format_size
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 OWNED = ("num_classes", "img_size", "drop_path_rate")  # arguments that have keys of their own
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Classifier:
     """A model in evaluation mode and what its pictures and answers need.
 
@@ -84,20 +86,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file of weights, Hugging Face folder, or https://…#sha256=…",
     )
-    parser.add_argument("--ema", action="store_true", help="the average of the weights instead")
-    recipe = parser.add_mutually_exclusive_group()
-    recipe.add_argument("--cfg", default="", help="configuration of the weights in --pretrained")
-    recipe.add_argument(
-        "--model",
-        default="",
-        metavar="NAME",
-        help="a model of timm's; without --pretrained its own weights are downloaded",
-    )
+    add_recipe_arguments(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--amp-dtype",
         choices=("float32", "bfloat16", "float16"),
         help="default: the configuration's; float32 without one",
+    )
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `add_arguments` beside those that name the weights, device and precision."""
+    parser.add_argument("--ema", action="store_true", help="the average of the weights instead")
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument("--cfg", default="", help="configuration of the weights in a file")
+    recipe.add_argument(
+        "--model",
+        default="",
+        metavar="NAME",
+        help="a model of timm's; without a file of weights its own are downloaded",
     )
     parser.add_argument(
         "--opts", nargs="*", default=[], metavar="KEY VALUE", help="any key of the configuration"
@@ -148,6 +155,37 @@ def load_classifier(
     return Classifier(
         build.prepare_device(cfg, device), model.eval(), device, classes, words, title
     )
+
+
+def with_weights(args: argparse.Namespace, path: Path) -> argparse.Namespace:
+    """`args` for one path: a run or checkpoint, a configuration, a file of weights or a Hugging Face folder."""
+    one = copy.copy(args)
+    if path.suffix in (".yaml", ".yml"):
+        one.cfg = str(path)
+    elif path.is_dir() and not (path / "config.json").is_file():
+        one.resume = str(path)
+    else:
+        one.pretrained = str(path)
+    return one
+
+
+def at_size(classifier: Classifier, size: int) -> Classifier:
+    """`classifier` for pictures of `size` pixels, 0: as it is; a DAT's bias tables keep the size of its training.
+
+    Raises ConfigError where the weights are for one size.
+    """
+    if size in (0, classifier.cfg.DATA.IMG_SIZE):
+        return classifier
+    cfg = build.at_size(classifier.cfg, size)
+    model = build.build_model(cfg, len(classifier.classes), classifier.device).eval()
+    try:
+        model.load_state_dict(classifier.model.state_dict())
+    except RuntimeError as error:
+        own = format_size(classifier.cfg.DATA.IMG_SIZE)
+        raise ConfigError(
+            f"--size {size}: {cfg.MODEL.NAME} has weights for {own} px alone; leave --size out"
+        ) from error
+    return dataclasses.replace(classifier, cfg=cfg, model=model)
 
 
 def choose_names(classes: list[str], described: dict[str, str] | None, source: str) -> list[str]:
