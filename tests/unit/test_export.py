@@ -124,9 +124,9 @@ def test_a_card_has_the_evaluations_of_these_weights_alone(tmp_path):
     logits, label = random_logits(60, 3)
     folder = write_evaluation(tmp_path / "eval" / "step-10-ema", ["a", "b", "c"])
     add_set(folder, "val", logits, label)
-    (table,) = card.find_evaluations(card.Origin("w", "0" * 64, step, "ema"))
+    (table,) = card.find_evaluations(card.Origin("w", "0" * 64, "ema", step))
     assert f"{100 * (logits.argmax(1) == label).mean():.3f} [" in table
-    assert card.find_evaluations(card.Origin("w", "1" * 64, step, "ema")) == []
+    assert card.find_evaluations(card.Origin("w", "1" * 64, "ema", step)) == []
 
 
 def test_a_file_that_computes_something_else_is_noticed(exported):

@@ -36,27 +36,29 @@ class Origin(NamedTuple):
     """Where weights are from, without the paths of this machine.
 
     name: of the file, with those of its run and checkpoint. sha256: of the file, None without one.
-    step: the checkpoint, None for weights from elsewhere. kind: a key of `KINDS`.
+    kind: a key of `KINDS`. step, metadata: of the checkpoint; None for weights from elsewhere.
     """
 
     name: str
     sha256: str | None
-    step: Path | None
     kind: str
+    step: Path | None = None
+    metadata: dict | None = None
 
 
 def find_origin(path: Path, ema: bool) -> Origin:
     """The origin of the weights that `path` means, as for `with_weights`."""
     if path.suffix in (".yaml", ".yml"):
-        return Origin(path.name, None, None, "random")
+        return Origin(path.name, None, "random")
     step = checkpoint.origin_of(path) if path.exists() else None
     if step is None:
-        return Origin(path.name, hash_file(path) if path.is_file() else None, None, "model")
+        return Origin(path.name, hash_file(path) if path.is_file() else None, "model")
     kind = "ema" if ema or path.name == "ema.safetensors" else "model"
     file = f"{kind}.safetensors"
     run = step.resolve().parents[1]
     name = f"{run.parent.name}/{run.name}/{step.name}/{file}"
-    return Origin(name, checkpoint.read_manifest(step)[file]["sha256"], step, kind)
+    digest = checkpoint.read_manifest(step)[file]["sha256"]
+    return Origin(name, digest, kind, step, checkpoint.read_metadata(step))
 
 
 def make_card(classifier: Classifier, origin: Origin, record: dict) -> str:
@@ -71,7 +73,7 @@ def make_card(classifier: Classifier, origin: Origin, record: dict) -> str:
         "Mean, standard deviation": f"{images['mean']}, {images['std']} of values from 0 to 1{inside}",
         "Weights": f"{origin.name}, {KINDS[origin.kind]}",
         **({"SHA-256 of the weights": origin.sha256} if origin.sha256 else {}),
-        **(describe_training(origin.step) if origin.step else {}),
+        **(describe_training(origin.metadata) if origin.metadata else {}),
         "Exported with": f"code {environment['revision']}, torch {environment['versions']['torch']}",
     }
     deformable = " with deformable attention (DAT, DAT++)" if cfg.MODEL.NAME in VARIANTS else ""
@@ -98,9 +100,8 @@ def _preprocessing(classifier: Classifier) -> str:
 # --- Training -------------------------------------------------------------------------------------
 
 
-def describe_training(step: Path) -> dict[str, object]:
-    """Recipe and data of the run that wrote the checkpoint `step`."""
-    metadata = checkpoint.read_metadata(step)
+def describe_training(metadata: dict) -> dict[str, object]:
+    """Recipe and data of the run that wrote a checkpoint with these metadata."""
     defaults = {key.name: key.default for key in config.SCHEMA}
     recipe = compat.list_hparams(metadata["config"])
     changed = [
@@ -112,10 +113,10 @@ def describe_training(step: Path) -> dict[str, object]:
     rows: dict[str, object] = {
         "Trained for": f"{quantity(metadata['step'], 'step')}, {quantity(metadata['epoch'], 'complete epoch')}"
     }
-    for split, key in (("Training", "data"), ("Validation", "val_data")):
-        count = images.get({"data": "train", "val_data": "val"}[key])
-        number = f"{quantity(count, 'image')}, " if count else ""
-        rows[f"{split} data"] = f"{number}fingerprint {metadata[key]}"
+    for title, split, key in (("Training", "train", "data"), ("Validation", "val", "val_data")):
+        count = f"{quantity(images[split], 'image')}, " if split in images else ""
+        if key in metadata:
+            rows[f"{title} data"] = f"{count}fingerprint {metadata[key]}"
     rows["Trained with"] = f"code {metadata['revision']}, torch {metadata['versions']['torch']}"
     rows["Recipe, where it differs from the defaults"] = changed
     return rows
@@ -163,7 +164,7 @@ def find_validation(origin: Origin) -> list[str]:
     """The accuracy of these weights that the run recorded when it wrote them."""
     if (path := _run_of(origin.step)) is None:
         return []
-    run, metadata = read_run(path), checkpoint.read_metadata(origin.step)
+    run, metadata = read_run(path), origin.metadata
     series = run.metrics.get("val_ema/acc1" if origin.kind == "ema" else "val/acc1")
     if series is None or metadata["step"] not in series.steps:
         return []
