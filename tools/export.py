@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from engine import build, compat
+from engine import build, checkpoint, compat
 from engine.pretrained import refuse_nonfinite
 from tools.common.classifier import (
+    CONFIG_SUFFIXES,
     Classifier,
     add_recipe_arguments,
     at_size,
@@ -71,6 +72,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.set_defaults(resume="", pretrained="", device="cpu", amp_dtype="float32")
     args = parser.parse_args(arguments)
+    if args.ema and not (args.source.is_dir() and checkpoint.is_own(args.source)):
+        raise ConfigError(
+            f"--ema: {args.source} is no run or checkpoint, and has one set of weights"
+        )
+    is_file = not args.source.is_dir() and args.source.suffix not in CONFIG_SUFFIXES
+    if (args.cfg or args.model) and not is_file:
+        raise ConfigError(
+            f"--cfg and --model say what a file of weights was made for; {args.source} is none: leave them out"
+        )
     if "onnx-int8" in args.to and "onnx" not in args.to:
         raise ConfigError("--to onnx-int8 is made of the ONNX model: add onnx")
     if args.val is not None and "onnx" not in args.to:

@@ -178,6 +178,8 @@ def refuse(capsys, tmp_path, *argv, code: int, message: str) -> None:
         (("onnx-int8",), 2, "add onnx"),
         (("onnx", "--opset", "17"), 2, "--opset 17: expected at least 18"),
         (("hf", "--size", "8"), 2, "--size 8: expected at least 32 pixels"),
+        (("hf", "--ema"), 2, "is no run or checkpoint, and has one set of weights"),
+        (("hf", "--model", "resnet50"), 2, "small.yaml is none: leave them out"),
     ],
 )
 def test_flags_that_cannot_work(small, tmp_path, capsys, flags, code, message):

@@ -31,6 +31,7 @@ from utils.logging import logger
 from utils.text import format_size
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIG_SUFFIXES = (".yaml", ".yml")
 OWNED = ("num_classes", "img_size", "drop_path_rate")  # arguments that have keys of their own
 
 
@@ -160,7 +161,7 @@ def load_classifier(
 def with_weights(args: argparse.Namespace, path: Path) -> argparse.Namespace:
     """`args` for one path: a run or checkpoint, a configuration, a file of weights or a Hugging Face folder."""
     one = copy.copy(args)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in CONFIG_SUFFIXES:
         one.cfg = str(path)
     elif path.is_dir() and not (path / "config.json").is_file():
         one.resume = str(path)

@@ -14,7 +14,7 @@ from analysis.statistics import wilson
 from engine import build, checkpoint, compat
 from engine.evaluate import hash_file
 from models.dat import VARIANTS
-from tools.common.classifier import Classifier
+from tools.common.classifier import CONFIG_SUFFIXES, Classifier
 from utils.errors import DataError
 from utils.logging import logger
 from utils.text import format_size, quantity
@@ -48,7 +48,7 @@ class Origin(NamedTuple):
 
 def find_origin(path: Path, ema: bool) -> Origin:
     """The origin of the weights that `path` means, as for `with_weights`."""
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in CONFIG_SUFFIXES:
         return Origin(path.name, None, "random")
     step = checkpoint.origin_of(path) if path.exists() else None
     if step is None:
