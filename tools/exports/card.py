@@ -105,7 +105,7 @@ def describe_training(metadata: dict) -> dict[str, object]:
     defaults = {key.name: key.default for key in config.SCHEMA}
     recipe = compat.list_hparams(metadata["config"])
     changed = [
-        f"`{name}` {value}"
+        f"`{name}` {'none' if value == '' else value}"
         for name, value in recipe.items()
         if name not in defaults or str(defaults[name]) != str(value)
     ]
