@@ -9,6 +9,7 @@ examples:
   python tools/export.py output/dat_tiny/default exported --to hf onnx
   python tools/export.py output/dat_tiny/default exported --ema --to onnx pt2 aoti --with-preprocessing
   python tools/export.py output/dat_tiny/default exported --to onnx onnx-int8 --val /imagenet/val
+  python tools/export.py output/dat_tiny/default exported --to hf --half --license apache-2.0
 """
 
 import argparse
@@ -66,6 +67,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="onnx, pt2 and aoti take uint8 pixels and apply mean and standard deviation",
     )
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="round the weights to float16, which halves model.safetensors",
+    )
+    parser.add_argument("--license", default="unknown", metavar="NAME", help="for the card")
+    parser.add_argument("--note", default="", metavar="TEXT", help="a paragraph for the card")
     parser.add_argument("--opset", type=int, default=OPSET, help=f"of onnx, default {OPSET}")
     parser.add_argument(
         "--val", type=Path, metavar="IMAGES", help="measure the accuracy of onnx on class folders"
@@ -140,7 +148,7 @@ def export(classifier: Classifier, args: argparse.Namespace, folder: Path) -> di
     record = describe(classifier, args)
     files = {name: folder / file for name, file in FILES.items() if name in args.to}
     if "hf" in files:
-        formats.write_hf(classifier, folder)
+        formats.write_hf(classifier, folder, half=args.half)
     if "onnx" in files:
         logger.info(f"{FILES['onnx']}: recording the model takes a minute")
         properties = {k: json.dumps(record[k], ensure_ascii=False) for k in ("classes", "images")}
@@ -217,10 +225,13 @@ def main(arguments: list[str]) -> None:
     with new_folder(args.out) as folder:
         classifier = load_classifier(with_weights(args, args.source), untrained=True)
         classifier = at_size(classifier, args.size)
+        if args.half:
+            classifier.model.half().float()
         refuse_nonfinite(args.source, classifier.model.state_dict())
         origin = card.find_origin(args.source, args.ema)
         record = export(classifier, args, folder)
         record["weights"] = {"name": origin.name, "sha256": origin.sha256, "kind": origin.kind}
+        record["weights"] |= {"half": args.half, "license": args.license, "note": args.note}
         content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(folder / "export.json", content + "\n")
         write_atomically(folder / "README.md", card.make_card(classifier, origin, record))

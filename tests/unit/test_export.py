@@ -158,6 +158,21 @@ def test_timm_loads_the_hugging_face_folder(small, tmp_path, monkeypatch):
     assert model.config.stages == ["LD"]
 
 
+def test_half_precision_halves_the_file_and_is_in_the_card(small, tmp_path):
+    flags = ["--half", "--license", "apache-2.0", "--note", "Trained on pictures of cats."]
+    assert export.main([str(small), str(tmp_path / "out"), "--to", "hf", *flags]) == 0
+    saved = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert saved["head.fc.weight"].dtype == torch.float16
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert torch.equal(model.head.fc.weight, saved["head.fc.weight"].float())
+    assert set(read_record(tmp_path / "out")["files"]["hf"]["differences"].values()) == {0.0}
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in text
+    assert "rounded to float16" in text
+    assert "## Note\n\nTrained on pictures of cats.\n" in text
+    assert "--license" not in text
+
+
 # --- Refusals -------------------------------------------------------------------------------------
 
 

@@ -65,13 +65,15 @@ def make_card(classifier: Classifier, origin: Origin, record: dict) -> str:
     """The text of README.md; `record` is what export.json holds."""
     cfg, images, environment = classifier.cfg, record["images"], record["environment"]
     millions = sum(p.numel() for p in classifier.model.parameters()) / 1e6
+    weights = record["weights"]
+    rounded = ", rounded to float16" if weights["half"] else ""
     inside = "; applied inside the ONNX and torch files" if images["preprocessing"] else ""
     details = {
         "Model": f"{cfg.MODEL.NAME}, {millions:.1f} M parameters, {quantity(len(classifier.classes), 'class')}",
         "Input": f"images of {format_size(cfg.DATA.IMG_SIZE)} pixels, batch {images['batch']}",
         "Images are prepared by": _preprocessing(classifier),
         "Mean, standard deviation": f"{images['mean']}, {images['std']} of values from 0 to 1{inside}",
-        "Weights": f"{origin.name}, {KINDS[origin.kind]}",
+        "Weights": f"{origin.name}, {KINDS[origin.kind]}{rounded}",
         **({"SHA-256 of the weights": origin.sha256} if origin.sha256 else {}),
         **(describe_training(origin.metadata) if origin.metadata else {}),
         "Exported with": f"code {environment['revision']}, torch {environment['versions']['torch']}",
@@ -81,9 +83,10 @@ def make_card(classifier: Classifier, origin: Origin, record: dict) -> str:
         "description": f"An image classifier{deformable}, exported for other programs.",
         "details": details,
         "tags": ["image-classification", "timm"],
-        "license": "unknown",
+        "license": weights["license"],
     }
     sections = {
+        **({"Note": weights["note"]} if weights["note"] else {}),
         "Accuracy": describe_accuracy(classifier, origin, record["accuracy"]),
         "Files": describe_files(record["files"]),
         "Limits": "\n".join(f"- {limit}" for limit in list_limits(classifier, record)),
@@ -220,8 +223,15 @@ def list_limits(classifier: Classifier, record: dict) -> list[str]:
         f"One image size, {size} pixels, for every file but model.safetensors.",
         f"Checked on the CPU of one machine ({device}). No other machine was tried.",
         "What is not under Accuracy was not measured: other images, other ways to prepare them, robustness, fairness.",
-        "The licence of the weights is not known to the program that wrote this card: say it before you publish them.",
     ]
+    if record["weights"]["license"] == "unknown":
+        limits.append(
+            "The licence of the weights is unknown (--license): name it before you publish them."
+        )
+    if record["weights"]["half"]:
+        limits.append(
+            "Accuracies of a run are those of its float32 weights, before they were rounded to float16."
+        )
     if "onnx" in record["files"]:
         opset = f"ONNX opset {record['opset']}"
         limits.append(f"{opset}, checked with onnxruntime's CPU provider and no other runtime.")

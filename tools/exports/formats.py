@@ -7,6 +7,7 @@ pt2        model.export.pt2                 torch.export; compatible versions of
 aoti       model.aoti-cpu.pt2               AOTInductor; a library for this processor and torch
 """
 
+import copy
 import importlib
 import os
 import shlex
@@ -126,13 +127,17 @@ def check_opset(opset: int) -> None:
 # --- Write ----------------------------------------------------------------------------------------
 
 
-def write_hf(classifier: Classifier, folder: Path) -> None:
-    """config.json and model.safetensors, which timm loads as local-dir:FOLDER after `import models`."""
+def write_hf(classifier: Classifier, folder: Path, *, half: bool) -> None:
+    """config.json and model.safetensors, which timm loads as local-dir:FOLDER after `import models`.
+
+    half: the file has float16; models that load it have float32.
+    """
     cfg = classifier.cfg
+    model = copy.deepcopy(classifier.model).half() if half else classifier.model
     described = dict(zip(classifier.classes, classifier.names, strict=True))
     words = {"label_descriptions": described} if classifier.names != classifier.classes else {}
     save_for_hf(
-        classifier.model,
+        model,
         str(folder),
         model_config={"label_names": classifier.classes, **words},
         safe_serialization=True,
