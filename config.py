@@ -22,6 +22,7 @@ from utils.checks import (
     CHANNELS,
     CLASSES,
     COLOURS,
+    DATA_PATH,
     DECAY,
     FILLED_PATH,
     FOLDER_NAME,
@@ -83,8 +84,10 @@ SCHEMA = (
         "autocast type, float32: none; auto: float16 on CUDA, bfloat16 on CPUs with instructions for it, else float32"),
 
     # ---- data ----
-    Key("DATA.PATH", "imagenet", FILLED_PATH,
-        "dataset: folder with train and val, each a folder, .pack, .zip or .tar of class folders"),
+    Key("DATA.PATH", "imagenet", DATA_PATH,
+        "dataset: folder with train and val, each a folder, .pack, .zip or .tar of class folders; or its address"),
+    Key("DATA.CACHE_DIR", "", PATH, "folder for parts of data that is on a server; empty: ~/.cache/dat"),
+    Key("DATA.CACHE_SIZE", 20.0, at_least(0), "GiB of them that are kept, for all runs with that folder; 0: none"),
     Key("DATA.HOLDOUT", 0.0, SHARE_BELOW_1,
         "fraction of each training class to validate on, chosen by a hash of the file name; 0: the val split"),
     Key("DATA.CLASS_LIST", "", PATH,

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from data.classes import describe_ignored, match_folders, sort_classes
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
 from data.readers import Reader, open_split
+from data.remote import RemotePath
 from utils.errors import DataError, StorageError
 from utils.files import read_again
 from utils.machine import find_shortage
@@ -62,7 +63,7 @@ class UnreadableError(Exception):
 
 
 class ImageDataset(Dataset):
-    """The images of `<root>/<split>`, a folder, .zip, .tar or .pack of `<class>/<file>`.
+    """The images of `<root>/<split>`, a folder, .zip, .tar or .pack of `<class>/<file>`; on a server .zip or .pack.
 
     transform: an image's pixels, uint8 [height, width, 3], to uint8 [3, H, W].
     train: whether samples are `TrainSample`s, addressed by (epoch, index, repeat), or `EvalSample`s.
@@ -83,7 +84,7 @@ class ImageDataset(Dataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | RemotePath,
         split: str,
         *,
         transform: Callable[[torch.Tensor], torch.Tensor] | None,
@@ -128,6 +129,10 @@ class ImageDataset(Dataset):
     def __str__(self) -> str:
         text = f"{self.reader.path}: {quantity(len(self), 'image')}, {quantity(len(self.classes), 'class')}{self._part}"
         return text + describe_ignored(self.reader)
+
+    def prefetch(self, items: Iterable[int | tuple[int, int, int]]) -> None:
+        """Request the files of samples that are read soon, if they are on a server."""
+        self.reader.prefetch(image_index(item) for item in items)
 
     def path(self, index: int) -> str:
         """Where image `index` lies, for people; inside an archive, as if that were a folder."""
@@ -217,6 +222,11 @@ class ImageDataset(Dataset):
                 f"cannot be read as an image ({type(error).__name__}: {reason}), "
                 f"{size} bytes, the first are {data[:16]!r}"
             ) from error
+
+
+def image_index(item: int | tuple[int, int, int]) -> int:
+    """The image of a sample's address: of an evaluation, or of training."""
+    return item if isinstance(item, int) else item[1]
 
 
 def read_checksums(path: str | Path, split: str, names: list[bytes]) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from data.dataset import BadFile, EvalSample, ImageDataset, TrainSample
-from data.samplers import ShardSampler, TrainBatchSampler
+from data.samplers import ReadAheadSampler, ShardSampler, TrainBatchSampler
 from data.workers import (
     TrackedDataset,
     WorkerStopped,
@@ -140,7 +140,7 @@ def _loader(
 ) -> Loader:
     return Loader(
         TrackedDataset(dataset, num_workers),
-        batch_sampler=sampler,
+        batch_sampler=ReadAheadSampler(sampler, num_workers),
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

@@ -6,13 +6,14 @@
 import hashlib
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data.ranges import File, open_files
+from data.remote import RemotePath
 from utils.errors import DataError
 
 INFO, INDEX = "pack.json", "index.npz"
@@ -24,12 +25,14 @@ class PackIndex(NamedTuple):
 
     names: bytes [N], `<class>/<file>`, sorted.
     where: int64 [N, 4]: size, shard, offset in the shard, CRC-32.
+    shards: the files that hold them.
     info: what it was made from and how: `source`, the fingerprint of the dataset that was packed,
     `shorter_side` and `quality` if it was encoded again, the shards' sizes, the index's SHA-256.
     """
 
     names: np.ndarray
     where: np.ndarray
+    shards: list[File]
     info: dict
 
 
@@ -49,7 +52,7 @@ def write_index(folder: Path, names: np.ndarray, where: np.ndarray, info: dict) 
     (folder / INFO).write_text(json.dumps(info, indent=1), encoding="utf-8")
 
 
-def read_index(folder: Path) -> PackIndex:
+def read_index(folder: Path | RemotePath) -> PackIndex:
     """The index of the pack `folder`, checked against its own checksum and the sizes of the shards.
 
     Raises DataError, naming the file, if anything is missing, cut or damaged.
@@ -67,10 +70,12 @@ def read_index(folder: Path) -> PackIndex:
             raise DataError(f"{folder / INDEX}: differs from its SHA-256 in {INFO}; {remedy}")
         with np.load(io.BytesIO(content)) as arrays:
             names, where = arrays["names"], arrays["where"]
-        for number, size in enumerate(info["shards"]):
-            shard = folder / shard_name(number)
-            if (found := os.stat(shard).st_size) != size:
-                raise DataError(f"{shard}: holds {found} bytes, expected {size}; {remedy}")
+        shards = open_files([folder / shard_name(n) for n in range(len(info["shards"]))])
+        for shard, size in zip(shards, info["shards"], strict=True):
+            if shard.size != size:
+                raise DataError(
+                    f"{shard.path}: holds {shard.size} bytes, expected {size}; {remedy}"
+                )
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{folder}: not a readable pack ({error}); {remedy}") from error
-    return PackIndex(names, where, info)
+    return PackIndex(names, where, shards, info)

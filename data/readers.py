@@ -1,4 +1,4 @@
-"""Readers: the images of a split in a folder, pack, zip or tar, and their bytes by position.
+"""Readers: the images of a split in a folder, pack, zip or tar, and their bytes by position; packs and zips on servers.
 
 All hold the same tree `<class>/<file>`. An archive's directory is read once; its members are read in place, by
 position, in any number of processes. Nothing is ever unpacked, and an archive that programs would unpack differently
@@ -8,7 +8,6 @@ is refused.
 import bisect
 import copy
 import functools
-import io
 import os
 import stat
 import struct
@@ -16,7 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +32,17 @@ from data.listing import (
     suffix_of,
 )
 from data.names import Names
-from data.pack import read_index, shard_name
+from data.pack import INFO, read_index, shard_name
+from data.ranges import File, LocalFile, open_files
 from data.raw_forms import describe_raw_form
+from data.remote import RemotePath
 from utils.errors import DataError
 from utils.text import join_some, quantity
 
 Where = tuple[int, ...]  # a file's size and what else its reader needs to find it
 
 MAX_BYTES = 64 * 2**20  # of a file that claims to be one image
+LOCAL_HEADER = 256  # bytes in front of a zip member, about: 30, its name, extra fields
 MAX_RATIO = 200  # of a zip member's size, unpacked and packed; photographs hardly shrink at all
 PACK_ZIP = "pack the folder again with zip -0 -r"
 PACK_TAR = "pack the folder again with tar --dereference --hard-dereference -c"
@@ -62,7 +64,7 @@ class Reader:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | RemotePath,
         names: np.ndarray | Names,
         where: np.ndarray,
         folders: set[str],
@@ -71,9 +73,10 @@ class Reader:
         if not folders:
             loose = ignored[LOOSE]
             found = f"{quantity(loose, 'image')} and no class folder" if loose else "no image"
+            remedy = describe_raw_form(path.parent) if isinstance(path, Path) else None
             raise DataError(
                 f"{path}: holds {found}, expected <class>/<image>; "
-                f"{describe_raw_form(path.parent) or 'sort the images into one folder per class'}"
+                f"{remedy or 'sort the images into one folder per class'}"
             )
         self.path = str(path)
         self.names = names
@@ -89,6 +92,9 @@ class Reader:
     def read(self, index: int) -> bytes:
         """The bytes of image `index`; OSError, EOFError, ValueError or zlib.error if damaged."""
         raise NotImplementedError
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Request the bytes of images that are read soon from their server; does nothing for those on a disk."""
 
     def subset(self, indices: range | np.ndarray) -> "Reader":
         """A reader of the images at `indices` alone, positions in order or a mask."""
@@ -140,17 +146,42 @@ class FolderReader(Reader):
             return file.read(status.st_size)
 
 
-class PackReader(Reader):
-    """A split that tools/pack.py has written, every file checked against its CRC-32."""
-
-    def __init__(self, path: Path):
-        names, where, self.info = read_index(path)
-        super().__init__(path, names, where, set(_class_ranges(names)), Counter())
+class CheckedReader(Reader):
+    """A split of files whose index has their CRC-32, on a disk or on a server; the base of the two below."""
 
     def read(self, index: int) -> bytes:
-        """The bytes of image `index`; OSError, EOFError or ValueError if they are damaged."""
+        """The bytes of image `index`; OSError, EOFError, ValueError or zlib.error if they are damaged.
+
+        Damaged bytes are read a second time, past the cache of a server's files. Raises DataError if the server does
+        not give them, or has another file by now.
+        """
+        try:
+            return self.read_checked(index, fresh=False)
+        except (EOFError, ValueError, zlib.error):
+            return self.read_checked(index, fresh=True)
+
+    def read_checked(self, index: int, *, fresh: bool) -> bytes:
+        """The bytes of image `index`, `fresh` as in `RemoteFile.read`."""
+        raise NotImplementedError
+
+
+class PackReader(CheckedReader):
+    """A split that tools/pack.py has written."""
+
+    def __init__(self, path: Path | RemotePath):
+        names, where, self.shards, self.info = read_index(path)
+        super().__init__(path, names, where, set(_class_ranges(names)), Counter())
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Request the bytes of images that are read soon from their server."""
+        for index in indices:
+            size, shard, offset, _ = self.where[index].tolist()
+            self.shards[shard].prefetch(size, offset)
+
+    def read_checked(self, index: int, *, fresh: bool) -> bytes:
+        """The bytes of image `index`, `fresh` as in `RemoteFile.read`."""
         size, shard, offset, crc = self.where[index].tolist()
-        data = _pread(os.path.join(self.path, shard_name(shard)), size, offset)
+        data = self.shards[shard].read(size, offset, fresh=fresh)
         if zlib.crc32(data) != crc:
             raise ValueError(
                 f"record {index}, at byte {offset} of {shard_name(shard)}: "
@@ -159,12 +190,13 @@ class PackReader(Reader):
         return data
 
 
-class ZipReader(Reader):
-    """A split inside a zip file, members stored or deflated, each checked against its CRC-32."""
+class ZipReader(CheckedReader):
+    """A split inside a zip file, members stored or deflated."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | RemotePath):
         try:
-            with zipfile.ZipFile(path) as archive:
+            (self.file,) = open_files([path])
+            with self.file.stream() as content, zipfile.ZipFile(content) as archive:
                 members = archive.infolist()
         except (
             OSError,
@@ -174,7 +206,7 @@ class ZipReader(Reader):
             zipfile.BadZipFile,
         ) as error:
             raise DataError(f"{path}: not a readable zip file ({error}); {PACK_ZIP}") from error
-        files, folders, end = [], [], os.path.getsize(path)
+        files, folders, end = [], [], self.file.size
         if not any("/" in member.filename for member in members):
             for member in members:  # packed by a program of Windows that took its own separator
                 member.filename = member.filename.replace("\\", "/")
@@ -196,23 +228,30 @@ class ZipReader(Reader):
                 _check_place(path, name, member.header_offset, packed, end)
                 where = member.file_size, member.header_offset, packed, method, member.CRC
                 files.append((name, where))
-        super().__init__(path, *_tree(path, files, folders, _read_zip_member))
+        read_member = functools.partial(_read_zip_member, self.file)
+        super().__init__(path, *_tree(path, files, folders, read_member))
 
-    def read(self, index: int) -> bytes:
-        """The bytes of member `index`; EOFError, ValueError or zlib.error if it is damaged."""
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Request the bytes of images that are read soon from their server."""
+        for index in indices:
+            _, header, packed, *_ = self.where[index].tolist()
+            self.file.prefetch(packed + LOCAL_HEADER, header)
+
+    def read_checked(self, index: int, *, fresh: bool) -> bytes:
+        """The bytes of member `index`, `fresh` as in `RemoteFile.read`."""
         size, *_, crc = where = self.where[index].tolist()
-        data = _read_zip_member(self.path, where, size)
+        data = _read_zip_member(self.file, where, size, fresh=fresh)
         if len(data) != size or zlib.crc32(data) != crc:
             raise ValueError("CRC-32 differs from the zip file's directory")
         return data
 
 
-def _read_zip_member(path: str | Path, where: Sequence[int], count: int) -> bytes:
+def _read_zip_member(file: File, where: Sequence[int], count: int, *, fresh: bool = False) -> bytes:
     """The first `count` bytes of a member, unpacked, and one more of one that is larger than its directory says."""
     size, header, packed, method, _ = where
     # The local header's extra fields are its own: only it knows its length.
-    name_length, extra_length = struct.unpack("<26x2H", _pread(str(path), 30, header))
-    data = _pread(str(path), packed, header + 30 + name_length + extra_length)
+    name_length, extra_length = struct.unpack("<26x2H", file.read(30, header, fresh=fresh))
+    data = file.read(packed, header + 30 + name_length + extra_length, fresh=fresh)
     if method == zipfile.ZIP_DEFLATED:
         data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, count + (count == size))
     return data
@@ -222,7 +261,8 @@ class TarReader(Reader):
     """A split inside an uncompressed tar file."""
 
     def __init__(self, path: Path):
-        files, folders, end = [], [], os.path.getsize(path)
+        self.file = LocalFile(path)
+        files, folders, end = [], [], self.file.size
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
@@ -244,33 +284,36 @@ class TarReader(Reader):
             raise DataError(
                 f"{path}: not a readable uncompressed tar file ({error}); {PACK_TAR}"
             ) from error
-        super().__init__(path, *_tree(path, files, folders, _read_tar_member))
+        read_member = functools.partial(_read_tar_member, self.file)
+        super().__init__(path, *_tree(path, files, folders, read_member))
 
     def read(self, index: int) -> bytes:
         """The bytes of member `index`; EOFError if the archive ends before it does."""
         where = self.where[index].tolist()
-        return _read_tar_member(self.path, where, where[0])
+        return _read_tar_member(self.file, where, where[0])
 
 
-def _read_tar_member(path: str | Path, where: Sequence[int], count: int) -> bytes:
+def _read_tar_member(file: File, where: Sequence[int], count: int) -> bytes:
     """The first `count` bytes of a member."""
     size, offset = where
-    return _pread(str(path), min(count, size), offset)
+    return file.read(min(count, size), offset)
 
 
-def open_split(root: str | Path, split: str) -> Reader:
-    """The reader of `split` below `root`: a pack, else a folder, a zip or a tar.
+def open_split(root: str | Path | RemotePath, split: str) -> Reader:
+    """The reader of `split` below `root`: a pack, else a folder, a zip or a tar; on a server a pack, else a zip.
 
     `val` may also be called `validation`. Raises DataError when there is none, when it cannot be
     listed or when it has no class folders.
     """
+    if isinstance(root, RemotePath):
+        return _open_remote_split(root, split)
     root = Path(root)
     if not root.is_dir():
         raise DataError(
             f"{root}: no such folder. Name yours with --data-path, link it here (ln -s FOLDER {root}), or make one "
             f"from downloaded files with tools/prepare.py (docs/data.md); {LAYOUT}"
         )
-    for name in (split, "validation") if split == "val" else (split,):
+    for name in _split_names(split):
         for suffix, kind, exists in (
             (".pack", PackReader, Path.is_dir),
             ("", FolderReader, Path.is_dir),
@@ -285,6 +328,24 @@ def open_split(root: str | Path, split: str) -> Reader:
     raise DataError(f"{root}: has no {split} split, found {found}; {remedy}")
 
 
+def _open_remote_split(root: RemotePath, split: str) -> Reader:
+    absent = []
+    for name in _split_names(split):
+        for suffix, kind, probe in ((".pack", PackReader, f"/{INFO}"), (".zip", ZipReader, "")):
+            path = root / (name + suffix)
+            if not (absence := (root / (name + suffix + probe)).absence()):
+                return kind(path)
+            absent.append(f"{path.name}: {absence}")
+    raise DataError(
+        f"{root}: no {split} split can be read there ({', '.join(absent)}). Make packs of your folders with "
+        "tools/pack.py and upload them; folders and tars are read from disks alone"
+    )
+
+
+def _split_names(split: str) -> tuple[str, ...]:
+    return (split, "validation") if split == "val" else (split,)
+
+
 def _class_ranges(names: np.ndarray | Names) -> dict[str, tuple[int, int]]:
     ranges, start = {}, 0
     while start < len(names):
@@ -295,24 +356,27 @@ def _class_ranges(names: np.ndarray | Names) -> dict[str, tuple[int, int]]:
     return ranges
 
 
-def _refused(path: Path, name: str, problem: str, remedy: str) -> DataError:
+def _refused(path: Path | RemotePath, name: str, problem: str, remedy: str) -> DataError:
     return DataError(f"{path}: member {name!r} {problem}; {remedy}")
 
 
-def _check_size(path: Path, name: str, size: int) -> None:
+def _check_size(path: Path | RemotePath, name: str, size: int) -> None:
     if size > MAX_BYTES:
         problem = f"has {size} bytes, more than {MAX_BYTES >> 20} MiB"
         raise _refused(path, name, problem, "pack nothing but images")
 
 
-def _check_place(path: Path, name: str, offset: int, size: int, end: int) -> None:
+def _check_place(path: Path | RemotePath, name: str, offset: int, size: int, end: int) -> None:
     if offset < 0 or size < 0 or offset + size > end:
         problem = f"would lie in bytes {offset} to {offset + size} of {end}"
         raise _refused(path, name, problem, "the archive is cut off or damaged, copy it again")
 
 
 def _tree(
-    path: Path, files: list[tuple[str, Where]], directories: list[str], read_member: Callable
+    path: Path | RemotePath,
+    files: list[tuple[str, Where]],
+    directories: list[str],
+    read_member: Callable,
 ) -> tuple[Names, np.ndarray, set[str], Counter[str]]:
     """The arguments of `Reader`, from the members of an archive; `read_member` reads the first bytes of one.
 
@@ -333,7 +397,7 @@ def _tree(
         seen.add(member)
         if any(map(is_hidden, parts)):
             ignored[HIDDEN] += 1
-        elif not is_image(member, functools.partial(_read_head, read_member, path, where)):
+        elif not is_image(member, functools.partial(_read_head, read_member, where)):
             ignored[suffix_of(member)] += 1
         else:
             images[member] = where
@@ -351,9 +415,9 @@ def _tree(
     return Names(names), where, set(map(os.fsdecode, classes)), ignored
 
 
-def _read_head(read_member: Callable, path: Path, where: Where) -> bytes:
+def _read_head(read_member: Callable, where: Where) -> bytes:
     try:
-        return read_member(path, where, HEAD_BYTES)
+        return read_member(where, HEAD_BYTES)
     except (OSError, EOFError, ValueError, struct.error, zlib.error):
         return b""  # damaged
 
@@ -361,20 +425,3 @@ def _read_head(read_member: Callable, path: Path, where: Where) -> bytes:
 def _parts(name: str) -> list[bytes]:
     """A member's path without what tar and zip may put before, between and after its parts."""
     return [os.fsencode(part) for part in name.split("/") if part not in ("", ".")]
-
-
-@functools.lru_cache(maxsize=16)
-def _handle(path: str, pid: int) -> io.FileIO:
-    """An open file per archive and process: a forked worker does not share its parent's."""
-    return open(path, "rb", buffering=0)
-
-
-def _pread(path: str, length: int, offset: int) -> bytes:
-    try:
-        data = os.pread(_handle(path, os.getpid()).fileno(), length, offset)
-    except OSError:
-        _handle.cache_clear()  # what a server has forgotten (ESTALE) has to be opened again
-        raise
-    if len(data) != length:
-        raise EOFError(f"the archive ends inside the file: {len(data)} of {length} bytes")
-    return data

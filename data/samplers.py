@@ -4,13 +4,18 @@ The order is a function of the seed and the position: nothing to save, and resum
 A micro-batch has `batch_size` images; a step has `micro_batches` of them, distributed evenly over the processes.
 """
 
+import math
+from collections import deque
 from collections.abc import Iterator
+from itertools import count, islice
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from utils.errors import DataError
 from utils.rng import key, permutation
+
+READ_AHEAD = 64  # images of a worker, at least: they take longer to decode than a server to answer
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
@@ -109,3 +114,38 @@ class ShardSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for start in self.starts:
             yield list(range(start, min(start + self.batch_size, self.num_samples)))
+
+
+class Batch(list):
+    """The addresses of the samples of a batch; `ahead` are those of later ones that its loader worker reads, too."""
+
+    def __init__(self, samples: list, ahead: list):
+        super().__init__(samples)
+        self.ahead = ahead
+
+
+class ReadAheadSampler(Sampler[Batch]):
+    """The batches of `sampler`, each with later samples of the same loader worker, so that it can request their files.
+
+    Workers take batches in turn. With its first batch a worker gets the samples of that one and of those until at
+    least READ_AHEAD images later; then, with each batch, those of one more.
+    """
+
+    def __init__(self, sampler: TrainBatchSampler | ShardSampler, num_workers: int):
+        self.sampler = sampler
+        self.workers = max(1, num_workers)
+        self.distance = self.workers * math.ceil(READ_AHEAD / sampler.batch_size)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.sampler)
+        window = deque(islice(batches, self.distance))
+        for number in count():
+            window.extend(islice(batches, 1))
+            if not window:
+                return
+            first = 0 if number < self.workers else self.distance
+            later = list(islice(window, first, None, self.workers))
+            yield Batch(window.popleft(), [sample for batch in later for sample in batch])

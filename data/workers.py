@@ -20,7 +20,8 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torch.utils.data import Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from data.dataset import EvalSample, ImageDataset, TrainSample
+from data.dataset import EvalSample, ImageDataset, TrainSample, image_index
+from data.samplers import Batch
 from utils import signals
 from utils.errors import DataError, StorageError, UserError
 from utils.machine import Shortage, find_shortage, shorten_socket_paths
@@ -56,11 +57,16 @@ class TrackedDataset(Dataset):
         worker = get_worker_info()
         if worker is None:
             return self.dataset[item]
-        index = item if isinstance(item, int) else item[1]
-        self.notes[worker.id, 1:3] = torch.tensor([index, time.monotonic()], dtype=torch.float64)
+        self.notes[worker.id, 1:3] = torch.tensor(
+            [image_index(item), time.monotonic()], dtype=torch.float64
+        )
         sample = self.dataset[item]
         self.notes[worker.id, 1] = IDLE
         return sample
+
+    def __getitems__(self, batch: Batch) -> list[TrainSample | EvalSample]:
+        self.dataset.prefetch(batch.ahead)
+        return [self[item] for item in batch]
 
     def worker_hang(self, timeout: float) -> DataError:
         """The error for no batch in `timeout` seconds: the worker that reads longest, and its image."""

@@ -33,6 +33,7 @@ from utils.text import join_some
 # Python they run on. The type of the device is compared.
 OWN = {
     *("OUTPUT", "DATA.PATH", "DATA.CLASS_LIST", "DATA.VERIFY", "DATA.NUM_WORKERS"),
+    *("DATA.CACHE_DIR", "DATA.CACHE_SIZE"),
     *("CHECKPOINT.RESUME", "CHECKPOINT.PRETRAINED", "TEST.SETS", "TEST.OUT"),
     *("DEVICE", "versions.python"),
 }

@@ -145,12 +145,17 @@ def check_num_classes(cfg: CfgNode, count: int, where: str) -> None:
         )
 
 
+def data_root(cfg: CfgNode) -> Path | data.RemotePath:
+    """The folder of DATA.PATH, on a disk or on a server."""
+    return data.open_root(cfg.DATA.PATH, **lower(cfg.DATA, ("CACHE_DIR", "CACHE_SIZE")))
+
+
 def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.ImageDataset:
     """The images of "train", augmented, or of "val", resized and cropped.
 
     With DATA.HOLDOUT both are parts of the training set, and the validation set is left unread.
     """
-    root, share = Path(cfg.DATA.PATH), cfg.DATA.HOLDOUT
+    root, share = data_root(cfg), cfg.DATA.HOLDOUT
     if split == "val" and not share:
         return open_set(cfg, root, split, classes, "own", cfg.DATA.VAL_SUBSET)
     if split == "val":
@@ -174,7 +179,7 @@ def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Imag
 
 def open_set(
     cfg: CfgNode,
-    root: Path,
+    root: Path | data.RemotePath,
     split: str,
     classes: list[str] | None,
     crop: str,

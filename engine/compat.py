@@ -36,7 +36,7 @@ IGNORED = {
     *("images.train", "images.val"),  # as the fingerprints do
     *("format", "revision", "versions.project", "versions.python", "reproducibility", "world_size"),
     *("OUTPUT", "TAG", "PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS", "THREADS", "DEVICE"),
-    *("DATA.PATH", "DATA.CLASS_LIST", "DATA.VAL_SUBSET"),
+    *("DATA.PATH", "DATA.CACHE_DIR", "DATA.CACHE_SIZE", "DATA.CLASS_LIST", "DATA.VAL_SUBSET"),
     *("DATA.NUM_WORKERS", "DATA.VERIFY", "DATA.MAX_BAD_SAMPLES"),
     *(
         "MODEL.NUM_CLASSES",

@@ -277,7 +277,7 @@ def find_sets(cfg: CfgNode, weights: Weights, *, has_val: bool) -> list[suite.Fo
     """The test sets to evaluate. Raises ConfigError where there is no folder for their predictions."""
     if not weights.is_checkpoint and not cfg.TEST.OUT:
         raise ConfigError("The predictions of a file of weights need a folder. Add --out DIR.")
-    data_path = Path(cfg.DATA.PATH)
+    data_path = build.data_root(cfg)
     return suite.find_sets(
         Path(cfg.TEST.SETS) if cfg.TEST.SETS else None,
         data_path if has_val or data_path.is_dir() else None,

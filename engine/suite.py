@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from analysis import imagenet
 from analysis.collector import Collector, View, extend_evaluation, write_evaluation, write_set
 from analysis.predictions import Evaluation, SetRecord
-from data import ImageDataset
+from data import ImageDataset, RemotePath
 from data.dataset import EvalSample
 from data.readers import open_split
 from utils.distributed import Process, on_main
@@ -75,7 +75,7 @@ class Found(NamedTuple):
     """A test set on the disk: `split` below `root` is what `open_split` opens; "" for a tree of several splits."""
 
     test_set: TestSet
-    root: Path
+    root: Path | RemotePath
     split: str
 
 
@@ -91,7 +91,9 @@ def parse_only(text: str) -> list[str]:
     return [FROM_VAL.get(word, word) for word in words] or list(GROUPS)
 
 
-def find_sets(folder: Path | None, data_path: Path | None, groups: Sequence[str]) -> list[Found]:
+def find_sets(
+    folder: Path | None, data_path: Path | RemotePath | None, groups: Sequence[str]
+) -> list[Found]:
     """The test sets of `groups` below `folder`, and val below `data_path`; logs what is found and what is missing.
 
     Raises DataError for a folder that is missing, a set that lies there twice, and where there is nothing.

@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 import config
 from analysis import imagenet
 from data import ImageDataset, allowed_files, steps_per_epoch
+from engine import build
 from tools.checks.forecast import check_cost
 from tools.checks.images import examine, judge_images
 from tools.checks.layout import check_links, open_splits
@@ -73,7 +74,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, config.Command | No
 def run_checks(args: argparse.Namespace, command: config.Command | None, report: Report) -> None:
     """Run all checks, in the order in which a run would fail."""
     cfg = command.cfg if command else None
-    root = Path(cfg.DATA.PATH if cfg else args.data_path)
+    root = build.data_root(cfg) if cfg else Path(args.data_path)
     splits = ["val"] if command and command.mode == "eval" else ["train", "val"]
 
     report.section(f"Data in {root}")
@@ -83,11 +84,13 @@ def run_checks(args: argparse.Namespace, command: config.Command | None, report:
     report.show(findings)
     datasets, findings = open_splits(root, splits, cfg, evaluated and evaluated.classes)
     report.show(findings)
-    for dataset in datasets.values():
-        report.show(check_links(root, dataset))
+    if isinstance(root, Path):
+        for dataset in datasets.values():
+            report.show(check_links(root, dataset))
     if datasets:
         output = Path(cfg.OUTPUT if cfg else config.KEYS["OUTPUT"].default)
-        index = args.index or output / "doctor" / f"{root.resolve().name}.jsonl"
+        name = root.resolve().name if isinstance(root, Path) else root.name
+        index = args.index or output / "doctor" / f"{name}.jsonl"
         tally = examine(datasets, index, args.pixels, args.sha, args.jobs)
         limit = cfg.DATA.MAX_BAD_SAMPLES if cfg else config.KEYS["DATA.MAX_BAD_SAMPLES"].default
         allowed = allowed_files(limit, len(datasets.get("train", ())))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from utils.addresses import SCHEMES, is_address
 from utils.download import PINNED_URL
 
 
@@ -89,6 +90,15 @@ NAME = Check("a model's name", lambda value: re.fullmatch(r"\w([\w.:/-]*\w)?", v
 NAME_OR_NONE = Check("a model's name", lambda value: value == "" or NAME.holds(value))
 PATH = Check(PATH_TEXT, _literal_path)
 FILLED_PATH = Check(PATH_TEXT, lambda value: bool(value) and _literal_path(value))
+DATA_PATH = Check(
+    f"a path, written out (no ~ or $), or an address that begins with {', '.join(f'{name}://' for name in SCHEMES)}",
+    lambda value: (bool(value) and _literal_path(value)) or is_address(value),
+    lambda value: (
+        "; without a password or query, which would be written to files: docs/data.md says where they go"
+        if "://" in value and any(sign in value for sign in "@?#")
+        else ""
+    ),
+)
 WEIGHTS = Check(
     "a path, written out (no ~ or $), or https://…#sha256=<64 hex digits>",
     lambda value: _literal_path(value) or PINNED_URL.fullmatch(value),

@@ -6,6 +6,8 @@ import re
 import yaml
 from yacs.config import CfgNode
 
+from utils.addresses import hide_secrets
+
 
 class Loader(yaml.SafeLoader):
     """Plain YAML: 1e-3 is a number and dates are text; tags could build objects, aliases endless structures."""
@@ -49,7 +51,7 @@ def locate_node(label: str, node: yaml.Node) -> str:
 
 
 def format_node(node: yaml.Node) -> str:
-    """A node as its author wrote it, on one short line."""
+    """A node as its author wrote it, on one short line, without passwords."""
     if not isinstance(node, yaml.ScalarNode):
         text = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
         text = " ".join(text.split())
@@ -57,6 +59,7 @@ def format_node(node: yaml.Node) -> str:
         text = repr(node.value)
     else:
         text = node.value or "nothing"
+    text = hide_secrets(text)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from yacs.config import CfgNode
 
-from data import ImageDataset
+from data import ImageDataset, RemotePath
 from data.listing import HIDDEN
 from data.readers import FolderReader
 from engine import build
@@ -19,7 +19,10 @@ MANY_IGNORED = 0.05  # ignored files by image that are worth a warning
 
 
 def open_splits(
-    root: Path, splits: list[str], cfg: CfgNode | None, classes: list[str] | None = None
+    root: Path | RemotePath,
+    splits: list[str],
+    cfg: CfgNode | None,
+    classes: list[str] | None = None,
 ) -> tuple[dict[str, ImageDataset], list[Finding]]:
     """The datasets that can be opened, by split, and findings about their layout and classes.
 
