@@ -28,6 +28,7 @@ from utils.errors import DataError
 
 REQUESTS = 32  # of a process at once
 MOST_BLOCKS = 16  # of a request
+MOST_PENDING = 512  # blocks in memory that are to be read soon, or cannot be kept on a disk
 TIMEOUT = 15.0  # seconds for the answer to a request
 PAUSES = (0.1, 0.5, 2.0, 8.0, 20.0)  # seconds before each retry
 # What a server's answer means is final, but for these: try later, too early, too many requests.
@@ -153,6 +154,8 @@ class RemoteFile:
             request = client.submit(self._fetch(client, numbers[:count]))
             client.pending.update(dict.fromkeys([(self.key, n) for n in numbers[:count]], request))
             numbers = numbers[count:]
+        while len(client.pending) > MOST_PENDING:
+            del client.pending[next(iter(client.pending))]
 
     def stream(self) -> BinaryIO:
         """The file from its beginning, to be closed."""
@@ -160,14 +163,17 @@ class RemoteFile:
 
     def _block(self, number: int) -> bytes:
         client = _client_of(self.path)
-        request = client.pending.pop((self.key, number), None)
+        request = client.pending.get((self.key, number))
         if request is None:
             length = min(BLOCK, self.size - number * BLOCK)
             data = self.cache.load(self.key, number, length)
             if data is not None:
                 return data
             request = client.submit(self._fetch(client, [number]))
-        return request.result()[number]
+        data = request.result()[number]
+        if self.cache.has(self.key, number):
+            client.pending.pop((self.key, number), None)
+        return data
 
     def _forget(self, numbers: range) -> None:
         client = _client_of(self.path)
@@ -262,7 +268,7 @@ class _RefusedError(Exception):
 class _Client:
     """The requests of this process to servers of one scheme, in fsspec's thread.
 
-    pending: what is requested and not read yet, by file and block.
+    pending: what is requested and not read yet, by file and block, oldest first; and what was read but is not kept.
     """
 
     def __init__(self, scheme: str):

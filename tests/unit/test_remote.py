@@ -148,6 +148,13 @@ def test_later_batches_are_requested_before_they_are_read(server, opened, monkey
     assert len(server.requests) == count
 
 
+def test_without_a_cache_neighbours_share_a_request(server, opened):
+    dataset = opened(size=0)
+    server.requests.clear()
+    contents(dataset)
+    assert len(server.parts()) == 2
+
+
 def test_requests_run_at_the_same_time(packed, tmp_path):
     large = tmp_path / "large"
     large.write_bytes(os.urandom(40 * BLOCK))
