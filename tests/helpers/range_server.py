@@ -62,8 +62,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        content, status = file.read_bytes(), file.stat()
-        start, end = 0, len(content)
+        status = file.stat()
+        start, end = 0, status.st_size
         if part:
             first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", part).groups())
             start, end = first, min(last + 1, end)
@@ -72,7 +72,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(end - start))
         self.end_headers()
         if self.command == "GET":
-            body = content[start:end]
+            with file.open("rb") as content:
+                content.seek(start)
+                body = content.read(end - start)
             with contextlib.suppress(OSError):  # who asked has given up
                 self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
             self.close_connection = fault == "cut"
