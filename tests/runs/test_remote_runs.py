@@ -54,17 +54,17 @@ def test_killed_and_resumed_on_a_server_with_faults_equals_the_disk(packed, unbr
     assert outcome(tmp_path) == outcome(unbroken)
 
 
-def test_a_file_that_changes_in_mid_run_ends_it_by_its_name(packed, tmp_path):
+def test_a_file_that_changes_after_the_start_ends_the_run_by_its_name(packed, tmp_path):
     served = shutil.copytree(packed, tmp_path / "served")
     shard = served / "train.pack" / "shard-00000.bin"
+    content = shard.read_bytes()
     with serve(served) as server:
-        parts = []
 
-        def changes(method, path, part):
-            if path.endswith(f"train.pack/{shard.name}") and part:
-                parts.append(part)
-                if len(parts) == 4:
-                    shard.write_bytes(shard.read_bytes()[::-1])
+        def changes(
+            method, path, part
+        ):  # before the first images are sent, after the run has opened the file
+            if path.endswith(f"train.pack/{shard.name}") and part and shard.read_bytes() == content:
+                shard.write_bytes(content[::-1])
 
         server.fault = changes
         argv = arguments(tmp_path, server.address, "--opts", "DATA.CACHE_SIZE=0")
