@@ -25,7 +25,7 @@ from analysis.predictions import (
     read_logits,
     read_predictions,
 )
-from utils.errors import DataError
+from utils.errors import DataError, StorageError
 from utils.files import write_atomically
 from utils.text import join_some
 
@@ -59,8 +59,13 @@ def read_scores(folder: str | Path) -> Scores:
 
 
 def write_comparison(folder: str | Path, comparison: Scores) -> None:
-    """Write comparison.json and comparison.md to `folder`. Raises StorageError if they cannot be written."""
-    _write(Path(folder), "comparison", comparison, tables.format_comparison(comparison))
+    """Write comparison.json and comparison.md to `folder`, which is made. Raises StorageError if that is impossible."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made: {error.strerror}.") from error
+    _write(folder, "comparison", comparison, tables.format_comparison(comparison))
 
 
 def _write(folder: Path, name: str, scores: Scores, text: str) -> None:

@@ -243,8 +243,7 @@ def test_quoted_file_names(tmp_path):
 
 def test_two_models_are_compared_image_by_image(tmp_path, folder, capsys):
     second = other(tmp_path)
-    out = tmp_path / "out"
-    out.mkdir()
+    out = tmp_path / "a new" / "folder"
     assert score.main([str(folder), str(second), "--out", str(out)]) == 0
     [row] = json.loads((out / "comparison.json").read_text())["rows"]
     a, b = (read_predictions(one / "val.csv").right for one in (folder, second))
