@@ -1,7 +1,6 @@
 """Evaluation of weights, checkpoints and runs on val and other test sets, and timing of a model."""
 
 import functools
-import hashlib
 import json
 import shlex
 import sys
@@ -27,6 +26,7 @@ from engine.hooks import InterruptibleLoader
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
 from engine.sanity import class_order_warnings
+from engine.weight_files import hash_weights
 from utils.distributed import Process, explain_failures, on_main, share_errors
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError
@@ -292,12 +292,6 @@ def class_list_of(cfg: CfgNode, found: list[suite.Found]) -> tuple[list[str], st
     return imagenet.wnids(), "ImageNet-1k"
 
 
-def hash_file(file: Path) -> str:
-    """SHA-256 of `file`."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def build_evaluation(
     cfg: CfgNode,
     weights: Weights,
@@ -309,7 +303,7 @@ def build_evaluation(
 ) -> Evaluation:
     """The record of what an evaluation depends on, without its folder and sets."""
     step = weights.metadata["step"] if weights.is_checkpoint else None
-    digest = weights.digests.get(kind) or hash_file(file)
+    digest = weights.digests.get(kind) or hash_weights(file)
     return Evaluation(
         folder=Path(),
         weights={"path": str(file), "sha256": digest, "step": step, "kind": kind},

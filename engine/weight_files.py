@@ -4,6 +4,7 @@ A pickle is read by torch's reader for weights. Of the other classes that traine
 known to be harmless become inert data: `Inert`, a dict or a list. All others are refused by their name.
 """
 
+import hashlib
 import io
 import mmap
 import pickle
@@ -223,6 +224,20 @@ def read_weights(path: Path, *, ema: bool = False, key: str | None = None) -> di
     if removed:
         logger.info(f"{path}: removed {', '.join(removed)}")
     return tensors
+
+
+def hash_weights(path: Path) -> str:
+    """SHA-256 of a file of weights, alone or in a folder; of weights in several files that of their hashes."""
+    file = find_file(path) if path.is_dir() else path
+    if not file.name.endswith(".index.json"):
+        return _hash_file(file)
+    hashes = [_hash_file(part) for part in (file, *file_kinds.read_index(file))]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _hash_file(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def find_file(folder: Path) -> Path:

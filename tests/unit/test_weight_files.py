@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from engine import checkpoint
 from engine.pretrained import load_pretrained
-from engine.weight_files import HARMLESS, read_weights
+from engine.weight_files import HARMLESS, hash_weights, read_weights
 from tests.unit.test_pretrained import make_run, micro, same
 from tools.checkpoint import main as tool
 from tools.common.weights import describe
@@ -533,3 +533,22 @@ def test_the_remedy_for_other_classes_names_the_keys(model, tmp_path):
         CheckpointError, match=r"10 classes, the data has 3.*CLASS_LIST.*VAL_SUBSET"
     ):
         load_pretrained(micro(3), tmp_path / "w.pth", strict=True)
+
+
+# --- Hashes ---------------------------------------------------------------------------------------
+
+
+def test_a_hash_is_that_of_the_tensors_files_wherever_they_lie(tmp_path):
+    alone, parts = tmp_path / "alone", tmp_path / "parts"
+    for folder in (alone, parts):
+        folder.mkdir()
+    safetensors.torch.save_file({"a": torch.zeros(2)}, alone / "model.safetensors")
+    assert hash_weights(alone) == hash_weights(alone / "model.safetensors")
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    (parts / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = set()
+    for value in (0.0, 1.0):
+        safetensors.torch.save_file({"a": torch.zeros(2)}, parts / "1.safetensors")
+        safetensors.torch.save_file({"b": torch.full((2,), value)}, parts / "2.safetensors")
+        found.add(hash_weights(parts))
+    assert len(found) == 2, "the index is the same"

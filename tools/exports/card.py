@@ -12,7 +12,7 @@ from analysis.runs import read_run
 from analysis.scores import read_scores
 from analysis.statistics import wilson
 from engine import build, checkpoint, compat
-from engine.evaluate import hash_file
+from engine.weight_files import hash_weights
 from models.dat import VARIANTS
 from tools.common.classifier import CONFIG_SUFFIXES, Classifier
 from utils.errors import DataError
@@ -52,7 +52,7 @@ def find_origin(path: Path, ema: bool) -> Origin:
         return Origin(path.name, None, "random")
     step = checkpoint.origin_of(path) if path.exists() else None
     if step is None:
-        return Origin(path.name, hash_file(path) if path.is_file() else None, "model")
+        return Origin(path.name, hash_weights(path), "model")
     kind = "ema" if ema or path.name == "ema.safetensors" else "model"
     file = f"{kind}.safetensors"
     run = step.resolve().parents[1]

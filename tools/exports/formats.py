@@ -150,6 +150,8 @@ def write_hf(classifier: Classifier, folder: Path, *, half: bool) -> None:
             "crop_pct": cfg.TEST.CROP_PCT,
         },
     )
+    # safetensors lets only its owner read what it writes.
+    (folder / FILES["hf"]).chmod((folder / "config.json").stat().st_mode)
 
 
 @torch.no_grad()
