@@ -5,7 +5,7 @@ folder names alone, never from a folder's position. docs/evaluation.md says what
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -367,6 +367,10 @@ class KeptImages(Dataset):
         sample = self.dataset[int(self.indices[index])]
         label = sample.label if sample.bad else int(self.labels[index])
         return sample._replace(label=label, index=index)
+
+    def prefetch(self, items: Iterable[int]) -> None:
+        """Request the files of images that are read soon, if they are on a server."""
+        self.dataset.prefetch(int(self.indices[index]) for index in items)
 
     def __str__(self) -> str:
         return f"{self.reader.path}: {quantity(len(self), 'image')} of {quantity(len(self.classes), 'class')}"
