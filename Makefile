@@ -44,7 +44,7 @@ lint: $(VENV)/installed
 
 pictures: $(VENV)/installed
 	photos=$$($(VENV)/bin/python -c "from importlib.resources import files; print(files('sklearn.datasets.images'))"); \
-	$(VENV)/bin/python tools/explore.py $$photos/china.jpg $$photos/flower.jpg --resume $(PICTURED) --size 224 \
+	$(VENV)/bin/python tools/explore.py $$photos/china.jpg $$photos/flower.jpg --pretrained weights/dat_pp_nano_imagenette --size 224 \
 	    --point 0.3,0.42 --out output/explore.html && \
 	$(VENV)/bin/python tools/report.py $(PICTURED) --pictures $$photos/china.jpg $$photos/flower.jpg
 	$(VENV)/bin/python tools/screenshot.py output/explore.html docs/explorer.png
