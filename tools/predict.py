@@ -55,6 +55,9 @@ class Pictures(Dataset):
         self.transform = classifier.transform
         self.apply_exif = classifier.apply_exif
 
+    def prefetch(self, items: Iterable[int]) -> None:
+        """Do nothing: pictures are on a disk."""
+
     def __len__(self) -> int:
         return len(self.files)
 
