@@ -4,7 +4,7 @@
 Works while the run is training. Damaged records are reported and left out.
 
 examples:
-  python tools/curves.py output/dat_micro/cifar10
+  python tools/curves.py output/dat_pp_micro/cifar10
   python tools/curves.py output/dat_tiny/default --out curves.svg
 """
 
