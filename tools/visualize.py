@@ -6,7 +6,7 @@ random ones. The image is cropped as for an evaluation.
 
 examples:
   python tools/visualize.py --cfg configs/dat_tiny.yaml --pretrained dat_tiny_in1k_224.pth --image cat.jpg
-  python tools/visualize.py --cfg configs/cifar10.yaml --resume output/dat_pp_micro/cifar10 --image horse.jpg --block 3.2
+  python tools/visualize.py --cfg configs/cifar10.yaml --resume output/dat_pp_micro/cifar10 --image cat.jpg --block 3.2
 """
 
 import argparse
