@@ -40,11 +40,19 @@ def explain_compile_errors() -> Iterator[None]:
     """Raise a ConfigError with the key to change where a compiler fails."""
     try:
         yield
-    except Exception as error:
-        for module, base, what, remedy in COMPILERS:
-            if isinstance(error, getattr(sys.modules.get(module), base, ())):
-                reason = " ".join(str(error).strip().partition("\n\n")[0].split())
-                reason = textwrap.shorten(reason, 400, placeholder=" …")
-                message = f"{what} failed ({type(error).__name__}: {reason}). Set {remedy}."
-                raise ConfigError(message) from error
-        raise
+    except tuple(_compiler_errors()) as error:
+        found = _compiler_errors().items()
+        what, remedy = next(words for base, words in found if isinstance(error, base))
+        reason = " ".join(str(error).strip().partition("\n\n")[0].split())
+        reason = textwrap.shorten(reason, 400, placeholder=" …")
+        message = f"{what} failed ({type(error).__name__}: {reason}). Set {remedy}."
+        raise ConfigError(message) from error
+
+
+def _compiler_errors() -> dict[type[Exception], tuple[str, str]]:
+    """The errors of the compilers that are imported by now, with what failed and the remedy."""
+    return {
+        getattr(sys.modules[module], base): (what, remedy)
+        for module, base, what, remedy in COMPILERS
+        if module in sys.modules
+    }
