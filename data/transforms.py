@@ -178,7 +178,8 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
         """Pixels to a picture of `self.size`."""
         image = pixels.permute(2, 0, 1)
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
-        # Of pictures of a few pixels timm's crop can round to nothing.
+        # Of pictures of a few pixels timm's crop can round to nothing, beside the last pixel.
+        top, left = min(top, image.shape[1] - 1), min(left, image.shape[2] - 1)
         crop = pixels[top : top + max(1, height), left : left + max(1, width)]
         resized = resize(crop, self.size, self.interpolation.value)
         return to_picture(resized.permute(1, 2, 0))

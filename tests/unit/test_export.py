@@ -300,6 +300,9 @@ def test_the_ema_is_exported(trained):
         "name": f"dat_micro/run/{step.name}/ema.safetensors",
         "sha256": digest,
         "kind": "ema",
+        "half": False,
+        "license": "unknown",
+        "note": "",
     }
     assert read_record(out)["weights"] == weights
 
