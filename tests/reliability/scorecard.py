@@ -2,13 +2,15 @@
 """Scorecard of reliability: 29 checks of what a run survives, and whether it ends in the same bits.
 
 python tests/reliability/scorecard.py --short                    ten minutes on two quiet cores
-python tests/reliability/scorecard.py                            an hour
+python tests/reliability/scorecard.py                            an hour and a half
+python tests/reliability/scorecard.py --resume                   the checks that an interrupted one lacks
 python tests/reliability/scorecard.py --only 1,7 --fault-seed 5  two checks, with the kills and damages of seed 5
 python tests/reliability/scorecard.py --write docs/reliability.md
 
---out FILE holds the details of every trial and is written after each check, so that an interrupted scorecard keeps
-what it measured. --write FILE replaces what a page has between its two scorecard markers. A check that this machine
-cannot run is reported as NOT RUN with the reason. Exit code 1 if a check fails.
+--out FILE holds the details of every trial and is written after each check. --resume keeps what FILE has, if its
+commit, machine and form are the same, and runs the checks that it lacks, or those that --only names. --write FILE
+replaces what a page has between its two scorecard markers. A check that this machine cannot run is reported as NOT RUN
+with the reason. Exit code 1 if a check fails.
 """
 
 import argparse
@@ -159,18 +161,22 @@ def replace_table(page: str, table: str) -> str:
 # --- Run ------------------------------------------------------------------------------------------
 
 
-def run_checks(checks: list[Check], sandbox: Sandbox, out: Path) -> dict:
-    """Run `checks` in turn; print a row and write `out` after each. The scorecard as it is written."""
-    card = {
+def new_card(short: bool, seed: int) -> dict:
+    """A scorecard without checks: what it is measured on, and the seed of its faults."""
+    return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "form": "short" if sandbox.short else "full",
-        "fault_seed": sandbox.seed,
+        "form": "short" if short else "full",
+        "fault_seed": seed,
         "commit": compat.revision(),
         "machine": compat.device_name(torch.device("cpu")),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "checks": [],
     }
+
+
+def run_checks(checks: list[Check], sandbox: Sandbox, card: dict, out: Path) -> None:
+    """Run `checks` in turn; after each, print its row, put it into `card` and write that to `out`."""
     print(
         f"The {card['form']} scorecard of {card['date']}: fault seed {sandbox.seed}, commit {card['commit']}, "
         f"{card['cores']} cores of {card['machine']}, torch {torch.__version__}"
@@ -179,15 +185,16 @@ def run_checks(checks: list[Check], sandbox: Sandbox, out: Path) -> dict:
     for check in checks:
         if sys.stdout.isatty():
             print(f"{check.number:>2}  {check.name} …", end="\r", flush=True)
-        card["checks"].append(run_check(check, sandbox))
+        record = run_check(check, sandbox)
+        others = [other for other in card["checks"] if other["number"] != check.number]
+        card["checks"] = sorted([*others, record], key=lambda record: record["number"])
         write_atomically(out, json.dumps(card, indent=1, default=str) + "\n")
-        print(format_row(card["checks"][-1]), flush=True)
+        print(format_row(record), flush=True)
     minutes = sum(record["seconds"] for record in card["checks"]) / 60
     print(
         f"{count_results(card['checks'])} in {minutes:.1f} min; details in {out}; "
         f"the same faults again: --fault-seed {sandbox.seed}"
     )
-    return card
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -197,6 +204,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--short", action="store_true", help="fewer trials, for every change")
     parser.add_argument("--only", metavar="N,N", help="the numbers of some checks")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what --out has, run what it lacks"
+    )
     parser.add_argument("--fault-seed", type=int, metavar="N", help="of every kill and damage")
     parser.add_argument("--out", type=Path, default=Path("output/scorecard.json"), metavar="FILE")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this page")
@@ -209,11 +219,35 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     args.checks = [known[name] for name in names]
     if args.out.is_dir():
         parser.error(f"--out {args.out}: a folder, expected a file to write")
-    if args.write and args.only:
+    seed = random.randrange(10_000) if args.fault_seed is None else args.fault_seed
+    args.card = new_card(args.short, seed)
+    if args.resume:
+        args.card = resumed_card(args, parser)
+    measured = {record["number"] for record in args.card["checks"]}
+    if not args.only:
+        args.checks = [check for check in args.checks if check.number not in measured]
+    if args.write and len(measured | {check.number for check in args.checks}) < len(CHECKS):
         parser.error("--write: expected every check; remove --only")
     if args.write and not (args.write.is_file() and markers_in(args.write.read_text())):
         parser.error(f"--write {args.write}: expected a page with {BEGIN} and {END}, once each")
     return args
+
+
+def resumed_card(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict:
+    """The scorecard that --out holds; an error unless this program, machine and form made it."""
+    if not args.out.is_file():
+        parser.error(f"--resume: --out {args.out} does not exist")
+    card = json.loads(args.out.read_text())
+    for name in ("form", "commit", "machine", "cores", "versions"):
+        if card[name] != args.card[name]:
+            parser.error(
+                f"--resume: {args.out} has {name} {card[name]}, now it is {args.card[name]}"
+            )
+    if args.fault_seed not in (None, card["fault_seed"]):
+        parser.error(
+            f"--resume: {args.out} has fault seed {card['fault_seed']}; remove --fault-seed"
+        )
+    return card
 
 
 def markers_in(page: str) -> bool:
@@ -224,13 +258,13 @@ def markers_in(page: str) -> bool:
 def main(arguments: list[str]) -> int:
     """Run the scorecard; returns 1 if a check fails, 130 if it was interrupted."""
     args = parse_arguments(arguments)
-    seed = random.randrange(10_000) if args.fault_seed is None else args.fault_seed
     args.out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="scorecard-"))
     folder.chmod(0o755)  # a trial without root's rights reads there as well
     os.environ["SCORECARD"] = str(folder)  # marks what trials start as programs
     try:
-        card = run_checks(args.checks, Sandbox.create(folder, seed, args.short), args.out)
+        sandbox = Sandbox.create(folder, args.card["fault_seed"], args.short)
+        run_checks(args.checks, sandbox, args.card, args.out)
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was measured is in {args.out}", flush=True)
         kill(*find_processes(f"SCORECARD={folder}"))
@@ -243,8 +277,10 @@ def main(arguments: list[str]) -> int:
         else:
             shutil.rmtree(folder, ignore_errors=True)
     if args.write:
-        write_atomically(args.write, replace_table(args.write.read_text(), format_markdown(card)))
-    return int(any(record["result"] == "FAIL" for record in card["checks"]))
+        write_atomically(
+            args.write, replace_table(args.write.read_text(), format_markdown(args.card))
+        )
+    return int(any(record["result"] == "FAIL" for record in args.card["checks"]))
 
 
 if __name__ == "__main__":

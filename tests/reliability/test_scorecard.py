@@ -92,6 +92,42 @@ def test_an_interrupted_scorecard_keeps_what_it_measured(tmp_path, monkeypatch):
     assert [record["number"] for record in card["checks"]] == [1]
 
 
+def test_a_resumed_scorecard_runs_what_is_missing(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}{END}")
+    replace_checks(monkeypatch, bad, good)
+    run(tmp_path, "--only", "2")
+    replace_checks(monkeypatch, bad, broken)
+    code, card = run(tmp_path, "--resume", "--write", str(page))
+    assert code == 1
+    assert [(record["number"], record["result"]) for record in card["checks"]] == [
+        (1, "FAIL"),
+        (2, "PASS"),
+    ]
+    assert "1 pass, 1 fail" in page.read_text()
+    replace_checks(monkeypatch, good, broken)
+    code, card = run(tmp_path, "--resume", "--only", "1")
+    assert code == 0
+    assert [record["result"] for record in card["checks"]] == ["PASS", "PASS"]
+
+
+def test_a_scorecard_of_other_code_or_faults_is_not_resumed(tmp_path, monkeypatch, capsys):
+    replace_checks(monkeypatch, good, good)
+    _, card = run(tmp_path, "--only", "2")
+    out = tmp_path / "card" / "scorecard.json"
+    for words, message in {
+        ("--short", "--fault-seed", "8"): "has fault seed 7; remove --fault-seed",
+        (): "has form short, now it is full",
+    }.items():
+        with pytest.raises(SystemExit):
+            scorecard.main([*words, "--resume", "--out", str(out)])
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(scorecard.compat, "revision", lambda: "0123")
+    with pytest.raises(SystemExit):
+        scorecard.main(["--short", "--resume", "--out", str(out)])
+    assert f"has commit {card['commit']}, now it is 0123" in capsys.readouterr().err
+
+
 def test_the_table_of_a_page_is_replaced(tmp_path, monkeypatch):
     replace_checks(monkeypatch, good, bad)
     page = tmp_path / "page.md"
@@ -119,6 +155,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path, capsys):
         ("--write", str(page)): "expected a page with",
         ("--write", str(tmp_path / "none.md")): "expected a page with",
         ("--write", str(page), "--only", "13"): "remove --only",
+        ("--resume", "--out", str(tmp_path / "none.json")): "does not exist",
     }
     for words, message in refused.items():
         with pytest.raises(SystemExit):
