@@ -62,7 +62,18 @@ class UnreadableError(Exception):
     """One image is damaged; stays inside this module."""
 
 
-class ImageDataset(Dataset):
+class LoadedDataset(Dataset):
+    """What a loader reads: samples by index, and what it needs besides."""
+
+    def path(self, index: int) -> str:
+        """Where sample `index` lies, for people."""
+        raise NotImplementedError
+
+    def prefetch(self, items: Iterable[int | tuple[int, int, int]]) -> None:
+        """Request the files of samples that are read soon; nothing where they are on a disk."""
+
+
+class ImageDataset(LoadedDataset):
     """The images of `<root>/<split>`, a folder, .zip, .tar or .pack of `<class>/<file>`; on a server .zip or .pack.
 
     transform: an image's pixels, uint8 [height, width, 3], to uint8 [3, H, W].
@@ -135,7 +146,7 @@ class ImageDataset(Dataset):
         self.reader.prefetch(image_index(item) for item in items)
 
     def path(self, index: int) -> str:
-        """Where image `index` lies, for people; inside an archive, as if that were a folder."""
+        """Where image `index` lies; inside an archive, as if that were a folder."""
         name = self.reader.names[index].decode(errors="backslashreplace")
         return os.path.join(self.reader.path, name)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from data.dataset import BadFile, EvalSample, ImageDataset, TrainSample
+from data.dataset import BadFile, EvalSample, LoadedDataset, TrainSample
 from data.samplers import ReadAheadSampler, ShardSampler, TrainBatchSampler
 from data.workers import (
     TrackedDataset,
@@ -104,7 +104,7 @@ class Loader(DataLoader):
 
 
 def train_loader(
-    dataset: ImageDataset,
+    dataset: LoadedDataset,
     sampler: TrainBatchSampler,
     *,
     num_workers: int,
@@ -119,7 +119,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: ImageDataset,
+    dataset: LoadedDataset,
     sampler: ShardSampler,
     *,
     num_workers: int,
@@ -131,7 +131,7 @@ def eval_loader(
 
 
 def _loader(
-    dataset: ImageDataset,
+    dataset: LoadedDataset,
     sampler: TrainBatchSampler | ShardSampler,
     collate: Callable,
     num_workers: int,

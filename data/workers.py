@@ -20,7 +20,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torch.utils.data import Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from data.dataset import EvalSample, ImageDataset, TrainSample, image_index
+from data.dataset import EvalSample, LoadedDataset, TrainSample, image_index
 from data.samplers import Batch
 from utils import signals
 from utils.errors import DataError, StorageError, UserError
@@ -41,7 +41,7 @@ class TrackedDataset(Dataset):
     waiting: whether the main thread waits for a batch of them.
     """
 
-    def __init__(self, dataset: ImageDataset, num_workers: int):
+    def __init__(self, dataset: LoadedDataset, num_workers: int):
         self.dataset = dataset
         self.death: WorkerStopped | UserError | None = None
         self.waiting = False

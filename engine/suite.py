@@ -18,7 +18,7 @@ from analysis import imagenet
 from analysis.collector import Collector, View, extend_evaluation, write_evaluation, write_set
 from analysis.predictions import Evaluation, SetRecord
 from data import ImageDataset, RemotePath
-from data.dataset import EvalSample
+from data.dataset import EvalSample, LoadedDataset
 from data.readers import open_split
 from utils.distributed import Process, on_main
 from utils.errors import ConfigError, DataError, StorageError
@@ -348,7 +348,7 @@ def _open_objectnet(found: Found, classes: list[str], opener: OpenDataset) -> Pa
     return Pass(test_set.title, test_set.group, dataset, (view,), opener.pixels("border"), note)
 
 
-class KeptImages(Dataset):
+class KeptImages(LoadedDataset):
     """The images of the class folders `names` of an ImageDataset, labelled by their position in `names`."""
 
     def __init__(self, dataset: ImageDataset, names: list[str]):
@@ -376,7 +376,7 @@ class KeptImages(Dataset):
         return f"{self.reader.path}: {quantity(len(self), 'image')} of {quantity(len(self.classes), 'class')}"
 
     def path(self, index: int) -> str:
-        """Where image `index` lies, for people."""
+        """Where image `index` lies."""
         return self.dataset.path(int(self.indices[index]))
 
     def file(self, index: int) -> str:

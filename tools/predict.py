@@ -22,14 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import data
 from analysis.collector import Collector, View
 from analysis.predictions import TOP, Predictions
-from data.dataset import EvalSample
+from data.dataset import EvalSample, LoadedDataset
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
 from engine import build
 from tools.common.classifier import (
@@ -47,16 +46,13 @@ from utils.logging import logger
 SUFFIXES = (".csv", ".jsonl")
 
 
-class Pictures(Dataset):
+class Pictures(LoadedDataset):
     """Image files in the order of `files`; one that cannot be read is black and `bad`."""
 
     def __init__(self, files: list[str], classifier: Classifier):
         self.files = files
         self.transform = classifier.transform
         self.apply_exif = classifier.apply_exif
-
-    def prefetch(self, items: Iterable[int]) -> None:
-        """Do nothing: pictures are on a disk."""
 
     def __len__(self) -> int:
         return len(self.files)

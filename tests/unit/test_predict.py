@@ -112,6 +112,9 @@ def test_any_model_of_timms_predicts_imagenet_by_name(tmp_path, capsys):
         (("--model", "dat_tinyy", "--pretrained", "x"), 2, "timm does not know"),
         (("--pretrained", "absent.pth"), 4, "does not exist"),
         (("--resume", "absent"), 4, "neither a run"),
+        (("--resume", "run", "--cfg", "a.yaml"), 2, "run has its own configuration; remove --cfg"),
+        (("--resume", "run", "--model", "resnet18"), 2, "remove --model"),
+        (("--pretrained", "w.pth", "--cfg", "a.yaml", "--ema"), 2, "--ema belongs to --resume"),
     ],
 )
 def test_weights_that_cannot_be_had_are_refused(tmp_path, capsys, argv, code, message):
@@ -124,8 +127,11 @@ def test_a_folder_whose_labels_do_not_fit_is_refused(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     content = {"architecture": "dat_micro", "num_classes": 3, "label_names": ["a", "b"]}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert predict.main([str(tmp_path / "a.png"), "--pretrained", str(tmp_path)]) == 4
+    command = [str(tmp_path / "a.png"), "--pretrained", str(tmp_path)]
+    assert predict.main(command) == 4
     assert "2 label_names for 3 classes" in capsys.readouterr().err
+    assert predict.main([*command, "--cfg", "a.yaml"]) == 2
+    assert "has its own configuration" in capsys.readouterr().err
 
 
 # --- Pictures -------------------------------------------------------------------------------------

@@ -125,8 +125,10 @@ def load_classifier(
     """The classifier that the flags of `add_arguments` name.
 
     names: "lemma", "definition", "wnid" or a text file, a name a line. untrained: a configuration alone is enough, and
-    has random weights, as the title says. Raises ConfigError, CheckpointError, DataError.
+    has random weights, as the title says. Raises ConfigError, also for a flag that these weights cannot use,
+    CheckpointError, DataError.
     """
+    _refuse_unused(args)
     opts = [*args.opts]
     if args.amp_dtype:
         opts += ["AMP_DTYPE", args.amp_dtype]
@@ -140,8 +142,9 @@ def load_classifier(
     described = None
     if args.resume:
         cfg, model, classes, title = _load_run(Path(args.resume), args.ema, opts, device)
-    elif args.pretrained and (folder := Path(args.pretrained) / "config.json").is_file():
-        cfg, model, classes, described, title = _load_folder(folder, opts, device)
+    elif _is_folder_of_weights(args.pretrained):
+        file = Path(args.pretrained, "config.json")
+        cfg, model, classes, described, title = _load_folder(file, opts, device)
     elif args.pretrained:
         cfg, model, classes, title = _load_file(args, opts, device)
     elif args.model:
@@ -163,11 +166,29 @@ def with_weights(args: argparse.Namespace, path: Path) -> argparse.Namespace:
     one = copy.copy(args)
     if path.suffix in CONFIG_SUFFIXES:
         one.cfg = str(path)
-    elif path.is_dir() and not (path / "config.json").is_file():
+    elif path.is_dir() and not _is_folder_of_weights(path):
         one.resume = str(path)
     else:
         one.pretrained = str(path)
     return one
+
+
+def _is_folder_of_weights(path: str | Path) -> bool:
+    """Whether `path` is a Hugging Face folder."""
+    return bool(path) and Path(path, "config.json").is_file()
+
+
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """Raise ConfigError for a flag that the weights of `args` cannot use."""
+    if args.ema and not args.resume:
+        raise ConfigError("--ema belongs to --resume; other weights are loaded as they are")
+    weights = args.resume or args.pretrained
+    if args.resume or _is_folder_of_weights(args.pretrained):
+        for flag, value in (("--cfg", args.cfg), ("--model", args.model)):
+            if value:
+                raise ConfigError(
+                    f"{flag} {value}: {weights} has its own configuration; remove {flag}, or change keys with --opts"
+                )
 
 
 def at_size(classifier: Classifier, size: int) -> Classifier:
@@ -261,8 +282,6 @@ def _load_file(args: argparse.Namespace, opts: list[str], device: torch.device) 
     saved = checkpoint.read_metadata(step)["classes"] if step else build.class_list(cfg)
     classes = saved or default_classes(cfg.MODEL.NUM_CLASSES or 1000)
     model = build.build_model(cfg, len(classes), device)
-    if args.ema:
-        raise ConfigError("--ema belongs to --resume; a file is loaded as it is")
     load_pretrained(model, path, strict=True)
     return cfg, model, classes, f"{cfg.MODEL.NAME}, {path}"
 
