@@ -42,9 +42,9 @@ def keep_ledger(path: Path, rank: int) -> None:
     ledger = os.open(f"{path}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     read, send = ImageDataset.__getitem__, agreement.send_state
 
-    def read_and_log(self: ImageDataset, item: int | tuple[int, int]) -> object:
+    def read_and_log(self: ImageDataset, item: int | tuple[int, int, int]) -> object:
         if self.train:
-            os.write(ledger, b"%d %d\n" % item)
+            os.write(ledger, b"%d %d\n" % item[:2])
         return read(self, item)
 
     def send_and_log(state: checkpoint.TrainState) -> None:

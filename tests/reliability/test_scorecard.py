@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.images import write_image_folder
+from helpers.pipeline import image_dataset, train_transform
 
 from reliability import scorecard
 from reliability.exact import RECORDED, hash_augmented, hash_order
-from reliability.harness import NotRunError, Result, Sandbox
-from reliability.process import kept_and_lost
+from reliability.harness import NotRunError, Result, Sandbox, run_in_fork
+from reliability.process import keep_ledger, kept_and_lost, read_ledger
 from reliability.scorecard import BEGIN, CHECKS, END, Check
 
 
@@ -176,6 +178,19 @@ def test_the_ledger_counts_what_was_kept_and_what_was_lost(tmp_path):
     kept, lost = kept_and_lost(paths, rank=0, share=2)
     assert kept == [f"0 {number}" for number in range(1, 7)]
     assert lost == 1
+
+
+def test_the_ledger_has_what_a_process_reads(tmp_path):
+    write_image_folder(tmp_path / "images", train=2, val=1)
+
+    def read_three() -> None:
+        keep_ledger(tmp_path / "ledger", rank=1)
+        dataset = image_dataset(tmp_path / "images", train=True, transform=train_transform(32))
+        for index in (3, 0, 5):
+            dataset[2, index, 0]
+
+    run_in_fork(read_three)
+    assert read_ledger(tmp_path / "ledger", rank=1) == (0, ["2 3", "2 0", "2 5"])
 
 
 def test_order_and_augmentation_are_frozen():
