@@ -43,10 +43,13 @@ def explain_compile_errors() -> Iterator[None]:
     except tuple(_compiler_errors()) as error:
         found = _compiler_errors().items()
         what, remedy = next(words for base, words in found if isinstance(error, base))
-        reason = " ".join(str(error).strip().partition("\n\n")[0].split())
-        reason = textwrap.shorten(reason, 400, placeholder=" …")
-        message = f"{what} failed ({type(error).__name__}: {reason}). Set {remedy}."
-        raise ConfigError(message) from error
+        raise ConfigError(f"{what} failed ({describe_error(error)}). Set {remedy}.") from error
+
+
+def describe_error(error: Exception) -> str:
+    """The kind of a compiler's error and the first paragraph of what it says, in one line."""
+    reason = " ".join(str(error).strip().partition("\n\n")[0].split())
+    return f"{type(error).__name__}: {textwrap.shorten(reason, 400, placeholder=' …')}"
 
 
 def _compiler_errors() -> dict[type[Exception], tuple[str, str]]:

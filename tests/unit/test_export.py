@@ -23,6 +23,7 @@ from helpers.commands import FENCE
 from helpers.evaluations import add_set, random_logits, write_evaluation
 from helpers.images import write_image_folder
 from helpers.runs import arguments
+from torch._inductor.exc import CppCompileError, InductorError
 
 import main
 from engine import checkpoint
@@ -237,6 +238,23 @@ def test_a_missing_compiler(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "absent-g++ -O1")
     argv = (small, tmp_path / "new" / "out", "--to", "aoti")
     refuse(capsys, tmp_path, *argv, code=2, message="there is no absent-g++ -O1: install g++")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (CppCompileError(["g++"], "no space left"), "CppCompileError: C++ compile error"),
+        (InductorError(OSError("killed"), None), "InductorError: OSError: killed"),
+    ],
+)
+def test_a_compiler_that_fails(error, message, small, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    argv = (small, tmp_path / "new" / "out", "--to", "aoti", "--size", 32)
+    message = f"--to aoti: the compiler failed ({message}). Leave aoti out"
+    refuse(capsys, tmp_path, *argv, code=2, message=message)
 
 
 def test_weights_that_are_not_finite(small, tmp_path, capsys, monkeypatch):

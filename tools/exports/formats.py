@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import data
 from engine import build
+from engine.compilation import describe_error
 from tools.common.classifier import Classifier
 from utils.errors import ConfigError, UserError
 from utils.logging import logger
@@ -194,12 +195,23 @@ def write_onnx(
 def write_programs(
     model: nn.Module, example: Tensor, batches: Batches, files: dict[str, Path]
 ) -> None:
-    """Of `files` "pt2", a program of torch.export, and "aoti", the same compiled."""
+    """Of `files` "pt2", a program of torch.export, and "aoti", the same compiled.
+
+    Raises ConfigError where the compiler fails.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError
+
     program = torch.export.export(model, (example,), dynamic_shapes=batches.dynamic_shapes)
     if "pt2" in files:
         torch.export.save(program, files["pt2"])
     if "aoti" in files:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(files["aoti"]))
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(files["aoti"]))
+        except (TorchDynamoException, CppCompileError) as error:
+            raise ConfigError(
+                f"--to aoti: the compiler failed ({describe_error(error)}). Leave aoti out, or set CXX to another one."
+            ) from error
 
 
 # --- Compare --------------------------------------------------------------------------------------
