@@ -30,6 +30,7 @@ from helpers.images import write_image_folder
 import main
 from engine import checkpoint
 from utils.logging import logger
+from utils.signals import SIGNALS
 
 logger.addHandler(logging.NullHandler())  # a trial writes to a log of its own
 for _late in ("engine.train", "torch._dynamo", "torch.utils.tensorboard"):
@@ -221,6 +222,8 @@ def _victim(
 ) -> None:
     _die_with_parent()
     os.setsid()  # a Ctrl-C is for the scorecard
+    for number in SIGNALS:  # which nohup or a shell's & may ignore
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, sys.stdout.fileno())

@@ -215,6 +215,7 @@ def stop_trial(sandbox: Sandbox, trial: tuple[int, int, float]) -> dict:
             sandbox.arguments(folder), log=folder / "log", processes=processes, hooks=[hook]
         )
         while not read_ledger(ledger, 0)[1]:
+            assert any(process.is_alive() for process in victim.processes), victim.output[-1000:]
             time.sleep(0.005)
         moment = random.uniform(0, 0.8 * seconds)
         if victim.ended_within(moment):

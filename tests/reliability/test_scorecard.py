@@ -4,6 +4,8 @@ The checks themselves take minutes: make scorecard.
 """
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from helpers.pipeline import image_dataset, train_transform
 
 from reliability import scorecard
 from reliability.exact import RECORDED, hash_augmented, hash_order
-from reliability.harness import NotRunError, Result, Sandbox, run_in_fork
+from reliability.harness import NotRunError, Result, Sandbox, launch, run_in_fork
 from reliability.process import keep_ledger, kept_and_lost, read_ledger
 from reliability.scorecard import BEGIN, CHECKS, END, Check
 
@@ -191,6 +193,17 @@ def test_the_ledger_has_what_a_process_reads(tmp_path):
 
     run_in_fork(read_three)
     assert read_ledger(tmp_path / "ledger", rank=1) == (0, ["2 3", "2 0", "2 5"])
+
+
+def test_victims_hear_signals_that_the_scorecard_ignores(tmp_path):
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        victim = launch(
+            log=tmp_path / "log", hooks=[lambda rank: os.kill(os.getpid(), signal.SIGHUP)]
+        )
+        assert victim.wait() == [-signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_order_and_augmentation_are_frozen():
