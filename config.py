@@ -6,6 +6,7 @@ is imported, so that help and refusals come at once. The values live in a yacs C
 """
 
 import argparse
+import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -358,10 +359,12 @@ def load_values(values: dict, where: str, opts: Iterable[str] = ()) -> CfgNode:
 
 def _read_cfg(path: str, draft: Draft) -> None:
     """Read the file of `--cfg`; the config.yaml that a first-edition run left in its directory is translated."""
-    file = Path(path)
-    in_run = file.name == "config.yaml" and (file.parent / "checkpoints").is_dir()
-    node = yaml.compose(file.read_text(encoding="utf-8"), Loader) if in_run else None
-    values = to_python(node) if isinstance(node, yaml.MappingNode) else {}
+    file, values = Path(path), {}
+    if file.name == "config.yaml" and (file.parent / "checkpoints").is_dir():
+        # What is wrong with the file is named where it is read below.
+        with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+            node = yaml.compose(file.read_text(encoding="utf-8"), Loader)
+            values = to_python(node) if isinstance(node, yaml.MappingNode) else {}
     if (translated := first_edition.translate_keys(values)) == values:
         read_file(path, "--cfg", draft)
         return
