@@ -78,8 +78,9 @@ class RunDir:
     def write_status(self, state: str, **values: object) -> None:
         """Write status.json: `state`, the time and `values`; of several processes that fail, the first one's.
 
-        The values of the last state "running", how far the run has come, are among those of its end. The others fail because it is gone. Only who holds the lock writes: the main process, and the others of its
-        run where they see its lock file. A failure to write is only a warning: no run ends for want of its status.
+        The others fail because it is gone. How a run ends is written with the values of its last "running", which say
+        how far it has come. Only who holds the lock writes: the main process, and the others of its run where they see
+        its lock file. A failure to write is only a warning: no run ends for want of its status.
         """
         if state == "running":
             self._progress = values
