@@ -16,7 +16,7 @@ import main
 import models
 from analysis import imagenet, statistics
 from analysis.predictions import read_evaluation, read_logits, read_predictions
-from engine import checkpoint, suite
+from engine import checkpoint, evaluate, suite
 from engine.weight_files import hash_weights
 
 CONFIG = """
@@ -233,6 +233,20 @@ def test_only_some_sets_and_a_second_evaluation_beside_the_first(trees, tmp_path
     assert main.main(command(trees, tmp_path, *more, "r", *settings)) == 3
     assert "differs in pixels.crop_pct, logits.amp_dtype" in capsys.readouterr().err
     assert not (tmp_path / "r.csv").exists()
+
+
+def test_two_evaluations_at_once_keep_the_sets_of_both(trees, tmp_path, capsys, monkeypatch):
+    more = ("--sets", str(trees / "sets"), "--only")
+    collect = evaluate._collect
+
+    def collect_beside_another(*arguments: object) -> None:
+        monkeypatch.setattr(evaluate, "_collect", collect)
+        assert main.main(command(trees, tmp_path, *more, "val")) == 0
+        collect(*arguments)
+
+    monkeypatch.setattr(evaluate, "_collect", collect_beside_another)
+    assert main.main(command(trees, tmp_path, *more, "a")) == 0
+    assert {r["set"] for r in results_of(capsys)["rows"]} == {"a", "val", "real"}
 
 
 def test_sizes_are_rows_of_one_table(trees, tmp_path, capsys):
