@@ -101,7 +101,7 @@ SCHEMA = (
     Key("DATA.IN_CHANS", 3, CHANNELS, "channels of the model's input; 1: the luma of the colours"),
     Key("DATA.MEAN", [0.485, 0.456, 0.406], COLOURS, "mean of the red, green and blue values, scaled to 0 … 1"),
     Key("DATA.STD", [0.229, 0.224, 0.225], SPREADS, "standard deviations of the same values"),
-    Key("DATA.NUM_WORKERS", 8, at_least(0), "loader processes of each process; 0: load in the process itself"),
+    Key("DATA.NUM_WORKERS", 8, between(0, 1024), "loader processes of each process; 0: load in the process itself"),
     Key("DATA.EXIF", "ignore", one_of("ignore", "apply"), "what to do with the EXIF orientation; published: ignore"),
     Key("DATA.VERIFY", "", PATH, "index of tools/doctor.py --sha, compared with every image read; empty: sizes alone"),
     Key("DATA.MAX_BAD_SAMPLES", -1, at_least(-1),
