@@ -140,7 +140,7 @@ def test_what_changed_a_moment_ago_is_not_kept(split, monkeypatch):
 
 
 def test_folders_without_a_time_are_listed_every_time(split, monkeypatch):
-    """As some drives of the network have them: nothing would tell of a change."""
+    """As on some network drives: no change would be noticed."""
     monkeypatch.setattr(data.listing, "change_time", lambda split, folder: 0)
     FolderReader(split)
     assert not (split.parent / ".train.index.npz").exists()
