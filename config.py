@@ -6,6 +6,7 @@ is imported, so that help and refusals come at once. The values live in a yacs C
 """
 
 import argparse
+import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ SCHEMA = (
     Key("DATA.IN_CHANS", 3, CHANNELS, "channels of the model's input; 1: the luma of the colours"),
     Key("DATA.MEAN", [0.485, 0.456, 0.406], COLOURS, "mean of the red, green and blue values, scaled to 0 … 1"),
     Key("DATA.STD", [0.229, 0.224, 0.225], SPREADS, "standard deviations of the same values"),
-    Key("DATA.NUM_WORKERS", 8, at_least(0), "loader processes of each process; 0: load in the process itself"),
+    Key("DATA.NUM_WORKERS", 8, between(0, 1024), "loader processes of each process; 0: load in the process itself"),
     Key("DATA.EXIF", "ignore", one_of("ignore", "apply"), "what to do with the EXIF orientation; published: ignore"),
     Key("DATA.VERIFY", "", PATH, "index of tools/doctor.py --sha, compared with every image read; empty: sizes alone"),
     Key("DATA.MAX_BAD_SAMPLES", -1, at_least(-1),
@@ -358,10 +359,12 @@ def load_values(values: dict, where: str, opts: Iterable[str] = ()) -> CfgNode:
 
 def _read_cfg(path: str, draft: Draft) -> None:
     """Read the file of `--cfg`; the config.yaml that a first-edition run left in its directory is translated."""
-    file = Path(path)
-    in_run = file.name == "config.yaml" and (file.parent / "checkpoints").is_dir()
-    node = yaml.compose(file.read_text(encoding="utf-8"), Loader) if in_run else None
-    values = to_python(node) if isinstance(node, yaml.MappingNode) else {}
+    file, values = Path(path), {}
+    if file.name == "config.yaml" and (file.parent / "checkpoints").is_dir():
+        # What is wrong with the file is named where it is read below.
+        with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+            node = yaml.compose(file.read_text(encoding="utf-8"), Loader)
+            values = to_python(node) if isinstance(node, yaml.MappingNode) else {}
     if (translated := first_edition.translate_keys(values)) == values:
         read_file(path, "--cfg", draft)
         return

@@ -82,7 +82,8 @@ def _excess(image: Image.Image, data: bytes) -> str | None:
         return f"{image.width} × {image.height} pixels, one side over {MAX_SIDES:,} times the other"
     if len(image.tile) > MAX_TILES:
         return f"{len(image.tile):,} parts, more than {MAX_TILES:,}"
-    if "JPEG" in (image.format, str(image.info.get("compression")).upper()):
+    # MPO: a JPEG with further pictures behind it.
+    if {"JPEG", "MPO"} & {image.format, str(image.info.get("compression")).upper()}:
         scans = data.count(SCAN)
         if pixels * scans > MAX_PASSES:
             return f"{scans:,} scans of {pixels:,} pixels, more than {MAX_PASSES:,} in all"

@@ -156,8 +156,11 @@ def load_listing(split: Path) -> Listing | None:
 
 
 def save_listing(split: Path, listing: Listing) -> None:
-    """Keep `listing` beside `split`, else under the user's cache folder, else nowhere."""
-    if listing.times.max() > time.time_ns() - SETTLED:
+    """Keep `listing` beside `split`, else under the user's cache folder, else nowhere.
+
+    It is not kept where a folder changed a moment ago, nor where folders have no time, as of some network drives.
+    """
+    if listing.times.max() > time.time_ns() - SETTLED or listing.times.min() <= 0:
         return
     for path in _index_paths(split):
         with contextlib.suppress(OSError, StorageError):

@@ -24,7 +24,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 from data.block_cache import BLOCK, BlockCache
 from utils.addresses import SCHEMES, is_address
-from utils.errors import DataError
+from utils.errors import ConfigError, DataError
 
 REQUESTS = 32  # of a process at once
 MOST_BLOCKS = 16  # of a request
@@ -56,8 +56,14 @@ def open_root(path: str, cache_dir: str, cache_size: float) -> "Path | RemotePat
 
 
 def default_cache() -> Path:
-    """The project's folder in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dat")
+    """The project's folder in the user's cache folder. Raises ConfigError for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dat")
+    except RuntimeError as error:
+        message = (
+            "this user has no home folder to keep parts of the data in; name a folder, or set HOME"
+        )
+        raise ConfigError(f"DATA.CACHE_DIR is empty, and {message}") from error
 
 
 # --- Paths and files ------------------------------------------------------------------------------

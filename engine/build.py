@@ -33,7 +33,7 @@ from engine.sanity import schedule_warnings
 from engine.state import TrainState
 from models.dat import VARIANTS
 from utils.devices import explain_no_gpu
-from utils.distributed import Process, init_distributed, on_main, share_errors
+from utils.distributed import Process, init_distributed, share_errors
 from utils.download import download
 from utils.errors import ConfigError
 from utils.logging import logger, start_logging
@@ -544,7 +544,9 @@ def build_metadata(
 ) -> dict:
     """What a checkpoint holds beside the state: enough to understand it, and to notice what changed since."""
     path = cfg.DISTILL.TEACHER_PATH
-    teacher = on_main(lambda: fingerprint(download(path))) if path else None
+    with share_errors():
+        teacher = fingerprint(download(path)) if path else None
+    agreement.require_same({"the teacher's SHA-256": teacher})  # each process has its own copy
     return {
         "format": CHECKPOINT_FORMAT,
         "model": cfg.MODEL.NAME,

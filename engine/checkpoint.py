@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -232,21 +232,34 @@ def _step_of(path: Path) -> int:
     return int(CHECKPOINT_NAME.fullmatch(path.name)[1])
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, None if it is valid: every file's size and SHA-256 are compared."""
+def verify(path: Path, files: Container[str] = FILES) -> str | None:
+    """What is wrong with the checkpoint at `path`, None if it is valid: each file's size and SHA-256 are compared.
+
+    files: the names of those that are compared.
+    """
     try:
-        return read_again(functools.partial(_find_damage, path))
+        return read_again(functools.partial(_find_damage, path, files))
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
 
 
-def _find_damage(path: Path) -> str | None:
+def require_valid(file: Path) -> None:
+    """Raise CheckpointError where `file` is one of a checkpoint and not what the manifest beside it says."""
+    if file.name not in FILES or not (file.parent / MANIFEST).exists():
+        return
+    if is_checkpoint(file.parent) and (damage := verify(file.parent, {file.name})):
+        raise CheckpointError(f"{file.parent}: {damage}. Take another checkpoint of its run.")
+
+
+def _find_damage(path: Path, files: Container[str]) -> str | None:
     name = MANIFEST
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if not REQUIRED <= manifest.keys() <= FILES:
             return f"{MANIFEST} is damaged: it does not list the files of a checkpoint"
         for name, expected in manifest.items():
+            if name not in files:
+                continue
             with (path / name).open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != expected["bytes"]:

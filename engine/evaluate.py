@@ -44,14 +44,14 @@ class Weights:
     path: Path
     classes: list[str] | None  # of the checkpoint or of DATA.CLASS_LIST; None: val's folders decide
     source: str  # where `classes` come from, for people
-    metadata: dict | None  # of the checkpoint
+    metadata: dict | None  # of the checkpoint that they are from, None of weights from elsewhere
     files: dict[str, Path]  # that can be evaluated: "model" and, of a checkpoint with an EMA, "ema"
     digests: dict[str, str] = field(default_factory=dict)  # SHA-256 of a checkpoint's files
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is a checkpoint of this project."""
-        return self.metadata is not None
+        """Whether a checkpoint of this project is evaluated as such, and not as weights for --pretrained."""
+        return bool(self.digests)
 
 
 def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> None:
@@ -95,6 +95,7 @@ def evaluate_val(
         log_accuracy(result, kind)
     logger.info(f"Evaluated {weights.path}: {preprocessing}")
     record = {"weights": str(weights.path), "preprocessing": preprocessing, "changes": changes}
+    record |= {"pixels": describe_pixels(cfg), "val_data": val_set.fingerprint}
     return record | {kind: result.asdict() for kind, result in results.items()}
 
 
@@ -122,7 +123,9 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
     if file:
         path = download(file)
         if step := checkpoint.origin_of(path):
-            return Weights(path, *_saved_classes(cfg, step, given), None, {"model": path})
+            file = path if path.is_file() else step / "model.safetensors"
+            metadata = checkpoint.read_metadata(step)
+            return Weights(file, *_saved_classes(cfg, step, given), metadata, {"model": file})
         return Weights(path, build.class_list(cfg), "DATA.CLASS_LIST", None, {"model": path})
     raise CheckpointError(
         f"--eval needs weights, and {own} has no checkpoints. Add --pretrained FILE or --resume RUN."
@@ -314,13 +317,7 @@ def build_evaluation(
         classes=classes,
         names=imagenet.describe(classes),
         sets={},
-        pixels={
-            **build.describe_pixels(cfg, "own"),
-            "mean": cfg.DATA.MEAN,
-            "std": cfg.DATA.STD,
-            "exif": cfg.DATA.EXIF,
-            "decoder": data.decoder_fingerprint(),
-        },
+        pixels=describe_pixels(cfg),
         logits={
             "amp_dtype": cfg.AMP_DTYPE,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -334,6 +331,17 @@ def build_evaluation(
         date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         command=shlex.join(sys.argv),
     )
+
+
+def describe_pixels(cfg: CfgNode) -> dict[str, object]:
+    """What changes the model's input, for the record of an evaluation."""
+    return {
+        **build.describe_pixels(cfg, "own"),
+        "mean": cfg.DATA.MEAN,
+        "std": cfg.DATA.STD,
+        "exif": cfg.DATA.EXIF,
+        "decoder": data.decoder_fingerprint(),
+    }
 
 
 def predictions_folder(cfg: CfgNode, weights: Weights, kind: str, size: int | None) -> Path:

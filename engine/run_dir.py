@@ -34,6 +34,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self._process = process
         self._holder = ""  # of the lock, in words
+        self._progress: dict[str, object] = {}  # of the run, as of the last status "running"
 
     @contextmanager
     def lock(self) -> Iterator["RunDir"]:
@@ -77,9 +78,12 @@ class RunDir:
     def write_status(self, state: str, **values: object) -> None:
         """Write status.json: `state`, the time and `values`; of several processes that fail, the first one's.
 
-        The others fail because it is gone. Only who holds the lock writes: the main process, and the others of its
-        run where they see its lock file. A failure to write is only a warning: no run ends for want of its status.
+        The others fail because it is gone. How a run ends is written with the values of its last "running", which say
+        how far it has come. Only who holds the lock writes: the main process, and the others of its run where they see
+        its lock file. A failure to write is only a warning: no run ends for want of its status.
         """
+        if state == "running":
+            self._progress = values
         if not self._process.is_main and (state == "running" or not self._is_locked_by_this_run()):
             return
         if state != "running" and self._has_ended():
@@ -88,6 +92,7 @@ class RunDir:
             "state": state,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "rank": self._process.rank,
+            **self._progress,
             **values,
         }
         try:
@@ -176,7 +181,7 @@ class RunDir:
         # Not flock, which loader processes inherit: they outlive a killed run by seconds, and would keep its folder.
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as POSIX has it
             raise StorageError(
                 f"{self.path} is in use by {_holder(lock)}. Stop that run, or give this one a --tag of its own."
             ) from None

@@ -4,6 +4,7 @@ val, ReaL, V2, A, R, Sketch, C, ObjectNet and ImageNet-X, as `main.py --eval --s
 folder names alone, never from a folder's position. docs/evaluation.md says what each set is.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -455,8 +456,7 @@ def evaluate_sets(
                 val_accuracy = accuracy
             elif one.group != "a" and accuracy < 1 and val_accuracy > 20:
                 logger.warning(permuted_labels(view.name, accuracy, val_accuracy))
-        if process.is_main:
-            write_evaluation(evaluation)
+        evaluation = on_main(functools.partial(_record, evaluation))
     return evaluation
 
 
@@ -469,6 +469,12 @@ def _begin(evaluation: Evaluation) -> Evaluation:
         raise StorageError(
             f"{evaluation.folder} cannot be written: {error.strerror}. Choose another folder with --out."
         ) from error
+    return _record(evaluation)
+
+
+def _record(evaluation: Evaluation) -> Evaluation:
+    """Write `evaluation` with the sets that another evaluation of these weights has put into its folder meanwhile."""
+    evaluation = extend_evaluation(evaluation)
     write_evaluation(evaluation)
     return evaluation
 

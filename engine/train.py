@@ -93,6 +93,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
             writer=writer,
             process=process,
         )
+        after_step.write_status()
 
         # --- Epochs -------------------------------------------------------------------------------
         loader = InterruptibleLoader(build.val_loader(cfg, val_set, process), after_step)

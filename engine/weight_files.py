@@ -220,6 +220,7 @@ def read_weights(path: Path, *, ema: bool = False, key: str | None = None) -> di
         return checkpoint.read_tensors(file)
     if path.is_dir():
         path = find_file(path)
+    checkpoint.require_valid(path)
     tensors, removed = select(path, find_state_dicts(open_file(path)), ema=ema, key=key)
     if removed:
         logger.info(f"{path}: removed {', '.join(removed)}")

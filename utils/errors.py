@@ -61,7 +61,10 @@ class StopRequested(UserError):
 
 
 def as_exit_code(main: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
-    """A decorator for a tool's `main`: return 0, or print a UserError in one line and return its exit code."""
+    """A decorator for a tool's `main`: return 0, or print a UserError in one line and return its exit code.
+
+    Ctrl-C gives 130, without a traceback.
+    """
 
     @functools.wraps(main)
     def wrapped(arguments: list[str]) -> int:
@@ -71,6 +74,9 @@ def as_exit_code(main: Callable[[list[str]], None]) -> Callable[[list[str]], int
         except UserError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return error.exit_code
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            return 130
         return 0
 
     return wrapped

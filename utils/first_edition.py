@@ -63,15 +63,15 @@ def translate_keys(values: dict) -> dict:
     values = {name: dict(v) if isinstance(v, dict) else v for name, v in values.items()}
     for old, new in KEYS.items():
         group, _, last = old.rpartition(".")
-        if last not in values.get(group, {}):
+        if not isinstance(values.get(group), dict) or last not in values[group]:
             continue
         value = values[group].pop(last)
-        value = VALUES.get(old, {}).get(value, value)
+        value = VALUES.get(old, {}).get(value, value) if isinstance(value, str) else value
         new_group, _, new_last = new.rpartition(".")
         (values[new_group] if new_group else values)[new_last] = value
-    model = values.get("MODEL", {})
-    if is_own_model(model.get("NAME", "")):
-        args = model.get("ARGS", {})
+    model = values.get("MODEL")
+    args = model.get("ARGS") if isinstance(model, dict) else None
+    if isinstance(args, dict) and is_own_model(str(model.get("NAME", ""))):
         values["MODEL"] = model | {"ARGS": {MODEL_ARGS.get(n, n): v for n, v in args.items()}}
     return values
 

@@ -4,6 +4,7 @@ Each is bound to the rank that it is for: functools.partial(add_arguments, 1, ["
 """
 
 import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def change_answer(hit: int, function: str, answer: str, rank: int) -> None:
     """`compat.<function>` answers `answer` on rank `hit`, as on another machine or with other code."""
     if rank == hit:
         setattr(compat, function, lambda *args: answer)
+
+
+def work_in(hit: int, folder: Path, rank: int) -> None:
+    """Rank `hit` runs in `folder`, as on a machine where relative paths lead to other files."""
+    if rank == hit:
+        os.chdir(folder)
 
 
 def lose_file_handle(hit: int, name: str, rank: int) -> None:

@@ -525,6 +525,15 @@ def test_a_folder_deleted_while_it_is_locked_is_not_held(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_that_another_machine_holds_is_not_taken_for_none(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir.fcntl, "lockf", failing(code))
+    (tmp_path / ".lock").write_text("process 1 on another machine")
+    run = RunDir(tmp_path, Process(0, 1, torch.device("cpu")))
+    with pytest.raises(StorageError, match="in use by process 1 on another machine"), run.lock():
+        pass
+
+
 def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, logged_warnings):
     monkeypatch.setattr(run_dir.fcntl, "lockf", failing(errno.ENOLCK))
     with RunDir(tmp_path, Process(0, 1, torch.device("cpu"))).lock():

@@ -63,7 +63,10 @@ WRONG_FILES = [
     ("MODEL:\n  ARGS: 3", "run.yaml:2: MODEL.ARGS: got 3, expected keys below it", ""),
     # values
     ("DATA:\n  BATCH_SIZE: 0", "run.yaml:2: DATA.BATCH_SIZE: got 0, expected an integer of at least 1", ""),
-    ("DATA:\n  NUM_WORKERS: -1", "run.yaml:2: DATA.NUM_WORKERS: got -1, expected an integer of at least 0", ""),
+    ("DATA:\n  NUM_WORKERS: -1", "run.yaml:2: DATA.NUM_WORKERS: got -1, expected an integer from 0 to 1024", ""),
+    ("DATA:\n  NUM_WORKERS: 99999999999", "run.yaml:2: DATA.NUM_WORKERS: got 99999999999, expected an integer", ""),
+    ("THREADS: 99999999999", "run.yaml:1: THREADS: got 99999999999, expected an integer from 0 to 1024", ""),
+    ("TRAIN:\n  WARMUP_EPOCHS: 0.5", "run.yaml:2: TRAIN.WARMUP_EPOCHS: got 0.5, expected an integer", ""),
     ("DATA:\n  IMG_SIZE: 31", "run.yaml:2: DATA.IMG_SIZE: got 31, expected an integer of at least 32", ""),
     ("DATA:\n  IMG_SIZE_SCHEDULE: 96", "run.yaml:2: DATA.IMG_SIZE_SCHEDULE: got 96, expected a list of [first", ""),
     ("DATA:\n  IMG_SIZE_SCHEDULE: [[9, 96], [0, 64]]", "run.yaml:2: DATA.IMG_SIZE_SCHEDULE: got [[9,", "ascending"),

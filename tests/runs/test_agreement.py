@@ -10,9 +10,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
 import torch
 from helpers.images import write_image_folder
-from helpers.ranks import add_arguments, change_answer, flip_bit, lose_file_handle
+from helpers.ranks import add_arguments, change_answer, flip_bit, lose_file_handle, work_in
 from helpers.runs import SMALL, arguments, outcome, run_group
 
 from engine import agreement, checkpoint
@@ -121,6 +123,20 @@ def test_other_data_on_one_rank_are_refused_on_all(split, images, tmp_path):
         words = f"{split} is {count + 1} images, "
     hook = hook or [own("--data-path", str(copy))]
     refused(tmp_path, images, 3, words, "rank 1" if split != "absent" else "", hooks=hook)
+    assert not steps_of(tmp_path)
+
+
+def test_another_teacher_on_one_rank_is_refused_on_all(images, tmp_path):
+    hooks = []
+    for rank in (0, 1):
+        folder = tmp_path / f"machine{rank}"
+        folder.mkdir()
+        torch.manual_seed(rank)
+        weights = timm.create_model("test_resnet", num_classes=4).state_dict()
+        safetensors.torch.save_file(weights, folder / "teacher.safetensors")
+        hooks.append(functools.partial(work_in, rank, folder))
+    teacher = "DISTILL.TEACHER_PATH=teacher.safetensors", "DISTILL.TEACHER_MODEL=test_resnet"
+    refused(tmp_path, images, 2, "the teacher's SHA-256 is", "rank 1", hooks=hooks, more=teacher)
     assert not steps_of(tmp_path)
 
 

@@ -16,7 +16,8 @@ import main
 import models
 from analysis import imagenet, statistics
 from analysis.predictions import read_evaluation, read_logits, read_predictions
-from engine import suite
+from engine import checkpoint, evaluate, suite
+from engine.weight_files import hash_weights
 
 CONFIG = """
 AMP_DTYPE: float32
@@ -234,6 +235,20 @@ def test_only_some_sets_and_a_second_evaluation_beside_the_first(trees, tmp_path
     assert not (tmp_path / "r.csv").exists()
 
 
+def test_two_evaluations_at_once_keep_the_sets_of_both(trees, tmp_path, capsys, monkeypatch):
+    more = ("--sets", str(trees / "sets"), "--only")
+    collect = evaluate._collect
+
+    def collect_beside_another(*arguments: object) -> None:
+        monkeypatch.setattr(evaluate, "_collect", collect)
+        assert main.main(command(trees, tmp_path, *more, "val")) == 0
+        collect(*arguments)
+
+    monkeypatch.setattr(evaluate, "_collect", collect_beside_another)
+    assert main.main(command(trees, tmp_path, *more, "a")) == 0
+    assert {r["set"] for r in results_of(capsys)["rows"]} == {"a", "val", "real"}
+
+
 def test_sizes_are_rows_of_one_table(trees, tmp_path, capsys):
     assert main.main(command(trees, tmp_path, "--sizes", "32,48")) == 0
     record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
@@ -388,6 +403,24 @@ def test_what_differs_from_the_run_is_listed_and_recorded(run, tmp_path, capsys)
     assert {change.split(" was ")[0] for change in changes} == {
         *("DATA.MEAN", "AMP_DTYPE", "TEST.CROP_MODE", "val_data"),
     }
+
+
+def test_what_differs_is_listed_for_weights_of_a_run_too(run, tmp_path, capsys):
+    folder, _, argv = run
+    best = checkpoint.resolve(folder, best=True)
+    file = best / "model.safetensors"
+    argv = [*argv[:-3], "--eval", "--opts", "DATA.MEAN", "[0.5,0.5,0.5]"]
+    for named in (folder, best, file):
+        assert main.main([*argv, "--pretrained", str(named)]) == 0
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert record["weights"] == str(file)
+        (change,) = record["changes"]
+        assert change.startswith("DATA.MEAN was [0.485")
+        assert record["pixels"]["mean"] == [0.5, 0.5, 0.5]
+    assert main.main([*argv, "--pretrained", str(folder), "--out", str(tmp_path / "out")]) == 0
+    evaluation = read_evaluation(tmp_path / "out")
+    assert evaluation.environment["changes"] == [change]
+    assert evaluation.weights["sha256"] == hash_weights(file)
 
 
 def test_with_a_holdout_val_is_what_was_held_out(run, tmp_path, capsys):

@@ -76,7 +76,7 @@ def test_asked_to_stop_it_saves_and_resumes_when_started_again(
         f"step-{step}"
     ]
     status = json.loads((run_of(tmp_path) / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, step)
     monkeypatch.undo()
     assert main.main(arguments(tmp_path, images)) == 0
     last, reference = outcome(tmp_path), outcome(unbroken)
@@ -96,8 +96,13 @@ def test_the_written_configuration_runs_again_unchanged(images, unbroken, tmp_pa
 
 def test_a_finished_run_does_nothing_more(images, unbroken):
     before = outcome(unbroken)
+    state = json.loads((run_of(unbroken) / "status.json").read_text())
+    assert (state["state"], state["epoch"], state["step"]) == ("done", 3, 6)
+    assert state["best"] == before["best"]
     assert main.main(arguments(unbroken, images)) == 0
     assert outcome(unbroken) == before
+    again = json.loads((run_of(unbroken) / "status.json").read_text())
+    assert again == state | {"time": again["time"]}
 
 
 @SLOW

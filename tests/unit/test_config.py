@@ -385,3 +385,28 @@ def test_the_configuration_that_an_old_run_left_is_read():
     write(old.read_text(), "mine.yaml")  # elsewhere, it is a file that somebody wrote
     with pytest.raises(ConfigError, match="use SAVE_FREQ"):
         config.parse(["--cfg", "mine.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        (b"", "is empty"),
+        (b"TAG: [\n", r"config\.yaml:2: not valid YAML"),
+        (b"TAG:\ta\n", "indent with spaces, not tabs"),
+        (b"\xff\xfe\0", "expected a readable file of UTF-8 text"),
+        (b"TAG: !x y\n", "a tag"),
+        (b"TRAIN:\n", "TRAIN: got nothing, expected keys below it"),
+        (b"TRAIN: {EVAL_FREQ: 1, EVAL_FREQ: 2}\n", "TRAIN.EVAL_FREQ: is given twice"),
+        (b"TEST: {PROTOCOL: [official]}\n", "TEST.CROP_MODE: got"),
+        (b"MODEL: 3\n", "MODEL: got 3, expected keys below it"),
+        (b"MODEL: {NAME: dat_tiny, ARGS: 3}\n", "MODEL.ARGS: got 3, expected keys below it"),
+    ],
+)
+def test_what_is_wrong_with_a_runs_configuration_is_named(content, words, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "config.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        config.parse(["--cfg", str(file)])

@@ -598,10 +598,19 @@ def test_extreme_shapes_are_accepted(size):
             assert transform(decode_pixels(data)).shape == (3, 32, 32)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared CIFAR-10 and ImageNet samples")
 def many_scans(scans):
     jpeg = encode(Image.new("L", (2048, 2048)), "JPEG", progressive=True)
     return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * scans + jpeg[-2:]
+
+
+def many_scans_of_the_first_of_two(scans):
+    """An MPO file, as of cameras with two lenses."""
+    small = [Image.new("L", (8, 8))]
+    options = {"save_all": True, "append_images": small, "progressive": True}
+    data = encode(Image.new("L", (2048, 2048)), "MPO", **options)
+    end = data.index(b"\xff\xd9\xff\xd8")  # of the first picture
+    last = data.rindex(b"\xff\xda", 0, end)
+    return data[:end] + data[last:end] * scans + data[end:]
 
 
 def text_pixels(side):
@@ -621,9 +630,10 @@ def lying(width, height):
         (lying(9_500, 9_500), "9500 × 9500 pixels, more than 89,478,485"),
         (lying(30_000, 1), "one side over 20,000 times the other"),
         (many_scans(300), "scans of 4,194,304 pixels, more than 1,073,741,824 in all"),
+        (many_scans_of_the_first_of_two(300), "scans of 4,194,304 pixels, more than"),
         (text_pixels(1500), "a PPM file of a kind that is decoded slowly, of more than 4 MiB"),
     ],
-    ids=["pixels", "sides", "scans", "text"],
+    ids=["pixels", "sides", "scans", "scans of two", "text"],
 )
 def test_what_would_cost_too_much_is_refused_before_it_is_decoded(data, words, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("it is decoded"))
@@ -634,6 +644,7 @@ def test_what_would_cost_too_much_is_refused_before_it_is_decoded(data, words, m
 
 def test_what_photographs_have_is_no_excess():
     assert decode_pixels(many_scans(20)).shape == (2048, 2048, 3)
+    assert decode_pixels(many_scans_of_the_first_of_two(1)).shape == (2048, 2048, 3)
     assert decode_pixels(text_pixels(100)).shape == (100, 100, 3)
 
 
@@ -644,6 +655,7 @@ def test_sixteen_bits_are_scaled():
         assert decode_pixels(encode(picture, kind))[0, :, 0].tolist() == [0, 0, 1, 1, 254, 255]
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared CIFAR-10 and ImageNet samples")
 def test_shared_samples(monkeypatch):
     monkeypatch.setattr("data.listing.SETTLED", 10**20)  # keeps the folder as it is
     train = dataset(SHARED / "cifar10", train=True)

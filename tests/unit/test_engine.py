@@ -215,6 +215,26 @@ def test_restored_state_continues_with_the_same_bits(optimizer, fp16, tmp_path):
     assert bits(other) == bits(state)
 
 
+def test_an_average_may_be_switched_on_and_off(tmp_path, logged_warnings):
+    without = make_state(3)
+    without.ema = None
+    path = save_state(tmp_path, without)
+    state = make_state(1)
+    checkpoint.restore(path, state)
+    weights = zip(state.ema.module.parameters(), without.model.parameters(), strict=True)
+    assert all(torch.equal(average, weight) for average, weight in weights)
+    assert "has no EMA: it starts from the checkpoint's weights" in logged_warnings[-1]
+    checkpoint.restore(save_state(tmp_path, make_state(4)), without)
+    assert (without.step, without.ema) == (4, None)
+
+
+def test_other_folders_beside_checkpoints_are_none(tmp_path):
+    path = save_state(tmp_path, make_state(2))
+    for name in ("step-22-hf", "step-3.bak", "step-", "last"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.list_checkpoints(tmp_path) == [path] == [checkpoint.latest(tmp_path)]
+
+
 def test_the_state_of_another_optimizer_is_refused(tmp_path):
     path = save_state(tmp_path, make_state(optimizer="lion"))
     with pytest.raises(CheckpointError, match=r"state of AdamW .* has exp_avg instead of exp_avg,"):

@@ -3,9 +3,13 @@
 pytest tests/unit/test_launcher.py
 """
 
+import socket
+
 import pytest
+import torch
 
 import main
+from utils.distributed import init_distributed
 from utils.errors import ConfigError
 from utils.launcher import first_node, set_ranks
 
@@ -127,6 +131,23 @@ def test_processes_of_mpirun_on_one_machine_are_a_run():
     env = OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
     set_ranks(env)
     assert (env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"]) == ("4", "2")
+
+
+def test_a_port_that_another_program_has_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        place = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in (RANKS | place).items():
+            monkeypatch.setenv(name, value)
+        words = (
+            rf"cannot meet at 127\.0\.0\.1:{port}\. That port is in use: set another MASTER_PORT"
+        )
+        threads = torch.get_num_threads()
+        with (
+            pytest.raises(ConfigError, match=words),
+            init_distributed("cpu", threads, timeout=20),
+        ):
+            pass
 
 
 def test_main_says_it_in_a_sentence(monkeypatch, capsys):

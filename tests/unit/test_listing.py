@@ -139,6 +139,13 @@ def test_what_changed_a_moment_ago_is_not_kept(split, monkeypatch):
     assert not (split.parent / ".train.index.npz").exists()
 
 
+def test_folders_without_a_time_are_listed_every_time(split, monkeypatch):
+    """As on some network drives: no change would be noticed."""
+    monkeypatch.setattr(data.listing, "change_time", lambda split, folder: 0)
+    FolderReader(split)
+    assert not (split.parent / ".train.index.npz").exists()
+
+
 def test_an_index_made_under_other_rules_is_ignored(split, monkeypatch):
     """As one written before .gif was read, or by a Pillow that reads more formats."""
     (split / "class_0/000.jpg").rename(split / "class_0/000.gif")

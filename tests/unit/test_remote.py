@@ -378,6 +378,16 @@ def test_addresses_with_secrets_are_refused_and_not_printed(address, tmp_path):
         assert "hunter2" not in str(refused.value)
 
 
+def test_a_user_without_a_home_is_asked_for_a_folder(monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    with pytest.raises(ConfigError, match=r"DATA\.CACHE_DIR is empty"):
+        open_root("https://host/set", "", 1.0)
+
+
 def test_addresses_are_accepted_where_data_is_read():
     for address in ("s3://bucket/imagenet", "https://host:8080/a-b", "gs://b/c/"):
         assert address == config.parse([*CFG, "--data-path", address]).cfg.DATA.PATH

@@ -275,6 +275,12 @@ def test_broken_values_are_survived(tmp_path):
         assert expected in text
 
 
+def test_settings_that_are_no_groups_are_survived(tmp_path):
+    run = write_run(tmp_path)
+    (run / "config.yaml").write_text("TRAIN:\nMODEL: 3\nTEST: [a]\n")
+    assert read_run(run).config == {"TRAIN": None, "MODEL": 3, "TEST": ["a"]}
+
+
 def test_a_damaged_evaluation_is_named(tmp_path):
     run = write_run(tmp_path, steps=40)
     folder = add_evaluation(run)

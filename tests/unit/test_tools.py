@@ -99,6 +99,15 @@ def test_curves_that_cannot_be_drawn(run, tmp_path, capsys, records, out, code, 
     assert words in capsys.readouterr().err
 
 
+def test_an_interrupted_tool_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(curves, "draw", interrupt)
+    assert curves.main(["run"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
 def test_a_checkpoint_is_inspected_beside_damaged_records(run, capsys, monkeypatch):
     assert checkpoint_tool.main(["inspect", str(run)]) == 0
     text = capsys.readouterr().out

@@ -24,6 +24,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers.states import make_state, save_state
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -481,6 +482,19 @@ def test_other_folders(model, tmp_path):
 
 
 # --- Checkpoints of ours under another name -------------------------------------------------------
+
+
+def test_a_damaged_file_of_a_checkpoint_is_refused_by_its_own_name_too(tmp_path):
+    folder = save_state(tmp_path, make_state(3))
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    assert read_weights(file).keys() == read_weights(folder).keys()
+    content[-1] ^= 64
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"the SHA-256 of model\.safetensors is not"):
+        read_weights(file)
+    (folder / "manifest.json").unlink()  # somebody keeps the weights alone
+    assert read_weights(file)
 
 
 def test_the_manifest_decides_what_a_checkpoint_is(tmp_path, capsys):
