@@ -44,6 +44,11 @@ class AfterStep:
     def __post_init__(self) -> None:
         self.saver.sync_records = self.writer.sync
 
+    def start(self) -> None:
+        """Write the status; from now on a request to stop waits for the end of a step."""
+        self.write_status()
+        self.stop.defer_to_steps()
+
     def __call__(self, results: StepResults) -> None:
         """Record skipped steps, end the run if a stop was requested, save if it is time.
 

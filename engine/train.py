@@ -93,12 +93,11 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
             writer=writer,
             process=process,
         )
-        after_step.write_status()
 
         # --- Epochs -------------------------------------------------------------------------------
         loader = InterruptibleLoader(build.val_loader(cfg, val_set, process), after_step)
         batches = None
-        stop.defer_to_steps()
+        after_step.start()
         wait_without_limit()  # the watchdog ends what hangs
         while state.epoch < cfg.TRAIN.EPOCHS:
             if batches is None:
