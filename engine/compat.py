@@ -9,6 +9,7 @@ import hashlib
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
@@ -55,19 +56,13 @@ IGNORED = {
 SOURCES = "sources-"  # begins what stands for a revision without git
 PACKAGES = ("analysis", "data", "engine", "models", "utils")  # of the code of a run
 
-# What changes the pixels or the logits of an evaluation, beside the weights.
-EVALUATED = (
+# What changes the pixels of an evaluation, and what changes the logits, beside the weights.
+PIXELS = (
     *("DATA.MEAN", "DATA.STD", "DATA.IMG_SIZE", "DATA.IN_CHANS", "DATA.INTERPOLATION", "DATA.EXIF"),
-    *(
-        "DATA.VAL_SUBSET",
-        "MODEL.ARGS",
-        "MODEL.COMPILE",
-        "AMP_DTYPE",
-        "TEST.CROP_MODE",
-        "TEST.CROP_PCT",
-    ),
-    *("TEST.EXACT", "val_data", "decoder.pixels"),
+    *("DATA.VAL_SUBSET", "TEST.CROP_MODE", "TEST.CROP_PCT", "TEST.EXACT", "val_data"),
+    "decoder.pixels",
 )
+EVALUATED = (*PIXELS, "MODEL.ARGS", "MODEL.COMPILE", "AMP_DTYPE")
 
 
 # --- Resume ---------------------------------------------------------------------------------------
@@ -112,13 +107,13 @@ def check_resume(path: Path, metadata: dict, accept: str) -> None:
         )
 
 
-def list_evaluation_changes(saved: dict, now: dict) -> list[str]:
-    """What an evaluation does otherwise than the run that wrote the metadata `saved`, by name: "… was …, is …".
+def list_evaluation_changes(saved: dict, now: dict, names: Iterable[str] = EVALUATED) -> list[str]:
+    """Which of `names` an evaluation has otherwise than the run that wrote the metadata `saved`: "… was …, is …".
 
     now: "config", "decoder" and, where val is evaluated, "val_data", as metadata have them.
     """
     before, after = _by_name(saved), _by_name(now)
-    both = [name for name in EVALUATED if name in before and name in after]
+    both = [name for name in names if name in before and name in after]
     return [_describe_change(name, before, after) for name in both if before[name] != after[name]]
 
 

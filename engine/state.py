@@ -10,6 +10,8 @@ from torch import nn
 from engine.grad_sync import running_statistics
 from engine.optim import STATE, load_optimizer_state, optimizer_state
 
+NO_BEST = {"acc1": 0.0, "step": 0}  # before the first validation
+
 
 @dataclass
 class TrainState:
@@ -22,7 +24,7 @@ class TrainState:
     step: int = 0  # optimizer steps done: the position in the run
     epoch: int = 0  # epochs done: trained and, where due, validated
     skipped: int = 0  # steps in a row whose gradient was not finite
-    best: dict = field(default_factory=lambda: {"acc1": 0.0, "step": 0})
+    best: dict = field(default_factory=lambda: dict(NO_BEST))
 
     @functools.cached_property
     def skips_on_device(self) -> bool:

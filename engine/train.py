@@ -16,7 +16,7 @@ from engine.evaluate import log_accuracy, score
 from engine.hooks import AfterStep, Divergence, InterruptibleLoader
 from engine.loop import train_one_epoch
 from engine.run_dir import RunDir
-from engine.state import TrainState
+from engine.state import NO_BEST, TrainState
 from utils.distributed import (
     Process,
     explain_failures,
@@ -70,7 +70,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         grad_sync = build.build_grad_sync(cfg, state.model, recipe.micro_batches, process)
 
         # --- Resume -------------------------------------------------------------------------------
-        replicas = start_replicas(state, resumed, process)
+        replicas = start_replicas(state, resumed, metadata, process)
         with share_errors():
             run_dir.write_settings(dump(cfg), sources)
             args = cfg.PRINT_FREQ, compat.list_hparams(metadata["config"]), cfg.EVAL_FREQ
@@ -149,16 +149,29 @@ def find_checkpoint(cfg: CfgNode, run_dir: RunDir) -> Path | None:
     return own
 
 
-def start_replicas(state: TrainState, resumed: Path | None, process: Process) -> Replicas:
+def start_replicas(
+    state: TrainState, resumed: Path | None, metadata: dict, process: Process
+) -> Replicas:
     """Restore the checkpoint `resumed`, if any, on the main process, and give its state to all: the replicas."""
     if resumed is not None:
-        on_main(lambda: checkpoint.restore(resumed, state))
+        on_main(lambda: restore(resumed, state, metadata))
     agreement.send_state(state)
     replicas = Replicas(compat.device_name(process.device))
     replicas.compare(state)
     if resumed is not None:
         logger.info(f"Resumed from {resumed}: epoch {state.epoch}, step {state.step}")
     return replicas
+
+
+def restore(path: Path, state: TrainState, metadata: dict) -> None:
+    """Restore the checkpoint at `path`; its best accuracy counts only if the run's validation is still the same."""
+    checkpoint.restore(path, state)
+    saved = checkpoint.read_metadata(path)
+    if changes := compat.list_evaluation_changes(saved, metadata, compat.PIXELS):
+        logger.warning(
+            f"The best accuracy so far counts no more: {state.best['acc1']:.2f}% was of another validation ({'; '.join(changes)})"
+        )
+        state.best = dict(NO_BEST)
 
 
 # --- End of an epoch ------------------------------------------------------------------------------

@@ -338,6 +338,23 @@ def test_another_recipe_has_to_be_accepted(images, unbroken, tmp_path, capsys):
     assert outcome(tmp_path)["step"] == 8
 
 
+def test_the_best_of_another_validation_counts_no_more(images, unbroken, tmp_path, capsys):
+    shutil.copytree(run_of(unbroken), run_of(tmp_path))
+    path = checkpoint.list_checkpoints(checkpoints(tmp_path))[0]
+    files = {file.name: file.read_bytes() for file in path.iterdir()}
+    best = {"acc1": 99.0, "step": 6}
+    files["state.json"] = json.dumps(checkpoint.read_metadata(path) | {"best": best}).encode()
+    del files[checkpoint.MANIFEST]
+    shutil.rmtree(path)
+    checkpoint.write(path.parent, path.name, files)
+    changed = "--accept", "TRAIN.EPOCHS,TEST.CROP_PCT", "--opts", "TRAIN.EPOCHS=4"
+    assert main.main(arguments(tmp_path, images, *changed, "TEST.CROP_PCT=0.5")) == 0
+    assert (
+        "The best accuracy so far counts no more: 99.00% was of another" in capsys.readouterr().out
+    )
+    assert outcome(tmp_path)["best"]["step"] == 8
+
+
 def test_other_images_have_to_be_accepted(copy, unbroken, tmp_path, capsys):
     shutil.copytree(run_of(unbroken), run_of(tmp_path))
     with (copy / "train" / "class_0" / "000.jpg").open("ab") as file:
