@@ -168,9 +168,8 @@ def restore(path: Path, state: TrainState, metadata: dict) -> None:
     checkpoint.restore(path, state)
     saved = checkpoint.read_metadata(path)
     if changes := compat.list_evaluation_changes(saved, metadata, compat.PIXELS):
-        logger.warning(
-            f"The best accuracy so far counts no more: {state.best['acc1']:.2f}% was of another validation ({'; '.join(changes)})"
-        )
+        best = f"{state.best['acc1']:.2f}% was of another validation ({'; '.join(changes)})"
+        logger.warning(f"The best accuracy so far counts no more: {best}")
         state.best = dict(NO_BEST)
 
 
