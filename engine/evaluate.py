@@ -19,10 +19,9 @@ from analysis.collector import Collector
 from analysis.predictions import Evaluation
 from analysis.scores import write_scores
 from analysis.suite_table import markdown
-from data import Loader
 from engine import agreement, build, checkpoint, compat, suite
 from engine.compilation import explain_compile_errors
-from engine.hooks import InterruptibleLoader
+from engine.hooks import WatchedLoader, watch_evaluation
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
 from engine.sanity import class_order_warnings
@@ -89,7 +88,8 @@ def evaluate_val(
     results = {}
     for kind in weights.files:
         load_weights(model, weights, kind, tensors)
-        results[kind] = score(cfg, loader, model, process)
+        with watch_evaluation(loader, process, cfg.TRAIN.HANG_SECONDS) as watched:
+            results[kind] = score(cfg, watched, model, process)
     preprocessing = build.describe_preprocessing(cfg)
     for kind, result in results.items():
         log_accuracy(result, kind)
@@ -201,9 +201,7 @@ def changes_since_training(cfg: CfgNode, weights: Weights, val_data: str | None)
     return changes
 
 
-def score(
-    cfg: CfgNode, loader: Loader | InterruptibleLoader, model: nn.Module, process: Process
-) -> Accuracy:
+def score(cfg: CfgNode, loader: WatchedLoader, model: nn.Module, process: Process) -> Accuracy:
     """Accuracy and loss of `model` on the images of `loader`, over all processes."""
     return validate(
         model=model,
@@ -367,16 +365,18 @@ def _collect(
     collectors: list[Collector],
 ) -> None:
     """Run the model over the images of `dataset` and fill `collectors`."""
-    validate(
-        model=model,
-        loader=build.val_loader(cfg, dataset, process),
-        normalize=build.normalize(cfg, process.device),
-        process=process,
-        amp_dtype=getattr(torch, cfg.AMP_DTYPE),
-        print_freq=0,
-        batch_size=build.compiled_batch_size(cfg),
-        collectors=collectors,
-    )
+    loader = build.val_loader(cfg, dataset, process)
+    with watch_evaluation(loader, process, cfg.TRAIN.HANG_SECONDS) as watched:
+        validate(
+            model=model,
+            loader=watched,
+            normalize=build.normalize(cfg, process.device),
+            process=process,
+            amp_dtype=getattr(torch, cfg.AMP_DTYPE),
+            print_freq=0,
+            batch_size=build.compiled_batch_size(cfg),
+            collectors=collectors,
+        )
 
 
 def score_predictions(cfg: CfgNode, evaluation: Evaluation, size: int, *, several: bool) -> dict:

@@ -1,7 +1,9 @@
 """Hooks after a step: periodic checkpoints, stop requests, steps without a finite gradient, rollback."""
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -14,7 +16,7 @@ from engine.results import StepResults
 from engine.run_dir import RunDir
 from engine.state import TrainState
 from utils import distributed
-from utils.distributed import Process, all_reduce_max, on_main
+from utils.distributed import Process, all_reduce_max, limit_waiting, on_main
 from utils.errors import DivergedError, StopRequested
 from utils.logging import MetricWriter, logger
 from utils.signals import StopRequest
@@ -128,27 +130,58 @@ class AfterStep:
         self.rolled_back = True
 
 
-class InterruptibleLoader:
-    """The batches of an evaluation, cut short on a stop request.
+class WatchedLoader:
+    """The batches of an evaluation, each a sign of progress for the watchdog."""
+
+    def __init__(self, loader: Loader, watchdog: Watchdog):
+        self.dataset = loader.dataset
+        self._loader = loader
+        self._watchdog = watchdog
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        return self._watchdog.watch(self._loader)
+
+
+class InterruptibleLoader(WatchedLoader):
+    """The batches of an evaluation in a training run, cut short on a stop request.
 
     Processes may have different numbers of batches, but each reaches the end, where all agree on whether the run ends
     (`AfterStep.end_if_requested`); the evaluation is then repeated after the resume.
     """
 
     def __init__(self, loader: Loader, after_step: AfterStep):
-        self.dataset = loader.dataset
-        self._loader = loader
+        super().__init__(loader, after_step.watchdog)
         self._after_step = after_step
 
-    def __len__(self) -> int:
-        return len(self._loader)
-
     def __iter__(self) -> Iterator[EvalBatch]:
-        for batch in self._after_step.watchdog.watch(self._loader):
+        for batch in super().__iter__():
             yield batch
             if self._after_step.stop.requested:
                 break
         self._after_step.end_if_requested()
+
+
+@contextmanager
+def watch_evaluation(
+    loader: Loader, process: Process, hang_seconds: float
+) -> Iterator[WatchedLoader]:
+    """`loader` for an evaluation outside of a training run, which may be paused as that.
+
+    On several processes a watchdog takes the place of the collectives' limit: it ends a process that made no progress
+    for `hang_seconds`, and counts no time in which it was stopped.
+    """
+    seconds = hang_seconds if process.world_size > 1 else 0.0
+    file = Path(tempfile.gettempdir(), f"hang-rank{process.rank}.txt")
+    with Watchdog(seconds, file, logger.error) as watchdog:
+        watchdog.beat()
+        limit_waiting(0)
+        try:
+            yield WatchedLoader(loader, watchdog)
+        finally:
+            limit_waiting(2 * hang_seconds)
 
 
 # --- Divergence -----------------------------------------------------------------------------------

@@ -17,13 +17,7 @@ from engine.hooks import AfterStep, Divergence, InterruptibleLoader
 from engine.loop import train_one_epoch
 from engine.run_dir import RunDir
 from engine.state import NO_BEST, TrainState
-from utils.distributed import (
-    Process,
-    explain_failures,
-    on_main,
-    share_errors,
-    wait_without_limit,
-)
+from utils.distributed import Process, explain_failures, limit_waiting, on_main, share_errors
 from utils.errors import CheckpointError, DivergedError
 from utils.logging import MetricWriter, logger, start_logging
 from utils.signals import StopRequest
@@ -98,7 +92,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         loader = InterruptibleLoader(build.val_loader(cfg, val_set, process), after_step)
         batches = None
         after_step.start()
-        wait_without_limit()  # the watchdog ends what hangs
+        limit_waiting(0)  # the watchdog ends what hangs
         while state.epoch < cfg.TRAIN.EPOCHS:
             if batches is None:
                 args = cfg, train_set, recipe, process, state.step, run_dir.path

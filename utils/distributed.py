@@ -113,10 +113,11 @@ def _join_group(process: Process, timeout: float) -> None:
         waiting.cancel()
 
 
-def wait_without_limit() -> None:
-    """Let collectives wait for ever from now on: a limit of time would end a job that is paused as if it hung."""
+def limit_waiting(seconds: float) -> None:
+    """Let collectives wait for so long from now on; 0: for ever, as a limit ends a job that is paused as if it hung."""
     if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(FOREVER)
+        timeout = timedelta(seconds=seconds) if seconds else FOREVER
+        dist.distributed_c10d._set_pg_timeout(timeout)
 
 
 @contextmanager

@@ -166,15 +166,47 @@ def pause_trial(sandbox: Sandbox, processes: int) -> list[str]:
     hooks = [sleep_in_step, functools.partial(reach_training, note)]
     settings = *ENDLESS, f"TRAIN.HANG_SECONDS={HANG_SECONDS}", "DATA.NUM_WORKERS=1"
     victim = launch(sandbox.arguments(folder, *settings), log=log, processes=processes, hooks=hooks)
+    pause(victim, note)
+    time.sleep(HANG_SECONDS)
+    victim.signal(signal.SIGTERM)
+    codes = victim.wait()
+    return [] if set(codes) == {STOPPED} else [f"{processes} paused process(es): {codes}"]
+
+
+def pause(victim: Victim, note: Path) -> None:
+    """Stop all processes of a job when it has written `note`, and let them continue three times HANG_SECONDS later."""
     wait_for(note, victim)
     pids = [process.pid for process in victim.processes] + children(victim)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for pid in pids:
             os.kill(pid, number)
-        time.sleep(3 * HANG_SECONDS if number == signal.SIGSTOP else HANG_SECONDS)
-    victim.signal(signal.SIGTERM)
+        time.sleep(3 * HANG_SECONDS if number == signal.SIGSTOP else 0)
+
+
+def validate_late(note: Path, rank: int) -> None:
+    """A hook: `note` is written when the first of two processes waits for the last one's share of an evaluation."""
+    validate = loop.validate
+
+    def wait_and_validate(**arguments: object) -> loop.Accuracy:
+        time.sleep(1)
+        note_and_wait(note)
+        return validate(**arguments)
+
+    if rank:
+        evaluate.validate = wait_and_validate
+
+
+def paused_evaluation_trial(sandbox: Sandbox) -> list[str]:
+    """Pause both processes of an evaluation for longer than it may hang; what is wrong afterwards."""
+    folder = sandbox.new_folder("pause", "evaluation")
+    finish(*sandbox.arguments(folder), log=folder / "log")
+    log, note = folder / "eval", folder / "note"
+    command = [*sandbox.arguments(folder, f"TRAIN.HANG_SECONDS={HANG_SECONDS}"), "--eval"]
+    hook = functools.partial(validate_late, note)
+    victim = launch(command, log=log, processes=2, hooks=[hook])
+    pause(victim, note)
     codes = victim.wait()
-    return [] if set(codes) == {STOPPED} else [f"{processes} paused process(es): {codes}"]
+    return [] if set(codes) == {0} else [f"a paused evaluation: {codes}"]
 
 
 def delete_checkpoint(rank: int) -> None:
@@ -240,6 +272,7 @@ def check_neighbours(sandbox: Sandbox) -> Result:
     trials: list[Callable] = [
         functools.partial(pause_trial, processes=1),
         functools.partial(pause_trial, processes=2),
+        paused_evaluation_trial,
         evaluation_trial,
         second_trial,
     ]

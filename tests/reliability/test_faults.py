@@ -29,6 +29,8 @@ from engine.hooks import AfterStep
 from engine.results import StepResults
 from engine.run_dir import RunDir
 from reliability.disk import after_power_loss, read_recording, record_operations
+from reliability.harness import Sandbox
+from reliability.jobs import paused_evaluation_trial
 from utils import files, signals
 from utils.distributed import Process
 from utils.errors import DataError, StorageError
@@ -407,6 +409,11 @@ def test_a_pause_of_the_job_is_no_hang_of_a_worker(tmp_path):
         time.sleep(3 if number == signal.SIGSTOP else 0)
     job.join(30)
     assert job.exitcode == 0
+
+
+@pytest.mark.slow
+def test_a_pause_of_an_evaluation_is_no_hang(tmp_path):
+    assert paused_evaluation_trial(Sandbox.create(tmp_path, seed=0, short=True)) == []
 
 
 # --- The recorder of power loss -------------------------------------------------------------------
