@@ -467,7 +467,7 @@ def build_recipe(
         start=cfg.TRAIN.WARMUP_LR * scale,
         end=cfg.TRAIN.MIN_LR * scale,
     )
-    for warning in list_schedule_warnings(cfg, steps_per_epoch):
+    for warning in list_schedule_warnings(cfg, steps_per_epoch) if process.is_main else []:
         logger.warning(warning)
     warmup = f"{schedule.start:.3g} (warm-up), " if schedule.warmup else ""
     logger.info(
