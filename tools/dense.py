@@ -55,6 +55,7 @@ SWIN_NANO = {
     "depths": (2, 2, 4, 2),
     "num_heads": (2, 4, 8, 16),
     "window_size": 8,
+    "img_size": 128,
     "strict_img_size": False,
 }
 # What the tasks need beside requirements.txt.

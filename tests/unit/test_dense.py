@@ -199,6 +199,23 @@ def test_learning_rates_decay_from_the_head_to_the_stem(architecture):
     }
 
 
+def test_swin_takes_the_same():
+    kwargs = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 64}
+    features = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        features_only=True,
+        feature_cls="getter",
+        strict_img_size=False,
+        **kwargs,
+    )
+    pyramid, backbone = BackboneWithFPN(features, 16), features.model
+    freeze_stages(backbone, 1)
+    groups = parameter_groups(pyramid, backbone, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    assert {group["lr"] for group in groups} == {1, 0.5, 0.25, 0.125}
+    assert not backbone.layers[0].train().training
+    assert pyramid(torch.randn(1, 3, 64, 96))["3"].shape == (1, 16, 2, 3)
+
+
 def test_a_backbone_without_layers_is_refused_unless_none_decay():
     """timm takes a Swin apart when it is not asked for the getter."""
     kwargs = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 64}
