@@ -19,11 +19,16 @@ class BackboneWithFPN(nn.Module):
     """A feature pyramid (arXiv 1612.03144) on timm's features, as torchvision's detectors take a backbone.
 
     Each map of `features` has a LayerNorm before the pyramid, as in Swin's detectors: a DAT's own norm is that of the
-    classifier.
+    classifier. Raises ConfigError for features that are not NCHW.
     """
 
     def __init__(self, features: nn.Module, out_channels: int = 256):
         super().__init__()
+        if features.output_fmt != "NCHW":
+            raise ConfigError(
+                f"the features are {features.output_fmt.value}, expected NCHW: give timm.create_model "
+                "feature_cls='getter'"
+            )
         channels = features.feature_info.channels()
         self.features = features
         self.norms = nn.ModuleList(LayerNorm2d(width) for width in channels)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Object detection and semantic segmentation with a timm backbone, trained for minutes on scenes of digits.
+"""Object detection and semantic segmentation with a timm backbone, trained for minutes on a CPU.
 
     python tools/dense.py detect --backbones dat_pp_nano swin_nano --data-path imagenette --json detect.json
     python tools/dense.py segment --backbones dat_pp_nano --pretrained weights/dat_pp_nano_imagenette --layer-decay 0.8
@@ -16,7 +16,7 @@ import importlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,6 +61,13 @@ SWIN_NANO = {
 # What the tasks need beside requirements.txt.
 PACKAGES = {"detect": ("torchmetrics", "pycocotools"), "segment": ("segmentation_models_pytorch",)}
 CHANNELS = 64  # of the pyramid: small, as the backbones are
+ANCHORS = (
+    2,
+    3,
+    4,
+    6,
+    8,
+)  # sixteenths of a scene's side, a size for each map: digits have 0.2 to 0.5
 WEIGHT_DECAY = 0.05
 MAX_NORM = 1.0  # of the gradient
 WARMUP = 0.1  # of the steps
@@ -90,7 +97,8 @@ def build_detector(backbone: str, size: int, **kwargs) -> tuple[nn.Module, nn.Mo
         min_size=size,
         max_size=size,
         rpn_anchor_generator=AnchorGenerator(
-            sizes=((16,), (24,), (32,), (48,), (64,)), aspect_ratios=((0.5, 1.0, 2.0),) * 5
+            sizes=tuple((size * sixteenths // 16,) for sixteenths in ANCHORS),
+            aspect_ratios=((0.5, 1.0, 2.0),) * len(ANCHORS),
         ),
         rpn_post_nms_top_n_train=200,
         rpn_post_nms_top_n_test=100,
@@ -189,7 +197,13 @@ def batches_of(scenes: Scenes, batch: int) -> Iterator[list[Scene]]:
         yield [scenes[i] for i in range(start, min(start + batch, len(scenes)))]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of, args, scenes) -> list[float]:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[nn.Module, list[Scene]], Tensor],
+    scenes: Scenes,
+    args: argparse.Namespace,
+) -> list[float]:
     """Train for a step per batch of `scenes`; the loss of every step. Raises DivergedError."""
     warmup = round(WARMUP * args.steps)
     schedule = LambdaLR(optimizer, Schedule(args.steps, warmup, base=1.0, start=0.01, end=0.0))
@@ -225,7 +239,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, object]:
     )
     source = {"data_path": args.data_path, "seed": args.seed}
     scenes = Scenes("train", args.size, args.steps * args.batch, **source)
-    losses = train(model, torch.optim.AdamW(groups), loss_of, args, scenes)
+    losses = train(model, torch.optim.AdamW(groups), loss_of, scenes, args)
     val = Scenes("val", args.size, args.val_scenes, **source)
     accuracy = evaluate(model.eval(), batches_of(val, args.batch))
     return {
@@ -233,7 +247,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, object]:
         "weights": args.pretrained or "random",
         "parameters": sum(p.numel() for p in features.parameters()),
         "macs": count_macs(features, args.size, args.size),
-        **accuracy,
+        "accuracy": accuracy,
         "losses": losses,
     }
 
@@ -246,7 +260,7 @@ def table(results: list[dict], steps: int) -> str:
     tenth = max(1, steps // 10)
     rows = []
     for result in results:
-        losses, accuracy = result["losses"], list(result)[4:-1]
+        losses, accuracy = result["losses"], result["accuracy"]
         first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
         rows.append(
             [
@@ -255,7 +269,7 @@ def table(results: list[dict], steps: int) -> str:
                 f"{result['parameters'] / 1e6:.2f} M",
                 f"{result['macs'] / 1e9:.3f}",
                 f"{first:.3f} → {last:.3f}",
-                *(f"{result[metric]:.2f}" for metric in accuracy),
+                *(f"{value:.2f}" for value in accuracy.values()),
             ]
         )
     head = ["Backbone", "Weights", "Parameters", "GMACs", "Loss", *accuracy]

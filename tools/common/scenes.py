@@ -1,5 +1,6 @@
 """Scenes for detectors and segmenters: handwritten digits on photographs; boxes and masks are known by construction."""
 
+import functools
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,13 @@ class Scene(NamedTuple):
     mask: Tensor
 
 
+@functools.cache
+def read_digits(split: str) -> list[tuple[Image.Image, int]]:
+    """The digits of `split` in shades of grey, with their labels."""
+    (part,) = Digits().parts(split)
+    return [(decode(image.data).convert("L"), 1 + int(image.class_name)) for image in part.images]
+
+
 class Scenes(Dataset):
     """`count` scenes of `size` pixels a side; each is a function of `seed`, `split` and its index.
 
@@ -51,10 +59,7 @@ class Scenes(Dataset):
     def __init__(self, split: str, size: int, count: int, *, data_path: Path | None, seed: int):
         self.split, self.size, self.count, self.seed = split, size, count, seed
         self.reader = None if data_path is None else open_split(data_path, split)
-        (part,) = Digits().parts(split)
-        self.digits = [
-            (decode(image.data).convert("L"), 1 + int(image.class_name)) for image in part.images
-        ]
+        self.digits = read_digits(split)
 
     def __len__(self) -> int:
         return self.count
@@ -92,7 +97,7 @@ class Scenes(Dataset):
         square = photo.resize(
             (self.size, self.size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)
         )
-        return np.asarray(square, np.float32).copy()
+        return np.array(square, np.float32)
 
     def _photograph(self, rng: np.random.Generator) -> Image.Image:
         if self.reader is None:
