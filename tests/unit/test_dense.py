@@ -10,8 +10,9 @@ import math
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from helpers.images import write_image_folder
-from torch import Tensor, nn
+from torch import nn
 
 from engine.pretrained import load_pretrained
 from models.convert import to_official
@@ -299,19 +300,18 @@ def test_a_missing_package_is_named(capsys, monkeypatch):
 
 
 def test_mean_iou_counts_pixels_of_all_scenes():
-    """A segmenter that calls every pixel background."""
-
-    def background(images: Tensor) -> Tensor:
-        logits = torch.zeros(len(images), len(CLASSES), *images.shape[2:])
-        logits[:, 0] = 1
-        return logits
-
-    scenes = Scenes("val", 64, 5, data_path=None, seed=0)
-    found = dense.evaluate_segmenter(background, dense.batches_of(scenes, 2))
-    share = torch.stack([scene.mask == 0 for scene in scenes]).float().mean().item()
-    assert found == pytest.approx(
-        {"mIoU": 100 * share / len(CLASSES), "mIoU of digits": 0}, abs=1e-3
-    )
+    """A segmenter that calls everything in the left half of an image background, and is right in the other."""
+    scenes = Scenes("val", 64, 24, data_path=None, seed=0)
+    masks = torch.stack([scene.mask for scene in scenes])
+    answer = masks.clone()
+    answer[..., :32] = 0
+    batches = iter(F.one_hot(answer, len(CLASSES)).permute(0, 3, 1, 2).split(2))
+    found = dense.evaluate_segmenter(lambda images: next(batches), dense.batches_of(scenes, 2))
+    background = ((masks == 0).sum() / (answer == 0).sum()).item()
+    digits = [((answer == k).sum() / (masks == k).sum()).item() for k in range(1, len(CLASSES))]
+    assert 0 < sum(digits) < 9
+    assert found["mIoU of digits"] == pytest.approx(100 * sum(digits) / 10)
+    assert found["mIoU"] == pytest.approx(100 * (background + sum(digits)) / 11)
 
 
 @pytest.mark.parametrize(("shift", "accuracy"), [(0, 100), (1, 0)])
