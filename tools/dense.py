@@ -7,7 +7,7 @@
 detect: torchvision's Faster R-CNN with a feature pyramid; segment: UPerNet of segmentation-models-pytorch. Scenes are
 handwritten digits on photographs; without --data-path, on two photographs of scikit-learn. Every backbone gets the same
 head, the same scenes in the same order and the same seed. A backbone is any name that timm knows, or swin_nano, a Swin
-with the blocks and widths of dat_pp_nano. docs/dense.md shows the parts for a detector of your own.
+of the cost of dat_pp_nano. docs/dense.md shows the parts for a detector of your own.
 """
 
 import argparse
@@ -49,10 +49,11 @@ from utils.errors import ConfigError, DivergedError, as_exit_code  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 from utils.rng import key, reseed  # noqa: E402
 
-# timm's Swin with the widths, heads and blocks of dat_pp_nano; windows of 8 tile maps of 32, 16 and 8 positions.
+# timm's Swin with the widths and heads of dat_pp_nano and one block more, for the same cost; windows of 8 tile maps of
+# 32, 16 and 8 positions.
 SWIN_NANO = {
     "embed_dim": 48,
-    "depths": (2, 2, 4, 2),
+    "depths": (2, 2, 5, 2),
     "num_heads": (2, 4, 8, 16),
     "window_size": 8,
     "img_size": 128,

@@ -18,6 +18,7 @@ from engine.pretrained import load_pretrained
 from models.convert import to_official
 from models.dense import BackboneWithFPN, freeze_stages, parameter_groups
 from tools import dense
+from tools.benchmarks.macs import count_macs
 from tools.common.scenes import CLASSES, Scenes
 from utils.errors import CheckpointError, ConfigError
 
@@ -331,6 +332,20 @@ def test_map_counts_digits_that_are_found_with_their_label(shift, accuracy):
     )
     found = dense.evaluate_detector(lambda images: next(answers), dense.batches_of(scenes, 2))
     assert found == pytest.approx({"mAP": accuracy, "mAP50": accuracy})
+
+
+def test_the_two_backbones_that_are_compared_cost_the_same():
+    costs = []
+    for name in ("dat_pp_nano", "swin_nano"):
+        with torch.device("meta"):
+            name, arguments = dense.timm_name(name)
+            features = timm.create_model(
+                name, features_only=True, feature_cls="getter", **arguments
+            )
+        costs.append(
+            (sum(p.numel() for p in features.parameters()), count_macs(features, 128, 128))
+        )
+    assert costs[1] == pytest.approx(costs[0], rel=0.05)
 
 
 @pytest.mark.slow
