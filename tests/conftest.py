@@ -19,6 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure() -> None:
+    """Hear signals that nohup or a shell's & made this process ignore: tests send them."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """A small data set, not to be changed: two steps of 24 images an epoch, and 13 validation images.

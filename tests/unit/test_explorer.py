@@ -203,7 +203,7 @@ def test_too_much_for_a_page_is_refused(folder, capsys, monkeypatch):
         (2, "expected at least 32 pixels", {}, ["--size", "8"]),
         (2, "--compare names both models", {}, ["--compare", "a", "b"]),
         (2, "--point 3: expected y,x", {}, ["--point", "3"]),
-        (4, "is neither a run", {}, ["--resume", "absent"]),
+        (2, "has its own configuration; remove --cfg", {}, ["--resume", "absent"]),
         (6, "no such folder for --out", {"out": "absent/out.html"}, []),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -112,7 +112,7 @@ def test_any_model_of_timms_predicts_imagenet_by_name(tmp_path, capsys):
         (("--model", "dat_tinyy", "--pretrained", "x"), 2, "timm does not know"),
         (("--pretrained", "absent.pth"), 4, "does not exist"),
         (("--resume", "absent"), 4, "neither a run"),
-        (("--resume", "run", "--cfg", "a.yaml"), 2, "run has its own configuration; remove --cfg"),
+        (("--resume", "run", "--cfg", "a.yaml"), 2, "has its own configuration; remove --cfg"),
         (("--resume", "run", "--model", "resnet18"), 2, "remove --model"),
         (("--pretrained", "w.pth", "--cfg", "a.yaml", "--ema"), 2, "--ema belongs to --resume"),
     ],

@@ -182,12 +182,12 @@ def _refuse_unused(args: argparse.Namespace) -> None:
     """Raise ConfigError for a flag that the weights of `args` cannot use."""
     if args.ema and not args.resume:
         raise ConfigError("--ema belongs to --resume; other weights are loaded as they are")
-    weights = args.resume or args.pretrained
     if args.resume or _is_folder_of_weights(args.pretrained):
         for flag, value in (("--cfg", args.cfg), ("--model", args.model)):
             if value:
                 raise ConfigError(
-                    f"{flag} {value}: {weights} has its own configuration; remove {flag}, or change keys with --opts"
+                    f"{flag} {value}: a run or folder of weights has its own configuration; remove {flag}, or change "
+                    "keys with --opts"
                 )
 
 
