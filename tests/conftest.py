@@ -21,7 +21,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 def pytest_configure() -> None:
     """Hear signals that nohup or a shell's & made this process ignore: tests send them."""
-    for number in SIGNALS:
+    for number in (*SIGNALS, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_IGN:
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, default)
