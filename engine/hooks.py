@@ -1,6 +1,7 @@
 """Hooks after a step: periodic checkpoints, stop requests, steps without a finite gradient, rollback."""
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,7 +175,8 @@ def watch_evaluation(
     for `hang_seconds`, and counts no time in which it was stopped.
     """
     seconds = hang_seconds if process.world_size > 1 else 0.0
-    file = Path(tempfile.gettempdir(), f"hang-rank{process.rank}.txt")
+    name = f"dat-hang-rank{process.rank}-{os.getpid()}.txt"
+    file = Path(tempfile.gettempdir(), name)
     with Watchdog(seconds, file, logger.error) as watchdog:
         watchdog.beat()
         limit_waiting(0)

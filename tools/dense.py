@@ -62,13 +62,8 @@ SWIN_NANO = {
 # What the tasks need beside requirements.txt.
 PACKAGES = {"detect": ("torchmetrics", "pycocotools"), "segment": ("segmentation_models_pytorch",)}
 CHANNELS = 64  # of the pyramid: small, as the backbones are
-ANCHORS = (
-    2,
-    3,
-    4,
-    6,
-    8,
-)  # sixteenths of a scene's side, a size for each map: digits have 0.2 to 0.5
+# Sixteenths of a scene's side, a size for each map: digits have 0.2 to 0.5.
+ANCHORS = (2, 3, 4, 6, 8)
 WEIGHT_DECAY = 0.05
 MAX_NORM = 1.0  # of the gradient
 WARMUP = 0.1  # of the steps
