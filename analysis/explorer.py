@@ -207,6 +207,7 @@ class Store:
             return {
                 "layout": "cells",
                 "keyMap": layout.key_map,
+                "keyCell": [block.key_cell, block.key_cell],
                 **{name: values.tolist() for name, values in axes},
             }
         places = {

@@ -1,8 +1,8 @@
 """Recording of all attention weights of a model in one forward pass, every query of every block.
 
 Whatever goes through a softmax is read where it is computed: of the mixers of models/attention.py in `ops.attend`, of
-timm's Swin, ViT and PVTv2 in the module that drops weights out. A deformable convolution has no softmax; its reading is
-that of `analysis.attention.convolution_attention`. The numbers equal the gradient reading of analysis/attention.py.
+timm's Swin, ViT and PVTv2 in the module that drops weights out. A deformable convolution has no softmax: its modulation
+times the norm of the kernel's slice is read. The tests compare all of it with the gradient of the output by the values.
 
 Shapes: M heads   G offset groups   P parts that are kept: heads, groups, or 1   H, W map, N = H · W queries
 Hk, Wk grid of keys   S keys of a query. Places are (y, x) in cells of the map, from its upper left corner.
@@ -20,7 +20,6 @@ import torch
 from timm.layers.attention import Attention as ViTAttention
 from torch import Tensor, nn
 
-from analysis.attention import NEGLIGIBLE
 from models import ops
 from models.attention import (
     DATPlusPlusGeometry,
@@ -33,6 +32,7 @@ from models.attention import (
 from models.dat import DAT
 
 ROUNDING = 1e-4  # of a cell
+NEGLIGIBLE = 1e-30  # a shifted window leaves e^-100 to cells that only the shift brought into it
 
 KINDS = {
     "L": "windows",
@@ -84,6 +84,14 @@ class Taps(NamedTuple):
     reference: Tensor  # (N, 9, 2)
 
 
+class QueryAttention(NamedTuple):
+    """What one query attends to: all cells of the key map, or points."""
+
+    weights: Tensor  # (P, Hk, Wk) of cells, (P, S) of points
+    points: Tensor | None = None  # (G, S, 2)
+    reference: Tensor | None = None  # (S, 2), the points without their offsets
+
+
 @dataclass(frozen=True)
 class BlockWeights:
     """The attention of all queries of one block.
@@ -108,6 +116,28 @@ class BlockWeights:
     def name(self) -> str:
         """Stage and block, counted from 1: "3.2"."""
         return f"{self.stage + 1}.{self.block + 1}"
+
+    @property
+    def key_cell(self) -> int:
+        """Pixels of the image along the side of a key's cell, which is larger where keys are reduced."""
+        if not isinstance(self.layout, Cells):
+            return self.cell
+        sides = zip(self.map_size, self.layout.key_map, strict=True)
+        return self.cell * round(max(positions / keys for positions, keys in sides))
+
+    def at(self, query: tuple[int, int]) -> QueryAttention:
+        """What the query at cell (y, x) of the map attends to."""
+        row = query[0] * self.map_size[1] + query[1]
+        weights, layout = self.weights[:, row], self.layout
+        if isinstance(layout, Points):
+            return QueryAttention(weights, layout.points, layout.reference)
+        if isinstance(layout, Taps):
+            return QueryAttention(weights, layout.points[:, row], layout.reference[row])
+        places = layout.places(query)
+        height, width = layout.key_map
+        cells = torch.zeros(len(weights), height * width)
+        cells[:, places[places >= 0]] = weights[:, places >= 0]
+        return QueryAttention(cells.unflatten(1, (height, width)))
 
 
 class Recording(NamedTuple):

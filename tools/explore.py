@@ -22,19 +22,11 @@ from torch import Tensor
 
 from analysis import explorer
 from analysis.class_gradient import class_gradients
-from analysis.recording import can_record, record
-from data.decode import UNREADABLE, decode_pixels
+from analysis.recording import record
 from engine import build
-from tools.common.classifier import (
-    Classifier,
-    add_arguments,
-    at_size,
-    load_classifier,
-    log_to_stderr,
-    with_weights,
-)
-from tools.visualize import parse_point
-from utils.errors import ConfigError, DataError, StorageError, as_exit_code
+from tools.common.classifier import Classifier, add_arguments, log_to_stderr, with_weights
+from tools.common.pictures import load_recordable, parse_point, read_pixels
+from utils.errors import ConfigError, StorageError, as_exit_code
 from utils.files import write_atomically
 from utils.logging import logger
 
@@ -52,22 +44,8 @@ def load_models(args: argparse.Namespace) -> list[Classifier]:
     found = []
     for spec in args.compare or [None]:
         one = args if spec is None else with_weights(args, Path(spec))
-        classifier = at_size(load_classifier(one, args.names, untrained=True), args.size)
-        if not can_record(classifier.model):
-            raise ConfigError(
-                f"{classifier.title}: its attention cannot be recorded; expected a DAT, or a Swin, ViT or PVTv2 of timm"
-            )
-        found.append(classifier)
+        found.append(load_recordable(one, args.names))
     return found
-
-
-def read_pixels(classifier: Classifier, path: Path) -> Tensor:
-    """The pixels of a picture file, (3, H, W) uint8. Raises DataError."""
-    try:
-        return decode_pixels(path.read_bytes(), apply_exif=classifier.apply_exif)
-    except UNREADABLE as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read as an image: {reason}") from None
 
 
 def explore(classifier: Classifier, path: Path, *, heads: bool, last: bool) -> explorer.Exploration:
@@ -158,8 +136,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Run the command line."""
     args = parse(arguments)
-    if args.size and args.size < 32:
-        raise ConfigError(f"--size {args.size}: expected at least 32 pixels")
     if not args.out.parent.is_dir():
         raise StorageError(f"{args.out.parent}: no such folder for --out")
     log_to_stderr()

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Pictures of attention: what one query attends to in every stage, how strongly, and where its sampled points moved.
+"""Still pictures of attention: what one query attends to in every stage, and where its sampled points moved.
 
-The model is that of a configuration, with the weights of a file (--pretrained), the best ones of a run (--resume), or
-random ones. The image is cropped as for an evaluation.
+The model is that of a run, of a file or folder of weights, or of a configuration, which has random weights. For DAT
+with any mixers, and timm's Swin, ViT and PVTv2. The picture is cropped as for an evaluation.
 
 examples:
-  python tools/visualize.py --cfg configs/dat_tiny.yaml --pretrained dat_tiny_in1k_224.pth --image cat.jpg
-  python tools/visualize.py --cfg configs/cifar10.yaml --resume output/dat_pp_micro/cifar10 --image cat.jpg --block 3.2
+  python tools/visualize.py photo.jpg --pretrained weights/dat_pp_nano_imagenette --size 224
+  python tools/visualize.py photo.jpg --resume output/dat_tiny/default --point 0.4,0.6 --block 3.2
 """
 
 import argparse
@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -27,21 +26,15 @@ from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from torch import Tensor
-from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config
-import data
-from analysis.attention import NEGLIGIBLE, BlockAttention, record_attention
-from analysis.recording import KINDS
-from data.decode import UNREADABLE, decode_pixels
-from engine import build, checkpoint
-from engine.build import build_model
-from engine.pretrained import load_pretrained
-from models.dat import DAT
-from utils.errors import ConfigError, DataError, StorageError, as_exit_code
+from analysis.recording import KINDS, NEGLIGIBLE, BlockWeights, QueryAttention, record
+from engine import build
+from tools.common.classifier import add_arguments, log_to_stderr
+from tools.common.pictures import load_recordable, parse_point, read_pixels
+from utils.errors import ConfigError, StorageError, as_exit_code
+from utils.logging import logger
 from utils.text import quantity
 
 # --- Picture --------------------------------------------------------------------------------------
@@ -53,40 +46,62 @@ WEIGHT_COLOURS = ListedColormap(plt.get_cmap("inferno")(np.linspace(0.15, 1, 256
 QUERY_COLOUR = "#00e5ff"
 
 
+class BlockAttention(NamedTuple):
+    """What the query in cell (y, x) of a block's map attends to."""
+
+    block: BlockWeights
+    query: tuple[int, int]
+    attention: QueryAttention
+
+    @property
+    def groups(self) -> int:
+        """The number of offset groups; 0 where keys are cells."""
+        return 0 if self.attention.points is None else len(self.attention.points)
+
+
 class Panel(NamedTuple):
     """One picture of the figure: the query's weights, or the offsets of all groups."""
 
-    record: BlockAttention
+    seen: BlockAttention
     title: str
     part: int | None = None  # the offset group, without groups the head; None: the mean of all
     offsets: bool = False
 
 
-def overview(records: list[BlockAttention]) -> list[list[Panel | None]]:
+def look(block: BlockWeights, point: tuple[float, float], size: tuple[int, int]) -> BlockAttention:
+    """The attention of the query in whose cell `point` lies, (y, x) in shares of an image of `size` (H, W)."""
+    query = tuple(
+        min(int(share * pixels) // block.cell, cells - 1)
+        for share, pixels, cells in zip(point, size, block.map_size, strict=True)
+    )
+    return BlockAttention(block, query, block.at(query))
+
+
+def overview(all_seen: list[BlockAttention]) -> list[list[Panel | None]]:
     """Rows of panels with a column per stage: its blocks, each above its offsets if it has any."""
     columns: dict[int, list[Panel]] = {}
-    for record in records:
-        column = columns.setdefault(record.stage, [])
-        column.append(Panel(record, f"block {record.block + 1}: {KINDS[record.letter]}"))
-        if record.attention.points is not None:
-            column.append(Panel(record, offsets_title(record), offsets=True))
+    for seen in all_seen:
+        block = seen.block
+        column = columns.setdefault(block.stage, [])
+        column.append(Panel(seen, f"block {block.block + 1}: {KINDS[block.letter]}"))
+        if seen.groups:
+            column.append(Panel(seen, offsets_title(seen), offsets=True))
     return [list(row) for row in zip_longest(*columns.values())]
 
 
-def detail(record: BlockAttention) -> list[list[Panel | None]]:
+def detail(seen: BlockAttention) -> list[list[Panel | None]]:
     """Rows of panels of one block: one per offset group and one for the offsets, or one per head."""
-    if record.attention.points is None:
-        panels = [Panel(record, f"head {i + 1}", i) for i in range(len(record.attention.weights))]
+    if seen.groups:
+        panels = [Panel(seen, f"group {i + 1}", i) for i in range(seen.groups)]
+        panels.append(Panel(seen, offsets_title(seen), offsets=True))
     else:
-        panels = [Panel(record, f"group {i + 1}", i) for i in range(len(record.attention.points))]
-        panels.append(Panel(record, offsets_title(record), offsets=True))
+        panels = [Panel(seen, f"head {i + 1}", i) for i in range(seen.block.heads)]
     return [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
 
 
-def offsets_title(record: BlockAttention) -> str:
+def offsets_title(seen: BlockAttention) -> str:
     """The title of a panel of offsets."""
-    groups = len(record.attention.points)
-    return f"sampled points, {groups} group{'s' * (groups > 1)}"
+    return f"sampled points, {quantity(seen.groups, 'group')}"
 
 
 def draw(
@@ -103,7 +118,7 @@ def draw(
     figure = plt.figure(figsize=(width, height), dpi=DPI)
     figure.text(GAP / width, 1 - 0.22 / height, title, fontsize=14, weight="bold", va="center")
     figure.text(GAP / width, 1 - 0.5 / height, subtitle, fontsize=10, color="0.35", va="center")
-    headlines = [stage_title(panel.record) for panel in rows[0]]
+    headlines = [stage_title(panel.seen.block) for panel in rows[0]]
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
             if panel is None:
@@ -119,11 +134,10 @@ def draw(
     return figure
 
 
-def stage_title(record: BlockAttention) -> str:
+def stage_title(block: BlockWeights) -> str:
     """The headline of the columns of a stage."""
-    cells = "×".join(str(n) for n in record.map_size)
-    heads = len(record.attention.weights)
-    return f"Stage {record.stage + 1}: {cells} cells, {heads} head{'s' * (heads > 1)}"
+    cells = "×".join(str(n) for n in block.map_size)
+    return f"Stage {block.stage + 1}: {cells} cells, {quantity(block.heads, 'head')}"
 
 
 def draw_panel(ax: Axes, panel: Panel, image: np.ndarray, point: tuple[float, float]) -> None:
@@ -131,14 +145,14 @@ def draw_panel(ax: Axes, panel: Panel, image: np.ndarray, point: tuple[float, fl
     height, width = image.shape[:2]
     ax.imshow(0.5 * image + 0.06, extent=(0, width, height, 0))
     if panel.offsets:
-        note = draw_offsets(ax, panel.record)
-    elif panel.record.attention.points is None:
-        note = draw_cells(ax, panel, image)
-    else:
+        note = draw_offsets(ax, panel.seen)
+    elif panel.seen.groups:
         note = draw_points(ax, panel)
+    else:
+        note = draw_cells(ax, panel, image)
     if not panel.offsets:
-        side = panel.record.cell
-        corner = panel.record.query[1] * side, panel.record.query[0] * side
+        side = panel.seen.block.cell
+        corner = panel.seen.query[1] * side, panel.seen.query[0] * side
         ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=QUERY_COLOUR, zorder=4))
         style = {"markersize": 13, "markeredgecolor": "black", "markeredgewidth": 0.7, "zorder": 5}
         ax.plot(point[1] * width, point[0] * height, "*", color=QUERY_COLOUR, **style)
@@ -149,9 +163,9 @@ def draw_panel(ax: Axes, panel: Panel, image: np.ndarray, point: tuple[float, fl
 
 def draw_cells(ax: Axes, panel: Panel, image: np.ndarray) -> str:
     """Draw the weights as colours over the cells of the map; return a note for the title."""
-    weights = panel.record.attention.weights
+    weights = panel.seen.attention.weights
     weights = (weights.mean(0) if panel.part is None else weights[panel.part]).numpy()
-    side = panel.record.key_cell
+    side = panel.seen.block.key_cell
     rows, columns = np.nonzero(weights > NEGLIGIBLE)
     top, bottom = rows.min() * side, (rows.max() + 1) * side
     left, right = columns.min() * side, (columns.max() + 1) * side
@@ -167,15 +181,14 @@ def draw_cells(ax: Axes, panel: Panel, image: np.ndarray) -> str:
 
 def draw_points(ax: Axes, panel: Panel) -> str:
     """Draw the weights as sizes and colours of the sampled points, strongest on top; return a note for the title."""
-    attention, cell = panel.record.attention, panel.record.cell
-    groups = len(attention.points)
+    attention, cell = panel.seen.attention, panel.seen.block.cell
     part = slice(None) if panel.part is None else slice(panel.part, panel.part + 1)
-    weights = attention.weights.unflatten(0, (groups, -1)).mean(1)[part].flatten()
+    weights = attention.weights.unflatten(0, (panel.seen.groups, -1)).mean(1)[part].flatten()
     order = weights.argsort()
     weights = weights[order].numpy()
-    points = (cell * attention.points[part]).flatten(0, 2)[order].numpy()
+    points = (cell * attention.points[part]).flatten(0, 1)[order].numpy()
     reference = attention.reference.expand_as(attention.points[part])
-    reference = (cell * reference).flatten(0, 2)[order].numpy()
+    reference = (cell * reference).flatten(0, 1)[order].numpy()
     share = weights / weights.max()
     draw_arrows(ax, reference, points, [(1, 1, 1, 0.15 + 0.7 * s**2) for s in share])
     largest = min(130, 15_000 / len(points))  # square points: all together half a panel at most
@@ -190,15 +203,13 @@ def draw_points(ax: Axes, panel: Panel) -> str:
     return f"max {100 * weights.max():.2g} %"
 
 
-def draw_offsets(ax: Axes, record: BlockAttention) -> str:
+def draw_offsets(ax: Axes, seen: BlockAttention) -> str:
     """Draw the points of every offset group, each with its offset; return a note for the title."""
-    points, reference = (
-        record.cell * p for p in (record.attention.points, record.attention.reference)
-    )
-    for group, colour in zip(points, group_colours(len(points)), strict=True):
-        end = group.flatten(0, 1).numpy()
-        draw_arrows(ax, reference.flatten(0, 1).numpy(), end, [colour])
-        ax.scatter(*end.T[::-1], s=8, color=[colour], zorder=3)
+    attention, cell = seen.attention, seen.block.cell
+    points, reference = cell * attention.points, cell * attention.reference
+    for group, colour in zip(points.numpy(), group_colours(len(points)), strict=True):
+        draw_arrows(ax, reference.numpy(), group, [colour])
+        ax.scatter(*group.T[::-1], s=8, color=[colour], zorder=3)
     return f"mean offset {(points - reference).norm(dim=-1).mean():.2g} px"
 
 
@@ -232,7 +243,7 @@ def draw_legend(figure: Figure, panels: list[Panel]) -> None:
         Line2D([], [], color=QUERY_COLOUR, label="query", **star),
         Line2D([], [], markeredgecolor=QUERY_COLOUR, label="its cell", **square),
     ]
-    if any(panel.record.attention.points is None for panel in panels):
+    if any(not panel.seen.groups for panel in panels):
         handles.append(
             Line2D([], [], markeredgecolor="0.6", label="cells it may attend to", **square)
         )
@@ -253,101 +264,32 @@ def draw_legend(figure: Figure, panels: list[Panel]) -> None:
 # --- Command --------------------------------------------------------------------------------------
 
 
-def load_model(cfg: CfgNode, pretrained: str, run: str) -> tuple[DAT, str]:
-    """The model with the weights of a file, of a run's best checkpoint or initial ones, and words for which."""
-    classes = cfg.MODEL.NUM_CLASSES or 1000
-    if run:
-        source = checkpoint.resolve(Path(run), best=True)
-        metadata = checkpoint.read_metadata(source)
-        classes = len(metadata["classes"])
-    model = build_model(cfg, classes, torch.device("cpu")).eval()
-    if not isinstance(model, DAT):
-        raise ConfigError(
-            f"{cfg.MODEL.NAME} has none of the spatial mixers of models/attention.py, which this tool draws; "
-            "expected a configuration of one that has, such as configs/dat_tiny.yaml"
-        )
-    if run:
-        checkpoint.load_strictly(model, source / "model.safetensors")
-        return (
-            model,
-            f"run {metadata['config']['TAG']} after {quantity(metadata['epoch'], 'epoch')}",
-        )
-    if pretrained:
-        load_pretrained(model, Path(pretrained), strict=False)
-        return model, f"weights of {Path(pretrained).name}"
-    return model, "untrained, random weights"
-
-
-def load_image(cfg: CfgNode, path: Path) -> Tensor:
-    """The model's input before normalisation, (3, H, W) uint8, prepared as for an evaluation."""
-    try:
-        pixels = decode_pixels(path.read_bytes())
-    except UNREADABLE as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DataError(f"--image {path} cannot be read as an image: {reason}") from None
-    transform = data.eval_transform(
-        cfg.DATA.IMG_SIZE,
-        crop_mode=cfg.TEST.CROP_MODE,
-        crop_pct=cfg.TEST.CROP_PCT,
-        interpolation=cfg.DATA.INTERPOLATION,
-        exact=True,
-    )
-    return transform(pixels)
-
-
-def parse_point(text: str) -> tuple[float, float]:
-    """The text "y,x" as shares of the image."""
-    try:
-        y, x = map(float, text.split(","))
-    except ValueError:
-        raise ConfigError(f"--point {text}: expected y,x such as 0.5,0.5, the centre") from None
-    if not (0 <= y <= 1 and 0 <= x <= 1):
-        raise ConfigError(
-            f"--point {text} is outside the image: expected y,x from 0,0, its upper left corner, to 1,1; "
-            "divide pixels by the image's height and width"
-        )
-    return y, x
-
-
-def parse_block(text: str, model: DAT) -> tuple[int, int]:
-    """The text "stage.block", counted from 1, as (stage, block) from 0."""
-    names = {
-        f"{i + 1}.{j + 1}": (i, j)
-        for i, letters in enumerate(model.config.stages)
-        for j in range(len(letters))
-    }
+def choose_block(text: str, blocks: list[BlockWeights]) -> BlockWeights:
+    """The one of `blocks` that --block names, "stage.block" counted from 1. Raises ConfigError."""
+    names = {block.name: block for block in blocks}
     if text not in names:
         raise ConfigError(f"--block {text}: no such block; expected one of {', '.join(names)}")
     return names[text]
 
 
-def make_picture(args: argparse.Namespace) -> str:
-    """Write the picture that the command line asks for; return its title."""
+def make_picture(args: argparse.Namespace) -> Figure:
+    """The picture that the command line asks for."""
     point = parse_point(args.point)
-    cfg = config.load(args.cfg, args.opts)
-    model, weights = load_model(cfg, args.pretrained, args.resume)
-    pixels = load_image(cfg, args.image)
-    images = build.normalize(cfg, torch.device("cpu"))(pixels[None])
+    classifier = load_recordable(args)
+    pixels = classifier.transform(read_pixels(classifier, args.image))
+    images = build.normalize(classifier.cfg, classifier.device)(pixels[None])
+    blocks = record(classifier.model, images, heads=bool(args.block), last=not args.block).blocks
     if args.block:
-        rows = detail(*record_attention(model, images, point, [parse_block(args.block, model)]))
+        block = choose_block(args.block, blocks)
+        rows = detail(look(block, point, pixels.shape[1:]))
         subject = f"block {args.block}, by head or offset group"
     else:
-        last_of_each_kind = [
-            (stage, letters.rindex(letter))
-            for stage, letters in enumerate(model.config.stages)
-            for letter in dict.fromkeys(letters)
-        ]
-        rows = overview(record_attention(model, images, point, last_of_each_kind))
+        rows = overview([look(block, point, pixels.shape[1:]) for block in blocks])
         subject = "the last block of every kind, mean of the heads"
-    title = f"{cfg.MODEL.NAME}, {weights}"
     query = f"y {point[0]:g}, x {point[1]:g} of {args.image.name}"
     subtitle = f"What the query at {query} attends to: {subject}"
     image = pixels.permute(1, 2, 0).numpy() / 255
-    try:
-        draw(rows, image, point, title, subtitle).savefig(args.out)
-    except (OSError, ValueError) as error:  # a ValueError lists the known formats
-        raise StorageError(f"--out {args.out} cannot be written: {error}") from error
-    return title
+    return draw(rows, image, point, classifier.title, subtitle)
 
 
 @as_exit_code
@@ -356,15 +298,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cfg", required=True, help="configuration of the model")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", default="", metavar="FILE", help="file of weights")
-    weights.add_argument(
-        "--resume", default="", metavar="RUN", help="run (its best checkpoint) or checkpoint"
-    )
     parser.add_argument(
-        "--image", type=Path, required=True, help="image file, cropped as for an evaluation"
+        "image", type=Path, metavar="IMAGE", help="image file, cropped as for an evaluation"
     )
+    add_arguments(parser)
+    parser.add_argument("--size", type=int, default=0, help="pixels of the model's input")
     parser.add_argument(
         "--point",
         default="0.5,0.5",
@@ -377,11 +315,14 @@ def main(arguments: list[str]) -> None:
         help="draw every head or offset group of this block, counted from 1, instead of the last blocks of each stage",
     )
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="picture to write")
-    parser.add_argument(
-        "--opts", nargs="*", default=[], metavar="KEY VALUE", help="any key of the configuration"
-    )
     args = parser.parse_args(arguments)
-    print(f"{args.out}: {make_picture(args)}")
+    log_to_stderr()
+    figure = make_picture(args)
+    try:
+        figure.savefig(args.out)
+    except (OSError, ValueError) as error:  # a ValueError lists the known formats
+        raise StorageError(f"--out {args.out} cannot be written: {error}") from error
+    logger.info(f"{args.out} is written")
 
 
 if __name__ == "__main__":

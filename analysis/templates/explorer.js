@@ -38,11 +38,6 @@
       this.maxima = new Float32Array(content.slice(this.largest, this.largest + 4 * this.partCount * this.queries));
       if (this.layout === "cells") {
         this.rowLength = Math.max(...this.columns);
-        this.keyCell = [(this.cell * this.map[0]) / this.keyMap[0], (this.cell * this.map[1]) / this.keyMap[1]];
-        if (this.keyMap[0] !== this.map[0]) {
-          const ratio = Math.round(Math.max(this.map[0] / this.keyMap[0], this.map[1] / this.keyMap[1]));
-          this.keyCell = [this.cell * ratio, this.cell * ratio];
-        }
       } else {
         const perQuery = this.layout === "taps" ? this.queries : 1;
         this.places = this.decode(content, this.points, 2 * this.groups * perQuery * this.keys);

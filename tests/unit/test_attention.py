@@ -1,4 +1,4 @@
-"""analysis/attention.py: recorded weights and points reproduce the output of every mixer.
+"""helpers/attention.py: weights and points from gradients reproduce the output of every mixer.
 
 pytest tests/unit/test_attention.py
 """
@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.attention import query_attention, record_attention
 
-from analysis.attention import NEGLIGIBLE, query_attention, record_attention
+from analysis.recording import NEGLIGIBLE
 from models.dat import MIXERS, DATConfig
 from models.ops import convolve, sample
 

@@ -6,11 +6,11 @@ pytest tests/unit/test_recording.py
 import pytest
 import timm
 import torch
+from helpers.attention import record_attention
 from test_timm_contract import thin
 
-from analysis.attention import record_attention
 from analysis.class_gradient import class_gradients
-from analysis.recording import BlockWeights, Cells, Points, can_record, measure_points, record
+from analysis.recording import Points, can_record, measure_points, record
 from models.dat import VARIANTS
 
 # Every letter, on maps that are no multiples of windows, and whose last cells are partial.
@@ -29,17 +29,6 @@ def noisy(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def at_cells(block: BlockWeights, query: tuple[int, int]) -> torch.Tensor:
-    """The weights of a query by head and cell of the key map (M, Hk · Wk), or by point (M, S)."""
-    weights = block.weights[:, query[0] * block.map_size[1] + query[1]]
-    if not isinstance(block.layout, Cells):
-        return weights
-    places = block.layout.places(query)
-    dense = torch.zeros(len(weights), block.layout.key_map[0] * block.layout.key_map[1])
-    dense[:, places[places >= 0]] = weights[:, places >= 0]
-    return dense
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_recorded_weights_equal_the_reading_by_gradients(kind):
     architecture, size = KINDS[kind]
@@ -54,18 +43,20 @@ def test_recorded_weights_equal_the_reading_by_gradients(kind):
         torch.testing.assert_close(block.weights.sum(-1), torch.ones(block.weights.shape[:2]))
         for point in POINTS:
             (oracle,) = record_attention(model, images, point, [(block.stage, block.block)])
-            found = at_cells(block, oracle.query)
-            difference = (found - oracle.attention.weights.flatten(1)).abs().max()
+            found = block.at(oracle.query)
+            assert block.key_cell == oracle.key_cell
+            difference = (
+                (found.weights.flatten(1) - oracle.attention.weights.flatten(1)).abs().max()
+            )
             assert difference < 1e-5, (block.name, block.letter, point)
-            if not isinstance(block.layout, Cells):
-                row = oracle.query[0] * block.map_size[1] + oracle.query[1]
-                own = isinstance(block.layout, Points)
-                points = block.layout.points if own else block.layout.points[:, row]
-                reference = block.layout.reference if own else block.layout.reference[row]
+            assert (found.points is None) == (oracle.attention.points is None)
+            if found.points is not None:
                 torch.testing.assert_close(
-                    points, oracle.attention.points.flatten(1, 2), atol=1e-4, rtol=0
+                    found.points, oracle.attention.points.flatten(1, 2), atol=1e-4, rtol=0
                 )
-                torch.testing.assert_close(reference, oracle.attention.reference.flatten(0, 1))
+                torch.testing.assert_close(
+                    found.reference, oracle.attention.reference.flatten(0, 1)
+                )
 
 
 def test_the_parts_are_means_over_the_heads_of_a_group():

@@ -29,14 +29,14 @@ def folder(tmp_path_factory):
 
 
 def command(folder, *more: str, image: str = "image.png", out: str = "out.png") -> list[str]:
-    paths = ["--cfg", folder / "micro.yaml", "--image", folder / image, "--out", folder / out]
-    return [*map(str, paths), *more]
+    model = [] if "--resume" in more or "--model" in more else ["--cfg", folder / "micro.yaml"]
+    return [*map(str, [folder / image, *model, "--out", folder / out]), *more]
 
 
 @pytest.mark.parametrize("more", [[], ["--block", "3.2"], ["--block", "1.2"]], ids=str)
 def test_a_picture_of_every_kind_is_drawn(folder, capsys, more):
     assert visualize.main(command(folder, *more, "--point", "0.2,1", "--opts", ALL_KINDS)) == 0
-    assert "dat_micro, untrained, random weights" in capsys.readouterr().out
+    assert "dat_micro, untrained, random weights" in capsys.readouterr().err
     with Image.open(folder / "out.png") as picture:
         assert picture.width == 1202
         assert len(picture.convert("RGB").resize((64, 64)).getcolors(64**2)) > 500
@@ -46,15 +46,19 @@ def test_trained_weights_are_drawn_and_named(folder, capsys):
     model = timm.create_model("dat_micro", num_classes=7)
     save_file(model.state_dict(), folder / "trained.safetensors")
     weights = str(folder / "trained.safetensors")
-    assert visualize.main(command(folder, "--pretrained", weights)) == 0
-    assert "weights of trained.safetensors" in capsys.readouterr().out
+    assert (
+        visualize.main(command(folder, "--pretrained", weights, "--opts", "MODEL.NUM_CLASSES=7"))
+        == 0
+    )
+    assert "dat_micro, " + weights in capsys.readouterr().err
     optimizer = torch.optim.AdamW(model.parameters())
     state = TrainState(model, None, optimizer, torch.amp.GradScaler(enabled=False), epoch=3)
-    metadata = {"classes": list("abcdefg"), "config": {"TAG": "tiny"}}
+    values = {"MODEL": {"NAME": "dat_micro"}, "DATA": {"IMG_SIZE": 32}}
+    metadata = {"classes": list("abcdefg"), "config": values}
     files = checkpoint.snapshot(state, metadata)
     checkpoint.write(folder / "run" / "checkpoints", "step-0", files)
     assert visualize.main(command(folder, "--resume", str(folder / "run"))) == 0
-    assert "run tiny after 3 epochs" in capsys.readouterr().out
+    assert f"{folder / 'run'}/checkpoints/step-0/model.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,12 @@ def test_trained_weights_are_drawn_and_named(folder, capsys):
         (2, "--point 0.5,1.2 is outside the image", {}, ["--point", "0.5,1.2"]),
         (2, "--point 3: expected y,x", {}, ["--point", "3"]),
         (2, "--block 5.1: no such block", {}, ["--block", "5.1"]),
-        (2, "resnet18 has none of the spatial mixers", {}, ["--opts", "MODEL.NAME", "resnet18"]),
+        (
+            2,
+            "resnet18, untrained, random weights: its attention cannot",
+            {},
+            ["--opts", "MODEL.NAME", "resnet18"],
+        ),
         (2, "did you mean MODEL.NAME", {}, ["--opts", "MODEL.NAM", "dat_tiny"]),
         (4, "absent.pth does not exist", {}, ["--pretrained", "absent.pth"]),
         (4, "is neither a run", {}, ["--resume", "absent"]),
@@ -74,8 +83,16 @@ def test_trained_weights_are_drawn_and_named(folder, capsys):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_wrong_commands_are_answered_in_one_line(folder, capsys, code, message, files, more):
+def test_wrong_commands_are_answered_in_a_sentence(folder, capsys, code, message, files, more):
     assert visualize.main(command(folder, *more, **files)) == code
-    answer = capsys.readouterr().err
-    assert message in answer
-    assert answer.count("\n") == 1
+    answer = capsys.readouterr().err.splitlines()
+    assert message in answer[-1]
+    assert all(line.startswith("INFO ") for line in answer[:-1])
+
+
+def test_timms_models_are_drawn(folder, capsys):
+    swin = "MODEL.ARGS={embed_dim: 24, depths: [2, 2, 2, 2], window_size: 2}"
+    options = ["--opts", "MODEL.NAME=swin_tiny_patch4_window7_224", "DATA.IMG_SIZE=64", swin]
+    assert visualize.main(command(folder, *options)) == 0
+    with Image.open(folder / "out.png") as picture:
+        assert picture.width == 1202

@@ -1,4 +1,7 @@
-"""Recording of attention: the cells or sampled points that one query attends to in every block, with their weights."""
+"""Attention of one query from gradients, which the recording of analysis/recording.py is compared with.
+
+It reads the output alone, by the gradient with respect to the values; the recording reads what goes through a softmax.
+"""
 
 from typing import NamedTuple
 
@@ -8,8 +11,6 @@ from torch import Tensor, nn
 from models.attention import DeformableAttention, DeformableConvolution, GlobalAttention
 from models.dat import DAT
 from models.ops import convolve
-
-NEGLIGIBLE = 1e-30  # a shifted window leaves e^-100 to cells that only the shift brought into it
 
 
 class QueryAttention(NamedTuple):
