@@ -13,6 +13,7 @@ from models.dat import SamplingPoints
 
 SIDE = 288  # pixels of a picture
 SHOWN = 4  # images in a picture
+MANY = 0.5  # share of lost points from which a stage is named
 
 
 def measure_offsets(layers: Sequence[SamplingPoints], *, clamped: bool) -> dict[str, float]:
@@ -32,6 +33,22 @@ def measure_offsets(layers: Sequence[SamplingPoints], *, clamped: bool) -> dict[
             if len(points.points) > 1:
                 found.setdefault(f"{name}_distance", []).append(health.distance)
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def find_lost_points(layers: Sequence[SamplingPoints]) -> dict[int, float]:
+    """The stages, from 0, whose points are mostly lost, with the share of these.
+
+    A point is lost if its offset took it to the border of the map or beyond. Points that begin there do not count.
+    """
+    found: dict[int, list[float]] = {}
+    for layer in layers:
+        inside = (layer.reference.abs() < 1).all(-1)
+        moved = layer.positions[:, :, inside]
+        if inside.any():
+            lost = (moved.abs() >= 1).any(-1).float().mean().item()
+            found.setdefault(layer.stage, []).append(lost)
+    means = {stage: sum(shares) / len(shares) for stage, shares in found.items()}
+    return {stage: share for stage, share in means.items() if share > MANY}
 
 
 def draw_offsets(layers: Sequence[SamplingPoints], images: Tensor) -> dict[str, np.ndarray]:

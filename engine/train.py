@@ -214,7 +214,7 @@ def validate_epoch(
 def probe_offsets(
     cfg: CfgNode, loader: InterruptibleLoader, model: torch.nn.Module, process: Process
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Numbers and pictures of the sampling offsets of each deformable stage on a few images."""
+    """Numbers and pictures of the sampling offsets of each deformable stage on a few images; warns of lost points."""
     if not hasattr(model, "sampling_positions"):
         return {}, {}
     images = [loader.dataset[i].image for i in range(min(PROBED_IMAGES, len(loader.dataset)))]
@@ -222,5 +222,11 @@ def probe_offsets(
     model.eval()
     layers = model.sampling_positions(build.normalize(cfg, process.device)(images))
     model.train()
+    for stage, share in offsets.find_lost_points(layers).items():
+        logger.warning(
+            f"Stage {stage + 1}: the offsets took {share:.0%} of the sampled points to the border of the map or "
+            "beyond, where they learn little. Lower the learning rate of the offset networks, such as "
+            "TRAIN.LR_SCALES \"[['*.positions', 0.1]]\""
+        )
     numbers = offsets.measure_offsets(layers, clamped=model.config.plus_plus)
     return numbers, offsets.draw_offsets(layers, images)

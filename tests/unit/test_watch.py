@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import write_run
 
-from analysis.offsets import draw_offsets, measure_offsets
+from analysis.offsets import draw_offsets, find_lost_points, measure_offsets
 from analysis.runs import Series, read_run
 from tools import screenshot, watch
 from utils.logging import MetricWriter
@@ -107,6 +107,19 @@ def test_offsets_in_numbers_and_pictures():
     assert sorted(pictures) == ["offsets/stage2", "offsets/stage3", "offsets/stage4"]
     assert pictures["offsets/stage3"].shape == (288, 3 * 288, 3)
     assert len(np.unique(pictures["offsets/stage3"].reshape(-1, 3), axis=0)) > 100
+
+
+def test_points_that_the_offsets_took_to_the_border_are_lost():
+    torch.manual_seed(0)
+    # Two of four points a side of the last map of DAT++ begin at the border, and are never lost.
+    model = timm.create_model("dat_pp_micro").eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert find_lost_points(model.sampling_positions(images)) == {}
+        model.stages[1].blocks[1].attn.positions.proj.weight *= 1e4
+        lost = find_lost_points(model.sampling_positions(images))
+    assert list(lost) == [1]
+    assert 0.9 < lost[1] <= 1
 
 
 def test_tensorboard_has_charts_settings_and_pictures(tmp_path):
