@@ -90,6 +90,7 @@ def test_other_settings_or_code_on_one_rank_are_refused_on_all(hook, words, imag
     assert not run_of(tmp_path).exists()
 
 
+@pytest.mark.slow
 def test_paths_and_workers_may_be_a_machine_s_own(images, unbroken, tmp_path):
     """Also the revision where one machine has no git: the sources are the same."""
     copy, elsewhere = shutil.copytree(images, tmp_path / "copy"), tmp_path / "elsewhere"

@@ -40,6 +40,7 @@ def command(tmp_path):
     return lambda tag: [*arguments(tmp_path, images, tag=tag, text=TEXT), "--opts", *OPTS]
 
 
+@pytest.mark.slow
 def test_a_run_is_two_graphs(graphs, command, tmp_path):
     assert EVERY_MIXER in TEXT
     assert main.main(command("run")) == 0

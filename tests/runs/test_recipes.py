@@ -54,7 +54,7 @@ def unbroken(images, knobs, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
 def test_stopped_and_resumed_with_every_knob(step, images, knobs, unbroken, tmp_path, monkeypatch):
     save = checkpoint.Saver.save
 

@@ -43,6 +43,7 @@ def fails_sometimes():
     return fault
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_a_server_with_faults_equals_the_disk(packed, unbroken, tmp_path):
     cache = f"DATA.CACHE_DIR={tmp_path / 'cache'}", "DATA.CACHE_SIZE=1e-3", "DATA.NUM_WORKERS=2"
     with serve(packed) as server:

@@ -19,6 +19,8 @@ PROJECT_IMPORT = r"^(import|from) (analysis|config|data|engine|main|models|tools
 START_ALL = """
 import runpy, sys
 
+import pytest
+
 def show_help(start, name):
     sys.argv[:] = [name, "--help"]
     try:
@@ -33,6 +35,7 @@ show_help(runpy.run_module, f"tools.{command}")
 """
 
 
+@pytest.mark.slow
 def test_every_command_shows_its_help_from_any_folder(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", START_ALL, str(ROOT), *COMMANDS]

@@ -199,6 +199,7 @@ def test_bytes_by_name(tmp_path, capsys):
     assert benchmark.main(["bytes", "resnet10x"]) == 2
 
 
+@pytest.mark.slow
 def test_bytes_of_images_that_are_not_square(tmp_path, capsys):
     file = tmp_path / "numbers.json"
     kept = []

@@ -55,6 +55,7 @@ def test_what_a_group_needs_and_is_not_installed(monkeypatch):
     assert json.loads(output.getvalue())["skipped"] == "needs no_such_package"
 
 
+@pytest.mark.slow
 def test_missing_packages_stop_no_other_group():
     """Nothing that they import needs yacs or simplejpeg."""
     modules = {ALL[n].function.split(".")[0] for n in ORDER if not ALL[n].needs}
@@ -161,6 +162,7 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     assert "| 0 title | a | 1  | |" in table(read_records(path), lambda number: "title")
 
 
+@pytest.mark.slow
 def test_the_table_comes_after_sigterm(tmp_path):
     path = tmp_path / "check.jsonl"
     command = [

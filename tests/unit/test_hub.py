@@ -13,6 +13,8 @@ import pickle, sys, warnings
 import torch
 warnings.simplefilter("error")
 import utils, engine
+
+import pytest
 ROOT, OTHER, weights = sys.argv[1:]
 
 def load(**kwargs):
@@ -54,6 +56,7 @@ print("loaded")
 """
 
 
+@pytest.mark.slow
 def test_hub_loads_beside_modules_of_the_same_names(tmp_path):
     project, other = tmp_path / "project", tmp_path / "other"
     (other / "models").mkdir(parents=True)

@@ -192,7 +192,10 @@ def test_another_size_is_another_graph_of_constants_and_the_batch_is_free():
 
 
 @pytest.mark.filterwarnings("ignore")  # the older exporter's age, constants of the traced size
-@pytest.mark.parametrize("dynamo", [False, True], ids=["older", "newer"])
+@pytest.mark.parametrize(
+    "dynamo",
+    [pytest.param(False, id="older"), pytest.param(True, id="newer", marks=pytest.mark.slow)],
+)
 def test_onnx(dynamo):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -326,6 +326,7 @@ def test_fx_features_and_gradients(architecture):
     assert all(p.grad is not None for p in graph.parameters())
 
 
+@pytest.mark.slow
 @BOTH
 def test_export_for_any_batch_of_one_size(architecture):
     model = small(architecture)
