@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(
     path.stem for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()
@@ -18,8 +20,6 @@ PROJECT_IMPORT = r"^(import|from) (analysis|config|data|engine|main|models|tools
 # All in one process, because importing PyTorch takes longest; the last one as a module too.
 START_ALL = """
 import runpy, sys
-
-import pytest
 
 def show_help(start, name):
     sys.argv[:] = [name, "--help"]

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PROJECT = """
 import pickle, sys, warnings
 import torch
 warnings.simplefilter("error")
 import utils, engine
-
-import pytest
 ROOT, OTHER, weights = sys.argv[1:]
 
 def load(**kwargs):
