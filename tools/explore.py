@@ -8,7 +8,7 @@ For DAT with any mixers, and timm's Swin, ViT and PVTv2.
 examples:
   python tools/explore.py cat.jpg dog.jpg --resume output/dat_tiny/default
   python tools/explore.py cat.jpg --pretrained dat_pp_tiny_in1k_224.pth --size 448 --out cat.html
-  python tools/explore.py cat.jpg --compare output/dat_micro/mixers_dat output/dat_micro/mixers_swin
+  python tools/explore.py cat.jpg --compare output/dat_micro/imagenette_dat output/dat_micro/imagenette_swin
 """
 
 import argparse
