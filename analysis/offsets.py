@@ -13,7 +13,6 @@ from models.dat import SamplingPoints
 
 SIDE = 288  # pixels of a picture
 SHOWN = 4  # images in a picture
-MANY = 0.5  # share of lost points from which a stage is named
 
 
 def measure_offsets(layers: Sequence[SamplingPoints], *, clamped: bool) -> dict[str, float]:
@@ -21,11 +20,13 @@ def measure_offsets(layers: Sequence[SamplingPoints], *, clamped: bool) -> dict[
 
     pixels: length of the offsets. outside: share of the points outside of the map, or `clamped` to it. coverage: share
     of the map's cells that a point reads. distance: between offset groups, pixels; none where a stage has one group.
+    lost: share of the points that offsets took to the border or beyond, of those that begin inside.
     """
     found: dict[str, list[float]] = {}
     for layer in layers:
         name = f"offsets/stage{layer.stage + 1}"
         found.setdefault(f"{name}_pixels", []).append(layer.offset_length().mean().item())
+        found.setdefault(f"{name}_lost", []).append(_lost(layer))
         for points in _points_of(layer, clamped=clamped):
             health = measure_points(points, layer.map_size, layer.reduction)
             found.setdefault(f"{name}_outside", []).append(health.outside)
@@ -35,20 +36,11 @@ def measure_offsets(layers: Sequence[SamplingPoints], *, clamped: bool) -> dict[
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def find_lost_points(layers: Sequence[SamplingPoints]) -> dict[int, float]:
-    """The stages, from 0, whose points are mostly lost, with the share of these.
-
-    A point is lost if its offset took it to the border of the map or beyond. Points that begin there do not count.
-    """
-    found: dict[int, list[float]] = {}
-    for layer in layers:
-        inside = (layer.reference.abs() < 1).all(-1)
-        moved = layer.positions[:, :, inside]
-        if inside.any():
-            lost = (moved.abs() >= 1).any(-1).float().mean().item()
-            found.setdefault(layer.stage, []).append(lost)
-    means = {stage: sum(shares) / len(shares) for stage, shares in found.items()}
-    return {stage: share for stage, share in means.items() if share > MANY}
+def _lost(layer: SamplingPoints) -> float:
+    """The share of the points that begin inside of the map and that offsets took to its border or beyond."""
+    inside = (layer.reference.abs() < 1).all(-1)
+    moved = layer.positions[:, :, inside]
+    return (moved.abs() >= 1).any(-1).float().mean().item() if inside.any() else 0.0
 
 
 def draw_offsets(layers: Sequence[SamplingPoints], images: Tensor) -> dict[str, np.ndarray]:

@@ -306,6 +306,9 @@ def describe_faults(run: Run) -> list[Row]:
     if files:
         shown = ", ".join(files[:8]) + ("…" if len(files) > 8 else "")
         rows.append(Row("unreadable training images", f"{len(files)}", shown, "warn"))
+    for stage, share in run.lost_points().items():
+        words = "offsets took them to the border or beyond; lower TRAIN.LR_SCALES of '*.positions'"
+        rows.append(Row(f"sampled points of {stage} lost", f"{share:.0%}", words, "warn"))
     if failed := run.status.get("failed_saves"):
         rows.append(Row("failed saves in a row", str(failed), kind="bad"))
     rows += [Row("left behind", name, kind="bad") for name in run.faults[:LISTED]]

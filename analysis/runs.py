@@ -5,6 +5,8 @@ what is left of it.
 """
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,8 @@ EXIT_CODES = {
     130: "interrupted",
 }
 ACCURACIES = ("val/acc1", "val_ema/acc1")
+LOST = re.compile(r"offsets/stage(\d+)_lost")
+MANY_LOST = 0.5  # share of lost points from which a stage is named
 
 
 class Series(NamedTuple):
@@ -115,10 +119,23 @@ class Run:
         ]
         return max(found, key=lambda one: (one[0], -one[1]), default=None)
 
+    def lost_points(self) -> dict[str, float]:
+        """`list_lost_points` of the last validation."""
+        return list_lost_points({tag: float(s.values[-1]) for tag, s in self.metrics.items()})
+
     def last_accuracy(self) -> float | None:
         """The accuracy of the last validation in per cent, of the weights themselves; None if there was none."""
         series = self.metrics.get("val/acc1")
         return None if series is None else float(series.values[-1])
+
+
+def list_lost_points(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The stages that lost most of their sampled points, "stage 1", with the share; see analysis/offsets.py.
+
+    numbers: of one validation, by tag.
+    """
+    found = {LOST.fullmatch(tag): share for tag, share in numbers.items() if share > MANY_LOST}
+    return {f"stage {match[1]}": share for match, share in found.items() if match}
 
 
 def read_run(path: Path) -> Run:

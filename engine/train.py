@@ -8,6 +8,7 @@ from yacs.config import CfgNode
 
 import data
 from analysis import offsets
+from analysis.runs import list_lost_points
 from engine import agreement, build, checkpoint, compat
 from engine.agreement import Replicas
 from engine.checkpoint import Saver
@@ -222,11 +223,11 @@ def probe_offsets(
     model.eval()
     layers = model.sampling_positions(build.normalize(cfg, process.device)(images))
     model.train()
-    for stage, share in offsets.find_lost_points(layers).items():
+    numbers = offsets.measure_offsets(layers, clamped=model.config.plus_plus)
+    for stage, share in list_lost_points(numbers).items():
         logger.warning(
-            f"Stage {stage + 1}: the offsets took {share:.0%} of the sampled points to the border of the map or "
-            "beyond, where they learn little. Lower the learning rate of the offset networks, such as "
+            f"Offsets took {share:.0%} of the sampled points of {stage} to the border of the map or beyond, where they "
+            "learn little. Lower the learning rate of the offset networks, such as "
             "TRAIN.LR_SCALES \"[['*.positions', 0.1]]\""
         )
-    numbers = offsets.measure_offsets(layers, clamped=model.config.plus_plus)
     return numbers, offsets.draw_offsets(layers, images)

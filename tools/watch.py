@@ -114,6 +114,8 @@ def warnings(run: Run, now: float) -> Iterator[str]:
         yield f"{len(run.skipped)} steps without a finite gradient, the last was {run.skipped[-1]['step']:,}"
     if run.bad:
         yield f"{len({one.get('path') for one in run.bad})} training images cannot be read (bad_samples.jsonl)"
+    for stage, share in run.lost_points().items():
+        yield f"{share:.0%} of the sampled points of {stage} are lost at the border (TRAIN.LR_SCALES)"
     if failed := run.status.get("failed_saves"):
         yield f"{failed} checkpoints in a row could not be written"
     if error := run.status.get("error"):

@@ -14,8 +14,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import write_run
 
-from analysis.offsets import draw_offsets, find_lost_points, measure_offsets
-from analysis.runs import Series, read_run
+from analysis.offsets import draw_offsets, measure_offsets
+from analysis.report import describe_faults
+from analysis.runs import Series, list_lost_points, read_run
 from tools import screenshot, watch
 from utils.logging import MetricWriter
 
@@ -115,11 +116,21 @@ def test_points_that_the_offsets_took_to_the_border_are_lost():
     model = timm.create_model("dat_pp_micro").eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert find_lost_points(model.sampling_positions(images)) == {}
+        fresh = measure_offsets(model.sampling_positions(images), clamped=True)
         model.stages[1].blocks[1].attn.positions.proj.weight *= 1e4
-        lost = find_lost_points(model.sampling_positions(images))
-    assert list(lost) == [1]
-    assert 0.9 < lost[1] <= 1
+        moved = measure_offsets(model.sampling_positions(images), clamped=True)
+    assert fresh["offsets/stage4_outside"] > 0.5 > fresh["offsets/stage4_lost"]
+    assert list_lost_points(fresh) == {}
+    assert list(list_lost_points(moved)) == ["stage 2"]
+    assert 0.9 < moved["offsets/stage2_lost"] <= 1
+
+
+def test_lost_points_are_warned_of(run):
+    file = run / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 200, "offsets/stage3_lost": 0.75}\n')
+    text = "\n".join(watch.describe(read_run(run), 100, now=0))
+    assert "! 75% of the sampled points of stage 3 are lost" in text
+    assert any(row.value == "75%" for row in describe_faults(read_run(run)))
 
 
 def test_tensorboard_has_charts_settings_and_pictures(tmp_path):
