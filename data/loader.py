@@ -15,6 +15,7 @@ from data.workers import (
     explain,
     install_sigchld_handler,
     is_timeout,
+    signals_after_start,
     start_worker,
     without_traceback,
 )
@@ -67,7 +68,8 @@ class Loader(DataLoader):
             if self.dataset.death is not None:
                 raise self.dataset.death
             with explain_limits():
-                batches = super().__iter__()
+                with signals_after_start():
+                    batches = super().__iter__()
                 install_sigchld_handler()
                 while (batch := self._next(batches)) is not None:
                     done += 1
@@ -97,7 +99,7 @@ class Loader(DataLoader):
             finally:
                 self.dataset.waiting = False
             if not is_timeout(error):
-                raise explain(error, self.dataset) from None
+                raise explain(error, self.dataset, batches) from None
             quiet += self.timeout
             if quiet >= self.patience:
                 raise self.dataset.worker_hang(self.patience)

@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
@@ -125,6 +127,17 @@ def start_worker(number: int) -> None:
     for stop in signals.SIGNALS:
         if stop != signal.SIGTERM:  # torch ends its workers by SIGTERM
             signal.signal(stop, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
+
+
+@contextmanager
+def signals_after_start() -> Iterator[None]:
+    """Around the start of workers: signals to them wait until `start_worker` is done, and those to this process too."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _end_worker(error: Exception, batch: object) -> None:
@@ -161,10 +174,14 @@ def install_sigchld_handler() -> None:
         signal.signal(signal.SIGCHLD, _on_sigchld)
 
 
-def explain(error: Exception, dataset: TrackedDataset) -> Exception:
-    """What `error`, in receiving a batch of `dataset`, means where a worker is dead; else `error` itself."""
+def explain(error: Exception, dataset: TrackedDataset, batches: Iterator) -> Exception:
+    """What `error`, in receiving one of torch's `batches` of `dataset`, means where a worker is dead; else `error`."""
     if (shortage := find_shortage(error)) is not None:
         return StorageError(str(shortage))
+    # A worker that died before torch watched it has its signal in its exit code alone.
+    for worker in getattr(batches, "_workers", ()):
+        if (worker.exitcode or 0) < 0 and dataset.has_worker(worker.pid):
+            dataset.note_death(worker.pid, -worker.exitcode)
     _note_death(error)
     deadline = time.monotonic() + NOTICE
     # A batch lies in the memory of its worker: that this is gone is seen before that the worker is.

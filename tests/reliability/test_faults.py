@@ -352,6 +352,25 @@ def test_workers_that_are_ended_with_the_job_stop_the_run(
     assert outcome(tmp_path) == outcome(unbroken)
 
 
+def test_a_signal_to_a_worker_that_starts_stops_the_run(images, monkeypatch):
+    """Between its fork and `start_worker` a worker does not know what to do with a signal."""
+
+    def start_late(number: int) -> None:
+        subprocess.run(["kill", "-TERM", str(os.getpid())], check=True)
+        workers.start_worker(number)
+
+    monkeypatch.setattr("data.loader.start_worker", start_late)
+    dataset = image_dataset(images, transform=train_transform(32), train=True)
+    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=1, total_steps=13, seed=0)
+    stop = signals.StopRequest()
+    with stop.handle_signals():
+        stop.start_training(0)
+        stop.defer_to_steps()
+        batches = list(train_loader(dataset, sampler, num_workers=2, timeout=60))
+        assert stop.requested
+    assert len(batches) == 13
+
+
 def test_a_worker_that_dies_while_a_stop_is_asked_for_is_the_stop(images, monkeypatch):
     dataset = workers.TrackedDataset(image_dataset(images), num_workers=1)
     dataset.notes[0] = torch.tensor([17, 2, 0.0, workers.IDLE])
