@@ -32,7 +32,8 @@ FUNCTIONS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "listdir"
 def watch(folder: Path, around: Callable[[str, str, Callable], object]) -> None:
     """Replace functions: each operation on a path below `folder` becomes `around(kind, path, operation)`.
 
-    `operation` does it; that of a "write" takes the data. The kinds are "open", "read", "write", "close" and FUNCTIONS.
+    `operation` does it; that of a "write" takes the data. The kinds are "open", "write", "close" of what is written,
+    "open-read", "read", "close-read" of what is read, and FUNCTIONS.
     """
     prefix = f"{os.fspath(folder)}/"
 
@@ -52,7 +53,7 @@ def watch(folder: Path, around: Callable[[str, str, Callable], object]) -> None:
             if self.closed:
                 return
             try:
-                around("close", self.name, lambda: None)
+                around("close" if self.writable() else "close-read", self.name, lambda: None)
             finally:
                 io.FileIO.close(self)
 
@@ -69,10 +70,11 @@ def watch(folder: Path, around: Callable[[str, str, Callable], object]) -> None:
         if not is_watched(path):
             return open_file(file, mode, buffering, encoding, errors, newline, **rest)
         raw_mode = mode.replace("b", "").replace("t", "")
-        raw = around("open", path, lambda: WatchedFile(path, raw_mode))
+        reads = raw_mode == "r"
+        kind = "open-read" if reads else "open"
+        raw = around(kind, path, lambda: WatchedFile(path, raw_mode))
         if buffering == 0:
             return raw
-        reads = raw_mode == "r"
         buffer = io.BufferedReader(raw) if reads else io.BufferedWriter(raw)
         return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline)
 
@@ -103,6 +105,12 @@ def watch(folder: Path, around: Callable[[str, str, Callable], object]) -> None:
 # --- Each operation fails once --------------------------------------------------------------------
 
 FAULTS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "ESTALE": errno.ESTALE, "short": 0, "kill": 0}
+READS = ("open-read", "read", "close-read", "listdir")
+
+
+def can_happen(fault: str, kind: str) -> bool:
+    """Whether an operation of `kind` can meet `fault`: reading needs no space, and only a write can be short."""
+    return {"short": kind == "write", "ENOSPC": kind not in READS}.get(fault, True)
 
 
 def count_operations(folder: Path, out: Path, rank: int) -> None:
@@ -121,13 +129,14 @@ def fail_once(folder: Path, fault: str, target: int, rank: int) -> None:
     numbers = itertools.count()
 
     def around(kind: str, path: str, operation: Callable) -> object:
-        if next(numbers) != target:
+        # Threads take turns: the operation with this number may be of another kind than when they were counted.
+        if next(numbers) != target or not can_happen(fault, kind):
             return operation()
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "short":
-            (data,) = operation.__defaults__ or (b"",)
-            return operation(bytes(data)[: len(data) // 2]) if kind == "write" else operation()
+            (data,) = operation.__defaults__
+            return operation(bytes(data)[: len(data) // 2])
         raise OSError(FAULTS[fault], os.strerror(FAULTS[fault]))
 
     watch(folder, around)
@@ -167,7 +176,7 @@ def check_operations(sandbox: Sandbox) -> Result:
         (fault, target)
         for target, (kind, _) in enumerate(operations)
         for fault in FAULTS
-        if kind == "write" or fault != "short"
+        if can_happen(fault, kind)
     ]
     if sandbox.short:
         cases = sandbox.random("operations").sample(cases, 16)
