@@ -2,7 +2,7 @@
 """Scorecard of reliability: 29 checks of what a run survives, and whether it ends in the same bits.
 
 python tests/reliability/scorecard.py --short                    ten minutes on two quiet cores
-python tests/reliability/scorecard.py                            two hours
+python tests/reliability/scorecard.py                            two and a half hours
 python tests/reliability/scorecard.py --resume                   the checks that an interrupted one lacks
 python tests/reliability/scorecard.py --only 1,7 --fault-seed 5  two checks, with the kills and damages of seed 5
 python tests/reliability/scorecard.py --write docs/reliability.md
