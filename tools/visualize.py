@@ -210,7 +210,7 @@ def draw_offsets(ax: Axes, seen: BlockAttention) -> str:
     for group, colour in zip(points.numpy(), group_colours(len(points)), strict=True):
         draw_arrows(ax, reference.numpy(), group, [colour])
         ax.scatter(*group.T[::-1], s=8, color=[colour], zorder=3)
-    return f"mean offset {(points - reference).norm(dim=-1).mean():.2g} px"
+    return f"mean offset {(points - reference).norm(dim=-1).mean():.3g} px"
 
 
 def draw_arrows(ax: Axes, start: np.ndarray, end: np.ndarray, colours: list[tuple]) -> None:
