@@ -1,5 +1,6 @@
 """Runs through main.py: the same bits after any stop, exact evaluation, and the answers to bad input."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -8,10 +9,11 @@ import subprocess
 import time
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.runs import arguments, launch, outcome
+from helpers.runs import arguments, launch, outcome, run_group
 
 import data
 import main
@@ -153,10 +155,11 @@ def test_evaluation_counts_every_image_once(images, unbroken, tmp_path, capsys):
     alone = record_in(capsys.readouterr().out)
     assert alone["model"]["images"] == alone["ema"]["images"] == 13
     for processes in (2, 3):
-        together = launch(processes, arguments(tmp_path, images, *resume))
-        output = together.communicate()[0]
-        assert together.returncode == 0, output
-        assert record_in(output) == alone
+        log = tmp_path / f"{processes}"
+        assert (
+            run_group(processes, arguments(tmp_path, images, *resume), log=log) == [0] * processes
+        )
+        assert record_in(Path(f"{log}-0").read_text()) == alone
 
 
 def test_evaluation_is_of_the_best_checkpoint_and_as_in_training(
@@ -416,13 +419,15 @@ def test_two_runs_in_one_folder(images, tmp_path, capsys):
 def test_loss_that_is_not_a_number(images, tmp_path, capsys, monkeypatch):
     normalize = data.Normalize.__call__
     monkeypatch.setattr(data.Normalize, "__call__", lambda self, x: normalize(self, x) * torch.nan)
-    more = "--opts", "TRAIN.EPOCHS=30", "SAVE_STEPS=0", "SAVE_FREQ=30"
+    more = "--opts", "TRAIN.EPOCHS=30", "SAVE_STEPS=0", "SAVE_FREQ=30", "TRAIN.MAX_SKIPPED=3"
     refused(capsys, arguments(tmp_path, images, *more), 5, "not finite", "TRAIN.BASE_LR")
     status = json.loads((run_of(tmp_path) / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 5)
 
 
-def test_throughput_needs_no_data(tmp_path, capsys):
+def test_throughput_needs_no_data(tmp_path, capsys, monkeypatch):
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr("engine.evaluate.time", clock)  # a batch takes a second
     assert main.main(arguments(tmp_path, tmp_path, "--throughput")) == 0
-    assert "images/s" in capsys.readouterr().out
+    assert "throughput 4.0 images/s" in capsys.readouterr().out
     assert not run_of(tmp_path).exists()

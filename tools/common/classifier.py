@@ -152,7 +152,10 @@ def load_classifier(
     elif args.cfg and untrained:
         cfg, model, classes, title = _build_untrained(args.cfg, opts, device)
     else:
-        raise ConfigError("name the weights: --resume RUN, --pretrained FILE or --model NAME")
+        random = ", or --cfg FILE alone for random ones" if untrained else ""
+        raise ConfigError(
+            f"name the weights: --resume RUN, --pretrained FILE or --model NAME{random}"
+        )
     count = len(classes)
     logger.info(f"{title}: {count} classes, {build.describe_preprocessing(cfg)}")
     words = choose_names(classes, described, names)
