@@ -2,7 +2,7 @@
 # make test-fast   the unit tests; a minute on 2 cores
 # make test        also training runs, faults, and parity with the released code; six and a half minutes
 # make test-all    also the slow tests; quarter of an hour
-# make scorecard   what a run survives, in its short form; 6 minutes
+# make scorecard   what a run survives, in its short form; ten minutes
 # make lint        style
 # make pictures    the explorer and the report of the documentation, from PICTURED; needs Chromium
 PYTHON ?= python3

@@ -68,7 +68,7 @@ def keys() -> str:
 def default_of(key: config.Key) -> str:
     """The default as it is written in a configuration file."""
     if isinstance(key.default, list):
-        return f"[{', '.join(f'{number:.4g}' for number in key.default)}]"
+        return f"[{', '.join(map(str, key.default))}]"
     return f"{key.default:g}" if isinstance(key.default, float) else str(key.default) or "''"
 
 
@@ -76,7 +76,7 @@ def accepted(key: config.Key) -> str:
     """What a value must be, in words."""
     if isinstance(key.default, dict):
         return "arguments by name"
-    if isinstance(key.default, list):
+    if isinstance(key.default, list) and key.default:
         return f"{len(key.default)} numbers, {key.check.expected}"
     return key.expected
 
@@ -103,8 +103,13 @@ def foreign() -> str:
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table."""
     lines = [columns, ["---"] * len(tuple(columns)), *rows]
-    escaped = ([" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+    return "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
+
+
+def _escape(cell: str) -> str:
+    """`cell` on one line, with what a table or HTML would take for its own; code stays as it is."""
+    words = " ".join(cell.split()).replace("|", "\\|")
+    return re.sub("(`[^`]*`|<br>)|<", lambda match: match[1] or "&lt;", words)
 
 
 PARTS = {"keys": keys, "mistakes": mistakes, "foreign": foreign}
