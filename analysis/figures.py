@@ -98,7 +98,7 @@ class Chart:
                 alpha=0.35 if line.faint else 1,
                 linewidth=0.7 if line.faint else 1.7,
                 marker="o" if np.isfinite(line.y).sum() == 1 else None,
-                label=_plain(line.label) if labels < len(COLOURS) and not line.faint else None,
+                label=plain_label(line.label) if labels < len(COLOURS) and not line.faint else None,
             )
             labels += not line.faint
         if self.log:
@@ -179,7 +179,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, ax
 
 
-def _plain(text: str) -> str:
+def plain_label(text: str) -> str:
     """A name as matplotlib's label: no mathematics between dollars, and not hidden by a leading underscore."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

@@ -56,7 +56,7 @@ def draw_offsets(layers: Sequence[SamplingPoints], images: Tensor) -> dict[str, 
         for i, points in enumerate(_points_of(layer, clamped=False)[:count]):
             pixels = images[i].permute(1, 2, 0).cpu().numpy()
             picture = Image.fromarray(pixels // 2).resize((SIDE, SIDE))
-            _draw(picture, points, layer.reduction * SIDE / max(pixels.shape[:2]))
+            _draw(picture, points, layer.reduction * SIDE / torch.tensor(pixels.shape[:2]))
             canvas.paste(picture, (SIDE * i, 0))
         pictures[f"offsets/stage{layer.stage + 1}"] = np.asarray(canvas)
     return pictures
@@ -72,7 +72,8 @@ def _points_of(layer: SamplingPoints, *, clamped: bool) -> list[Points]:
     return [Points(grid, one.flatten(1, 2), reference, clamped) for one in positions]
 
 
-def _draw(picture: Image.Image, points: Points, scale: float) -> None:
+def _draw(picture: Image.Image, points: Points, scale: Tensor) -> None:
+    """`scale`: (2,), pixels of the picture in a cell, down and across."""
     draw = ImageDraw.Draw(picture)
     # A model that diverges has points that are far away or nowhere, which Pillow would draw for minutes.
     seen = (scale * points.points).nan_to_num(nan=-SIDE).clamp(-SIDE, 2 * SIDE)

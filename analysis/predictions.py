@@ -24,6 +24,7 @@ five, c<rank> is the label. A row with rank 0 has its file and label, and is emp
 
 import csv
 import hashlib
+import io
 import itertools
 import json
 from dataclasses import dataclass, field
@@ -195,7 +196,7 @@ def read_predictions(path: str | Path) -> Predictions:
     record, classes = evaluation.sets[name], len(evaluation.classes_of(name))
     try:
         content = path.read_bytes()
-        rows = list(csv.reader(content.decode("utf-8").splitlines(keepends=True)))
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8"), newline="")))
     except FileNotFoundError as error:
         raise DataError(
             f"{path} does not exist, but evaluation.json lists it; evaluate again"

@@ -78,13 +78,20 @@ def make_report(
     thumbnails = thumbnails or Thumbnails()
     groups = group_runs(runs, SEED_KEYS | recipes.ignored)
     charts = run_charts(runs[0]) if len(runs) == 1 else comparison_charts(runs, groups)
-    folders = [*evaluations, *(folder for run in runs for folder in run.evaluations)]
+    owners = {folder: run.name for run in runs for folder in run.evaluations}
+    folders = [*evaluations, *owners]
     values: dict[str, Any] = {
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "charts": [_chart(chart, len(runs)) for chart in charts],
         "data": {"charts": [chart.describe() for chart in charts]},
         "evaluations": [
-            describe_evaluation(folder, thumbnails.picture) for folder in folders[:LISTED]
+            describe_evaluation(
+                folder,
+                thumbnails.picture,
+                number=number,
+                run=owners.get(folder, "") if len(runs) > 1 else "",
+            )
+            for number, folder in enumerate(folders[:LISTED], start=1)
         ],
         "more_evaluations": max(0, len(folders) - LISTED),
         "explored": [(title, Markup(svg)) for title, svg in thumbnails.explored],
@@ -117,12 +124,14 @@ def _chart(chart: Chart, runs: int) -> dict[str, Any]:
 
 def describe_run(run: Run, recipes: Recipes) -> dict[str, Any]:
     """Everything about one run but its curves and evaluations."""
-    recipe_file, recipe, text = _recipe_of(run, recipes)
+    recipe_file, found = _recipe_of(run, recipes)
+    recipe, text = found or ({}, "")
     return {
         "path": str(run.path),
         "verdict": verdict(run, text),
         "speed": describe_speed(run),
         "recipe_file": recipe_file,
+        "recipe_read": found is not None,
         "settings": differing_settings(run, recipes, recipe),
         "data": describe_data(run),
         "faults": describe_faults(run),
@@ -236,13 +245,14 @@ def describe_speed(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _recipe_of(run: Run, recipes: Recipes) -> tuple[str, dict[str, Any], str]:
-    """The configuration file of the run, its settings and text; empty where there is none."""
+def _recipe_of(run: Run, recipes: Recipes) -> tuple[str, tuple[dict[str, Any], str] | None]:
+    """The configuration file of the run, "" if it has none, and what `recipes` loads from it."""
     files = [source.rpartition(":")[0] for source in run.sources.values() if ".y" in source]
-    for file in sorted(set(files), key=lambda one: -files.count(one)):
+    ordered = sorted(set(files), key=lambda one: -files.count(one))
+    for file in ordered:
         if (found := recipes.load(file)) is not None:
-            return file, *found
-    return "", {}, ""
+            return file, found
+    return next(iter(ordered), ""), None
 
 
 def differing_settings(

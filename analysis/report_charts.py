@@ -107,6 +107,8 @@ def run_charts(run: Run) -> list[Chart]:
 def comparison_charts(runs: Sequence[Run], groups: Sequence[Group]) -> list[Chart]:
     """The curves of several runs, coloured by group; groups of two and more have their mean and its interval."""
     points = max(16, min(POINTS, ALL_POINTS // (4 * len(runs))))
+    by_epoch = all(run.steps_per_epoch for run in runs)  # known from the first checkpoint on
+    unit = "epoch" if by_epoch else "step"
     kinds = (
         ("Validation top-1 in %", "val/acc1", False),
         ("Validation top-1 of the EMA in %", "val_ema/acc1", False),
@@ -120,15 +122,15 @@ def comparison_charts(runs: Sequence[Run], groups: Sequence[Group]) -> list[Char
             found = [(run, run.metrics[tag]) for run in group.runs if tag in run.metrics]
             for run, series in found:
                 drawn = thin(smooth(series) if smoothed else series, points)
-                scale = run.steps_per_epoch or 1
+                scale = run.steps_per_epoch if by_epoch else 1
                 faint = len(found) > 1 and not smoothed
                 lines.append(Line(run.name, drawn.steps / scale, drawn.values, k, faint))
             if len(found) > 1 and not smoothed and (mean := _mean_of([s for _, s in found])):
                 x, middle, low, high = mean
-                x = x / (found[0][0].steps_per_epoch or 1)
+                x = x / (found[0][0].steps_per_epoch if by_epoch else 1)
                 lines.append(Line(f"{group.title}, mean", x, middle, k))
                 bands.append(Band(f"{group.title}, 95 %", x, low, high, k))
-        charts.append(Chart(title, "epoch", lines, bands))
+        charts.append(Chart(title, unit, lines, bands))
     return [chart for chart in charts if chart.lines]
 
 

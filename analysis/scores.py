@@ -110,7 +110,7 @@ def score_set(evaluation: Evaluation, name: str, rows: Predictions) -> Scores:
         "confidence": _mean(100 * confidence),
         "brier": _mean(rows.brier[readable]),
         "entropy": _mean(rows.entropy[readable]),
-        "ece": _with_interval(st.calibration_error, right, confidence, bins),
+        "ece": _with_interval(st.calibration_error, right, confidence, bins, method="basic"),
         "adaptive_ece": _percent(st.calibration_error(right, confidence, adaptive)),
         "reliability": [
             {"images": images, "confidence": 100 * mean, "accuracy": 100 * accuracy}
@@ -403,8 +403,12 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _with_interval(statistic: Callable[..., float], *columns: np.ndarray) -> Scores:
+def _with_interval(
+    statistic: Callable[..., float], *columns: np.ndarray, method: str = "percentile"
+) -> Scores:
+    """A share and its interval, in per cent; the basic bootstrap's may begin below 0."""
+    interval = _percents(st.bootstrap(statistic, *columns, method=method))
     return {
         "value": _percent(statistic(*columns)),
-        "interval": _percents(st.bootstrap(statistic, *columns)),
+        "interval": interval and [max(0.0, end) for end in interval],
     }

@@ -227,9 +227,12 @@ def relative_corruption_errors(
 # --- Resampling and seeds ---------------------------------------------------------------------------------------------
 
 
-def bootstrap(statistic: Callable[..., float], *columns: np.ndarray) -> Interval | None:
-    """The percentile bootstrap over images of `statistic(*columns)`; None for fewer than two images.
+def bootstrap(
+    statistic: Callable[..., float], *columns: np.ndarray, method: str = "percentile"
+) -> Interval | None:
+    """The bootstrap over images of `statistic(*columns)`; None for fewer than two images.
 
+    method: "percentile", or "basic" for a statistic that chance alone makes larger, in resamples even more.
     Not scipy's default BCa, whose jackknife takes N² steps. The seed is fixed: the same rows give the same interval.
     """
     images = len(columns[0])
@@ -250,7 +253,7 @@ def bootstrap(statistic: Callable[..., float], *columns: np.ndarray) -> Interval
         n_resamples=RESAMPLES,
         batch=max(1, 2**20 // images),  # 8 MiB of row numbers at a time
         confidence_level=LEVEL,
-        method="percentile",
+        method=method,
         rng=0,
     )
     return Interval(float(result.confidence_interval.low), float(result.confidence_interval.high))

@@ -305,6 +305,7 @@ def _corruption_lines(result: dict) -> list[str]:
 
 def format_table(header: list[str], body: list[list[str]]) -> list[str]:
     """The lines of a Markdown table with aligned columns."""
+    header, *body = ([cell.replace("|", "\\|") for cell in row] for row in (header, *body))
     table = [header, *body]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     rule = ["-" * width for width in widths]

@@ -13,6 +13,11 @@ LUMA = torch.tensor(
 )  # of red, green and blue, in 65536ths (ITU-R BT.601, Pillow's L)
 
 
+def luma(colour: torch.Tensor) -> torch.Tensor:
+    """That of (red, green, blue), (1,)."""
+    return (LUMA / LUMA.sum() * colour).sum(0, keepdim=True)
+
+
 class Normalize:
     """Per channel (value - mean) / std, of values in [0, 1].
 
@@ -32,9 +37,7 @@ class Normalize:
         self.grey = in_chans == 1
         mean, std = torch.tensor(mean), torch.tensor(std)
         if self.grey:
-            mean, std = (
-                (LUMA / LUMA.sum() * colour).sum(0, keepdim=True) for colour in (mean, std)
-            )
+            mean, std = luma(mean), luma(std)
         self.shift = 255 * mean.to(device).view(-1, 1, 1)
         self.scale = 255 * std.to(device).view(-1, 1, 1)
 

@@ -302,8 +302,8 @@ def _read_tar_member(file: File, where: Sequence[int], count: int) -> bytes:
 def open_split(root: str | Path | RemotePath, split: str) -> Reader:
     """The reader of `split` below `root`: a pack, else a folder, a zip or a tar; on a server a pack, else a zip.
 
-    `val` may also be called `validation`. Raises DataError when there is none, when it cannot be
-    listed or when it has no class folders.
+    With its suffix, such as "val.zip", `split` is that file. `val` may also be called `validation`. Raises DataError
+    when there is none, when it cannot be listed or when it has no class folders.
     """
     if isinstance(root, RemotePath):
         return _open_remote_split(root, split)
@@ -313,14 +313,15 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
             f"{root}: no such folder. Name yours with --data-path, link it here (ln -s FOLDER {root}), or make one "
             f"from downloaded files with tools/prepare.py (docs/data.md); {LAYOUT}"
         )
+    kinds = (
+        (".pack", PackReader, Path.is_dir),
+        ("", FolderReader, Path.is_dir),
+        (".zip", ZipReader, Path.is_file),
+        (".tar", TarReader, Path.is_file),
+    )
     for name in _split_names(split):
-        for suffix, kind, exists in (
-            (".pack", PackReader, Path.is_dir),
-            ("", FolderReader, Path.is_dir),
-            (".zip", ZipReader, Path.is_file),
-            (".tar", TarReader, Path.is_file),
-        ):
-            path = root / (name + suffix)
+        for suffix, kind, exists in kinds:
+            path = root / (name.removesuffix(suffix) + suffix)
             if exists(path):
                 return kind(path)
     found = join_some(sorted(path.name for path in root.iterdir()), 8) or "nothing"

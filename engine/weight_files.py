@@ -213,6 +213,10 @@ def read_weights(path: Path, *, ema: bool = False, key: str | None = None) -> di
             f"{path} does not exist: expected a file of weights, a run or a checkpoint"
         )
     if path.is_dir() and checkpoint.is_own(path):
+        if key is not None:
+            raise CheckpointError(
+                f"{path} is a run or checkpoint, which has no --key; use --ema or none"
+            )
         step = checkpoint.resolve(path, best=True)
         file = step / ("ema.safetensors" if ema else "model.safetensors")
         if not file.exists():

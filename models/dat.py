@@ -329,6 +329,7 @@ class DAT(nn.Module):
         self.config = config
         self.img_size = to_2tuple(config.rpe_img_size or img_size)
         # Attributes that timm reads.
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = config.dims[-1]

@@ -16,6 +16,7 @@ import functools
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,6 +29,7 @@ from analysis.records import read_records
 from analysis.tables import format_run_differences, format_runs
 from engine import build, checkpoint
 from engine.build import build_model, prepare_device
+from models.ops import use_kernels
 from tools.benchmarks.macs import count_macs
 from tools.benchmarks.model import Subject, at_least, time_in_turns
 from utils.errors import CheckpointError, as_exit_code
@@ -98,6 +100,12 @@ def compare_runs(accuracies: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
+def with_kernels(kernels: str, step: Callable[[Subject], object], subject: Subject) -> None:
+    """One `step` of `subject` with the kernels of its configuration; the choice is the process's."""
+    use_kernels(kernels)
+    step(subject)
+
+
 def compare(args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
     """The rows of the table, and the lines about differences between runs.
 
@@ -110,6 +118,9 @@ def compare(args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
         for path in args.cfg
     }
     runs = {name: find_finished(cfg, args.runs) for name, cfg in cfgs.items()}
+    for name, cfg in cfgs.items() if args.runs else ():
+        found = " ".join(map(str, runs[name])) or f"none is called {cfg.MODEL.NAME}/{cfg.TAG}"
+        print(f"{name}: finished runs: {found}", file=sys.stderr)
     subjects = {
         name: Subject(
             build_model(cfg, count_classes(cfg, runs[name]), torch.device("cpu")),
@@ -123,12 +134,16 @@ def compare(args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
     accuracies = {name: [last_accuracies(run) for run in runs[name]] for name in cfgs}
     speeds = {}
     for step in (Subject.train, Subject.evaluate):
-        steps = {name: functools.partial(step, subject) for name, subject in subjects.items()}
+        steps = {
+            name: functools.partial(with_kernels, cfgs[name].MODEL.KERNELS, step, subject)
+            for name, subject in subjects.items()
+        }
         for name, seconds in time_in_turns(steps, args.rounds, device).items():
             speeds.setdefault(name, []).append(f"{args.batch / statistics.median(seconds):.0f}")
     rows = []
     for name, subject in subjects.items():
-        macs = count_macs(subject.net, *subject.images.shape[2:])
+        channels, *size = subject.images.shape[1:]
+        macs = count_macs(subject.net, *size, in_chans=channels)
         rows.append(
             [
                 name,

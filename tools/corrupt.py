@@ -62,7 +62,6 @@ SEEDED = (
     "impulse_noise",
     "glass_blur",
 )  # draw from generators of their own, so that they take a seed
-SUFFIXES = (".zip", ".tar", ".pack")
 RESIZE = 256 / 224  # shorter side before the crop, by that after it
 QUALITY = 85  # of the JPEGs
 SMALLEST = 32  # pixels that the corruptions need
@@ -170,8 +169,7 @@ def _write(index: int, cells: list[tuple[str, int]]) -> None:
 def open_source(path: Path) -> Reader:
     """The images of SRC: a folder of class folders, or such a tree as .zip, .tar or .pack."""
     path = path.absolute()
-    split = path.name.removesuffix(path.suffix) if path.suffix in SUFFIXES else path.name
-    return open_split(path.parent, split)
+    return open_split(path.parent, path.name)
 
 
 def choose(reader: Reader, per_class: int) -> list[int]:

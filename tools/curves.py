@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from analysis.figures import plain_label
 from analysis.records import read_records
 from utils.errors import ConfigError, StorageError, as_exit_code
 from utils.text import quantity
@@ -60,7 +61,7 @@ def draw(run: Path, out: Path) -> None:
     """Draw the curves of `run` into the file `out`."""
     series = read_series(run)
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
-    figure.suptitle(f"{run.parent.name} / {run.name}")
+    figure.suptitle(plain_label(f"{run.parent.name} / {run.name}"))
     unit, per_unit = "step", 1.0
     if "epoch" in series:  # recorded with every validation
         steps, epochs = series["epoch"]
@@ -96,10 +97,9 @@ def draw(run: Path, out: Path) -> None:
     ax.set_title("Learning rate")
 
     ax = axes[1, 1]
-    for tag in sorted(tag for tag in series if tag.startswith("offsets/")):
-        plot(
-            ax, tag, tag.removeprefix("offsets/").removesuffix("_pixels").replace("stage", "stage ")
-        )
+    for tag in sorted(tag for tag in series if tag.startswith("offsets/stage")):
+        if tag.endswith("_pixels"):
+            plot(ax, tag, f"stage {tag.removeprefix('offsets/stage').removesuffix('_pixels')}")
     ax.set_title("Mean offset length (pixels of the input)")
 
     for ax in axes.flat:

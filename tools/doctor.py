@@ -12,6 +12,7 @@ examples:
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from yacs.config import CfgNode
 
 import config
 from analysis import imagenet
-from data import ImageDataset, allowed_files, steps_per_epoch
+from data import ImageDataset, RemotePath, allowed_files, steps_per_epoch
 from engine import build
 from tools.checks.forecast import check_cost
 from tools.checks.images import examine, judge_images
@@ -53,7 +54,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, config.Command | No
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 1,
                         metavar="N", help="processes of the run, on all nodes (default: the GPUs here)")  # fmt: skip
     parser.add_argument("--index", type=Path, metavar="FILE",
-                        help="index of the files (default: <output>/doctor/<dataset>.jsonl)")  # fmt: skip
+                        help="index of the files (default: in <output>/doctor)")  # fmt: skip
     args, rest = parser.parse_known_args(arguments)
     if args.jobs < 0 or args.processes < 1:
         raise ConfigError("expected -j of at least 0 and --processes of at least 1")
@@ -88,13 +89,15 @@ def run_checks(args: argparse.Namespace, command: config.Command | None, report:
         for dataset in datasets.values():
             report.show(check_links(root, dataset))
     if datasets:
-        output = Path(cfg.OUTPUT if cfg else config.KEYS["OUTPUT"].default)
-        name = root.resolve().name if isinstance(root, Path) else root.name
-        index = args.index or output / "doctor" / f"{name}.jsonl"
-        tally = examine(datasets, index, args.pixels, args.sha, args.jobs)
+        index = args.index or default_index(cfg, root)
+        files = datasets
+        if cfg and cfg.DATA.HOLDOUT:  # both are parts of train
+            files, _ = open_splits(root, ["train"], None, next(iter(datasets.values())).classes)
+        tally = examine(files, index, args.pixels, args.sha, args.jobs)
         limit = cfg.DATA.MAX_BAD_SAMPLES if cfg else config.KEYS["DATA.MAX_BAD_SAMPLES"].default
         allowed = allowed_files(limit, len(datasets.get("train", ())))
-        report.show(judge_images(tally, index, args.pixels, args.sha, allowed))
+        skip_bad = bool(cfg and cfg.TEST.SKIP_BAD)
+        report.show(judge_images(tally, index, args.pixels, args.sha, allowed, skip_bad=skip_bad))
 
     if cfg:
         report.section(f"Configuration {args.cfg}")
@@ -114,6 +117,14 @@ def run_checks(args: argparse.Namespace, command: config.Command | None, report:
             report.show(weights)
     report.section("Machine")
     report.show(check_machine(cfg, args.processes))
+
+
+def default_index(cfg: CfgNode | None, root: Path | RemotePath) -> Path:
+    """Where the records of the files below `root` are kept; folders of one name have different ones."""
+    place = root.resolve() if isinstance(root, Path) else root
+    digest = hashlib.sha256(str(place).encode(errors="surrogateescape")).hexdigest()[:8]
+    output = Path(cfg.OUTPUT if cfg else config.KEYS["OUTPUT"].default)
+    return output / "doctor" / f"{place.name}-{digest}.jsonl"
 
 
 def steps_images(cfg: CfgNode, train: ImageDataset | None) -> int | None:

@@ -52,7 +52,8 @@ def explore(classifier: Classifier, path: Path, *, heads: bool, last: bool) -> e
     """What `classifier` makes of the picture at `path`."""
     pixels = read_pixels(classifier, path)
     seen = classifier.transform(pixels)
-    large = build.at_size(classifier.cfg, max(SHOWN, seen.shape[-1]))
+    scale = max(1, SHOWN / max(seen.shape[1:]))
+    large = build.at_size(classifier.cfg, [round(scale * side) for side in seen.shape[1:]])
     images = build.normalize(classifier.cfg, classifier.device)(seen[None])
     recording = record(classifier.model, images, heads=heads, last=last)
     probabilities, classes = recording.logits.softmax(0).topk(min(TOP, len(recording.logits)))
@@ -112,7 +113,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGE", help="cropped as for an evaluation"
     )
-    add_arguments(parser)
+    add_arguments(parser, precision=False)
     parser.add_argument(
         "--compare",
         nargs=2,

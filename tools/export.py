@@ -93,6 +93,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise ConfigError("--to onnx-int8 is made of the ONNX model: add onnx")
     if args.val is not None and "onnx" not in args.to:
         raise ConfigError("--val measures the ONNX model: add onnx to --to")
+    if args.val is not None and args.batch.size:
+        raise ConfigError("--val has a last batch of its own size: leave out --batch")
     if args.val is not None and not args.val.exists():
         raise DataError(f"--val {args.val}: no such folder or archive")
     if args.opset < OPSET:

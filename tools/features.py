@@ -102,9 +102,6 @@ def open_images(
     classifier: Classifier, path: Path
 ) -> tuple[Dataset, np.ndarray, list[str], list[str]]:
     """Images, their labels, the classes and the files' names."""
-    split = path.name
-    for suffix in ARCHIVES:
-        split = split.removesuffix(suffix)
     subfolders = path.is_dir() and any(
         p.is_dir() and not p.name.startswith(".") for p in path.iterdir()
     )
@@ -114,7 +111,7 @@ def open_images(
         return Pictures(files, classifier), labels, [], [str(Path(f).name) for f in files]
     dataset = data.ImageDataset(
         path.parent,
-        split,
+        path.name,
         transform=classifier.transform,
         train=False,
         allow_missing=False,

@@ -189,10 +189,14 @@ def main(arguments: list[str]) -> int:
         code = getattr(ended, "code", 130)
     signal.signal(signal.SIGTERM, former)
     print("\n" + table(read_records(args.json), lambda number: ALL[number].title))
-    missed = file.failures()
-    print(
-        "\n" + ("\n".join(f"MISSED {line}" for line in missed) or "All bars are met."), flush=True
-    )
+    missed = [f"MISSED {line}" for line in file.failures()]
+    ended = {record["group"] for record in read_records(args.json) if "end" in record}
+    missed += [
+        f"NOT RUN group {group.number}, {group.title}"
+        for group in args.groups
+        if group.number not in ended
+    ]
+    print("\n" + ("\n".join(missed) or "All bars are met."), flush=True)
     return code or int(bool(missed))
 
 

@@ -25,11 +25,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from data import ImageDataset
-from data.decode import UNREADABLE, decode
+from data.decode import EXIF_TRANSPOSES, UNREADABLE, decode, orientation
 from data.pack import shard_name, write_index
 from data.readers import PackReader, Reader, open_split
 from utils.errors import ConfigError, DataError, StorageError, as_exit_code
@@ -56,8 +56,11 @@ def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
     if shorter <= shorter_side:
         return data
     size = tuple(round(length * shorter_side / shorter) for length in image.size)
+    exif = Image.Exif()
+    if (turned := orientation(image)) in EXIF_TRANSPOSES:  # DATA.EXIF may apply it
+        exif[ExifTags.Base.Orientation] = turned
     buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality, exif=exif)
     return buffer.getvalue()
 
 

@@ -14,6 +14,7 @@ import csv
 import glob
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import data
@@ -30,6 +30,7 @@ from analysis.collector import Collector, View
 from analysis.predictions import TOP, Predictions
 from data.dataset import EvalSample, LoadedDataset
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
+from data.listing import EXTENSIONS, is_hidden
 from engine import build
 from tools.common.classifier import (
     Classifier,
@@ -85,9 +86,13 @@ def list_pictures(paths: Iterable[str]) -> list[str]:
         if path == "-":
             found |= dict.fromkeys(line.rstrip("\n") for line in sys.stdin if line.strip())
         elif Path(path).is_dir():
-            files = (p for p in Path(path).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            names = (
+                p for p in Path(path).rglob("*") if os.fsencode(p).lower().endswith(EXTENSIONS)
+            )
             visible = (
-                p for p in files if not any(n.startswith(".") for n in p.relative_to(path).parts)
+                p
+                for p in names
+                if not any(map(is_hidden, os.fsencode(p.relative_to(path)).split(b"/")))
             )
             found |= dict.fromkeys(sorted(map(str, visible)))
         elif glob.has_magic(path) and not Path(path).exists():
@@ -96,7 +101,7 @@ def list_pictures(paths: Iterable[str]) -> list[str]:
             found[path] = None
     if not found:
         raise ConfigError(
-            f"no picture in {' '.join(map(str, paths))}; expected {', '.join(IMG_EXTENSIONS)}"
+            f"no picture in {' '.join(map(str, paths))}; expected {', '.join(map(os.fsdecode, EXTENSIONS))}"
         )
     return list(found)
 

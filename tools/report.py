@@ -12,20 +12,20 @@ examples:
 """
 
 import argparse
-import io
+import functools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from PIL import Image
 
 import config
 from analysis.pages import picture
 from analysis.report import Recipes, Thumbnails, make_report
 from analysis.runs import flatten, read_run
-from data.readers import open_split
+from data.decode import UNREADABLE, decode
+from data.readers import Reader, open_split
 from utils.errors import ConfigError, DataError, as_exit_code
 from utils.files import write_atomically
 from utils.yaml_nodes import to_dict
@@ -55,23 +55,31 @@ def recipes(*, several: bool) -> Recipes:
 
 
 class Mistakes:
-    """Thumbnails of val's images from the data set at `root`."""
+    """Thumbnails of the images of a split of the data set at `root`; DataError where there is no such folder."""
 
     def __init__(self, root: Path):
-        self.reader = open_split(root, "val")
-        names = [name.decode(errors="backslashreplace") for name in self.reader.names.tolist()]
-        self.index = {name: i for i, name in enumerate(names)}
+        if not root.is_dir():
+            raise DataError(f"--data-path {root}: no such folder")
+        self.root = root
 
-    def __call__(self, set_name: str, file: str) -> str | None:
-        """The image as a data URI, None where it is not in val or cannot be read."""
-        if set_name != "val" or file not in self.index:
+    def __call__(self, source: str, file: str) -> str | None:
+        """The image as a data URI, None where it cannot be read; `source` is the path that the evaluation read."""
+        split = "train" if Path(source).name.partition(".")[0] == "train" else "val"
+        reader, index = self._open(split)
+        if file not in index:
             return None
         try:
-            image = Image.open(io.BytesIO(self.reader.read(self.index[file]))).convert("RGB")
-        except (OSError, EOFError, ValueError):
+            image = decode(reader.read(index[file]))
+        except UNREADABLE:
             return None
         image.thumbnail((SIDE, SIDE))
         return picture(np.asarray(image), quality=80)
+
+    @functools.cache  # noqa: B019, there is one for the page
+    def _open(self, split: str) -> tuple[Reader, dict[str, int]]:
+        reader = open_split(self.root, split)
+        names = [name.decode(errors="backslashreplace") for name in reader.names.tolist()]
+        return reader, {name: i for i, name in enumerate(names)}
 
 
 def explore_pictures(run: Path, pictures: list[Path]) -> list[tuple[str, str]]:
@@ -82,11 +90,16 @@ def explore_pictures(run: Path, pictures: list[Path]) -> list[tuple[str, str]]:
 
     words = [*map(str, pictures), "--resume", str(run), "--blocks", "last"]
     (classifier,) = explore.load_models(explore.parse(words))
-    return [
+    drawn = [
         still
         for path in pictures
         for still in draw_overall(explore.explore(classifier, path, heads=False, last=True))
     ]
+    if not drawn:
+        raise ConfigError(
+            f"--pictures: {classifier.title} has no deformable attention to show; leave it out"
+        )
+    return drawn
 
 
 @as_exit_code

@@ -29,6 +29,7 @@ from matplotlib.patches import Rectangle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from analysis.figures import plain_label
 from analysis.recording import KINDS, NEGLIGIBLE, BlockWeights, QueryAttention, record
 from engine import build
 from tools.common.classifier import add_arguments, log_to_stderr
@@ -116,8 +117,12 @@ def draw(
     width = columns * (PANEL + GAP) + GAP
     height = HEADER + len(rows) * (PANEL + TITLE) + FOOTER
     figure = plt.figure(figsize=(width, height), dpi=DPI)
-    figure.text(GAP / width, 1 - 0.22 / height, title, fontsize=14, weight="bold", va="center")
-    figure.text(GAP / width, 1 - 0.5 / height, subtitle, fontsize=10, color="0.35", va="center")
+    figure.text(
+        GAP / width, 1 - 0.22 / height, plain_label(title), fontsize=14, weight="bold", va="center"
+    )
+    figure.text(
+        GAP / width, 1 - 0.5 / height, plain_label(subtitle), fontsize=10, color="0.35", va="center"
+    )
     headlines = [stage_title(panel.seen.block) for panel in rows[0]]
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
@@ -301,7 +306,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "image", type=Path, metavar="IMAGE", help="image file, cropped as for an evaluation"
     )
-    add_arguments(parser)
+    add_arguments(parser, precision=False)
     parser.add_argument("--size", type=int, default=0, help="pixels of the model's input")
     parser.add_argument(
         "--point",

@@ -160,7 +160,7 @@ def test_kinds_of_operations(operation, kind):
 
 def test_bytes_of_a_step_that_can_be_worked_out():
     net = nn.Sequential(nn.Conv2d(3, 8, 4, 4, bias=False), nn.Flatten(1))
-    found = traffic.count(net, batch=2, size=(8, 8), dtype=torch.float32, training=True)
+    found = traffic.count(net, batch=2, shape=(3, 8, 8), dtype=torch.float32, training=True)
     images, weight, logits = 4 * 2 * 3 * 64, 4 * 8 * 3 * 16, 4 * 2 * 32
     convolution = images + weight + logits
     # Forward and backward once; of the images no gradient.

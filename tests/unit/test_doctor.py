@@ -5,6 +5,7 @@ pytest tests/unit/test_doctor.py
 
 import json
 import os
+import re
 import resource
 import shutil
 
@@ -49,8 +50,13 @@ def examine(tmp_path, root, capsys):
     return run
 
 
+def index_in(tmp_path):
+    (index,) = (tmp_path / "doctor").glob("set-*.jsonl")
+    return index
+
+
 def records(tmp_path):
-    lines = (tmp_path / "doctor/set.jsonl").read_text().splitlines()
+    lines = index_in(tmp_path).read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -119,7 +125,7 @@ def test_an_interrupted_check_continues(examine, root, tmp_path, monkeypatch):
     code, text = examine()
     assert (code, len(records(tmp_path))) == (130, 10)
     assert "The same command continues" in text
-    with (tmp_path / "doctor/set.jsonl").open("a") as file:
+    with index_in(tmp_path).open("a") as file:
         file.write('{"split": "train", "na')  # what a kill leaves
     monkeypatch.setattr(images.Examination, "__getitem__", item)
     read, open_image = [], images.open_image
@@ -145,8 +151,8 @@ def test_a_repaired_file_is_looked_at_again(examine, root, tmp_path):
 
 def test_its_index_shows_a_flipped_byte_to_the_run(examine, root, tmp_path):
     """Nobody else would see it: most flipped bytes of a JPEG decode, to another picture."""
-    index = tmp_path / "doctor/set.jsonl"
     assert examine("--sha")[0] == 0
+    index = index_in(tmp_path)
     file = root / "train/class_1/003.jpg"
     content = bytearray(file.read_bytes())
     content[-200] ^= 16
@@ -166,8 +172,8 @@ def test_its_index_shows_a_flipped_byte_to_the_run(examine, root, tmp_path):
 
 
 def test_an_index_that_does_not_fit(examine, root, tmp_path):
-    index = tmp_path / "doctor/set.jsonl"
     examine()
+    index = index_in(tmp_path)
     for content, words in (
         (index.read_text(), "has no SHA-256 of 24 of the 24 train images"),
         ("[]\n", "not an index of images"),
@@ -192,6 +198,40 @@ def test_the_same_image_in_both_splits_or_under_two_labels(examine, root):
     code, text = examine("--sha")
     assert code == 0
     assert "WARN duplicates 1 image with two labels" in text
+
+
+def test_one_path_of_each_split_and_label_is_named(examine, root):
+    content = (root / "train/class_0/000.jpg").read_bytes()
+    for path in ("train/class_0/001.jpg", "val/class_1/000.jpg"):
+        (root / path).write_bytes(content)
+    _, text = examine("--sha")
+    assert text.count("train/class_0/001.jpg = val/class_1/000.jpg") == 2
+
+
+def test_what_is_held_out_of_train_takes_the_place_of_val(examine, root, tmp_path):
+    shutil.rmtree(root / "val")
+    code, text = examine("--sha", "--opts", "DATA.HOLDOUT=0.3", "TRAIN.GLOBAL_BATCH_SIZE=12")
+    assert code == 0, text
+    held_out = [int(n) for n in re.findall(r"train: (\d+) images, 3 classes \(\w+ part", text)]
+    assert len(held_out) == 2
+    assert sum(held_out) == 24
+    assert {record["split"] for record in records(tmp_path)} == {"train"}
+    assert len(records(tmp_path)) == 24
+
+
+def test_folders_of_one_name_have_different_indices(examine, root, tmp_path):
+    other = write_image_folder(tmp_path / "elsewhere/set", classes=3, train=8, val=4)
+    examine()
+    examine(data=other)
+    assert len(list((tmp_path / "doctor").glob("set-*.jsonl"))) == 2
+
+
+def test_unreadable_val_images_that_the_run_counts_are_no_failure(examine, root):
+    (root / "val/class_0/000.jpg").write_bytes(b"nothing")
+    assert examine()[0] == 3
+    code, text = examine("--opts", "TEST.SKIP_BAD", "True")
+    assert code == 0, text
+    assert "WARN unreadable 1 of 12 val images" in text
 
 
 def test_links(examine, root, tmp_path):

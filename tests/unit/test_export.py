@@ -257,6 +257,19 @@ def test_a_compiler_that_fails(error, message, small, tmp_path, capsys, monkeypa
     refuse(capsys, tmp_path, *argv, code=2, message=message)
 
 
+def test_a_folder_of_a_grey_and_wide_model_is_exported_again(tmp_path):
+    config = tmp_path / "grey.yaml"
+    config.write_text(SMALL.replace("IMG_SIZE: 32", "IMG_SIZE: [32, 64], IN_CHANS: 1"))
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert export.main([str(config), str(first), "--to", "hf"]) == 0
+    assert export.main([str(first), str(second), "--to", "hf"]) == 0
+    settings, again = (
+        json.loads((p / "config.json").read_text())["pretrained_cfg"] for p in (first, second)
+    )
+    assert settings["input_size"] == again["input_size"] == [1, 32, 64]
+    assert settings["mean"] == again["mean"] == pytest.approx([0.45897], abs=1e-5)
+
+
 def test_weights_that_are_not_finite(small, tmp_path, capsys, monkeypatch):
     def load_spoiled(*args, **kwargs):
         classifier = load_classifier(*args, **kwargs)

@@ -148,8 +148,9 @@ def test_a_file_of_another_commit_is_refused(check, monkeypatch, tmp_path):
 
 def test_a_group_starts_only_if_the_budget_lasts(check):
     code, printed, records = check({0: RESULT % 0, 5: RESULT % 5}, "--budget", "20")
-    assert code == 0
+    assert code == 1
     assert "group 5, speed, eager: 20 s are left, it takes 50" in printed.out
+    assert "NOT RUN group 5, speed, eager" in printed.out
     assert [r["group"] for r in records if "end" in r] == [0]
 
 

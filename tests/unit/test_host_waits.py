@@ -34,7 +34,7 @@ READERS += ("numpy", "cpu", "nonzero")
 def test_a_model_reads_no_value(name, stages):
     args = {"stages": stages, "drop_path_rate": 0.3, "stochastic_depth": "balanced"}
     model = timm.create_model(name, **args)
-    traffic = count(model, batch=8, size=(32, 32), dtype=torch.float16, training=True)
+    traffic = count(model, batch=8, shape=(3, 32, 32), dtype=torch.float16, training=True)
     assert traffic.kernels > 100
 
 

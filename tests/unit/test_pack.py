@@ -1,5 +1,6 @@
 """Packed sets: the same samples in the same order, other encodings are other datasets, every damage is named."""
 
+import io
 import json
 import os
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 from helpers.images import write_image_folder
 from helpers.pipeline import image_dataset as dataset
+from PIL import ExifTags, Image
 
+from data import decode
 from tools import pack
 from utils.errors import DataError
 
@@ -58,6 +61,16 @@ def test_encoded_again_it_is_another_dataset(root, tmp_path):
     run(root, tmp_path, "--verify")
     run(root, tmp_path / "larger", "--shorter-side", "40")
     assert dataset(tmp_path / "larger").fingerprint == folder.fingerprint, "none was longer"
+
+
+def test_pictures_that_lie_on_their_side_keep_their_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(buffer, "JPEG", exif=exif)
+    small = pack.shrink(buffer.getvalue(), 32, 90)
+    assert decode.orientation(decode.open_image(small)) == 6
+    assert decode.open_image(small).size == (43, 32)
 
 
 def test_it_resumes_where_it_was_stopped(root, tmp_path, monkeypatch):

@@ -138,15 +138,16 @@ def test_a_folder_whose_labels_do_not_fit_is_refused(tmp_path, capsys):
 
 
 def test_pictures_come_from_files_folders_globs_and_stdin(tmp_path, monkeypatch):
-    for name in ("b.png", "a.jpg", "deep/c.JPEG", ".hidden/d.png", "deep/notes.txt"):
+    other = ("deep/notes.txt", "@eaDir/d.png")  # a disk station's thumbnails
+    for name in ("b.png", "a.jpg", "deep/c.JPEG", "e.gif", ".hidden/d.png", *other):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
 
     def names(*paths):
         return [f.removeprefix(f"{tmp_path}/") for f in predict.list_pictures(map(str, paths))]
 
-    assert names(tmp_path) == ["a.jpg", "b.png", "deep/c.JPEG"]
-    assert names(tmp_path / "*.png", tmp_path) == ["b.png", "a.jpg", "deep/c.JPEG"]
+    assert names(tmp_path) == ["a.jpg", "b.png", "deep/c.JPEG", "e.gif"]
+    assert names(tmp_path / "*.png", tmp_path) == ["b.png", "a.jpg", "deep/c.JPEG", "e.gif"]
     assert names(tmp_path / "**" / "*.JPEG") == ["deep/c.JPEG"]
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path}/deep/c.JPEG\n\n{tmp_path}/x y.png\n"))
     assert names("-", tmp_path / "b.png") == ["deep/c.JPEG", "x y.png", "b.png"]

@@ -3,6 +3,7 @@
 pytest tests/unit/test_report.py
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from helpers.evaluations import add_set, random_logits, write_evaluation
 from PIL import Image
 
 from analysis import statistics as st
+from analysis.report_charts import comparison_charts, group_runs
 from analysis.runs import Series, read_run, smooth, thin
 from analysis.scores import read_scores, write_scores
 from tools import report
@@ -296,7 +298,51 @@ def test_mistakes_have_pictures_where_the_data_are_there(run, tmp_path):
             Image.new("RGB", (30, 20), (200, 30, 30)).save(path, "JPEG")
     page = report_of(run, more=("--data-path", str(tmp_path)))
     assert page.count('<img src="data:image/jpeg') == 24
-    assert "holds pictures of the data set" in words(page)
+    assert "This file holds pictures" in words(page)
+
+
+def test_mistakes_on_a_part_of_train_have_pictures_of_train(run, tmp_path):
+    Image.new("RGB", (30, 20), (200, 30, 30)).save(tmp_path / "red.png")
+    Image.new("RGB", (30, 20), (30, 200, 30)).save(tmp_path / "green.png")
+    for split, colour in (("train", "red"), ("val", "green")):
+        (tmp_path / split / "class_0").mkdir(parents=True)
+        (tmp_path / f"{colour}.png").rename(tmp_path / split / "class_0/7.png")
+    mistakes = report.Mistakes(tmp_path)
+    name = "class_0/7.png"
+    found = {
+        source: mistakes(f"/data/{source}", name) for source in ("train.zip", "val.zip", "val")
+    }
+    assert found["train.zip"] != found["val.zip"] == found["val"]
+    assert mistakes("/data/train", "class_0/8.png") is None
+
+
+def test_the_evaluations_of_several_runs_have_their_names(tmp_path):
+    runs = [write_run(tmp_path, seed=seed) for seed in range(2)]
+    for run in runs:
+        add_evaluation(run)
+    page = report_of(*runs)
+    titles = re.findall(r"<h3>(.*?\(400-model\))</h3>", page)
+    assert len(set(titles)) == len(titles) == 2
+    identifiers = re.findall(r' id="(evaluation[^"]+)"', page)
+    assert len(set(identifiers)) == len(identifiers) > 0
+
+
+def test_runs_without_an_epoch_are_compared_by_steps(tmp_path):
+    known = read_run(write_run(tmp_path))
+    unknown = dataclasses.replace(known, metadata={}, metrics=known.metrics.copy())
+    del unknown.metrics["epoch"]
+    for compared, unit in (([known, known], "epoch"), ([known, unknown], "step")):
+        charts = comparison_charts(compared, group_runs(compared, {"SEED", "TAG"}))
+        assert {chart.x_label for chart in charts} == {unit}
+
+
+def test_a_recipe_that_is_elsewhere_is_named(tmp_path):
+    run = write_run(tmp_path)
+    file = run / "sources.json"
+    file.write_text(json.dumps({"TRAIN.EPOCHS": "elsewhere/mine.yaml:3"}))
+    assert "The run was started with elsewhere/mine.yaml, which cannot be read" in words(
+        report_of(run)
+    )
 
 
 @pytest.mark.parametrize(

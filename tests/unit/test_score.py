@@ -233,8 +233,13 @@ def test_a_folder_that_is_no_evaluation_is_refused(tmp_path, folder):
 
 def test_quoted_file_names(tmp_path):
     folder = write_evaluation(tmp_path / "a", CLASSES)
-    files = ['class_0/a, "b".jpg', "class_1/ä.jpg"]
-    add_set(folder, "val", *random_logits(2, 8), files=files)
+    files = [
+        'class_0/a, "b".jpg',
+        "class_0/c\x0c\x1cd.jpg",
+        "class_1/e\u2028\x85f.jpg",
+        "class_1/ä.jpg",
+    ]
+    add_set(folder, "val", *random_logits(4, 8), files=files)
     assert read_predictions(folder / "val.csv").file == files
 
 

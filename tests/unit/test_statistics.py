@@ -221,6 +221,20 @@ def test_the_bootstrap_of_a_mean_is_near_wilson_and_repeats_itself():
     assert st.bootstrap(lambda rows: rows.mean(), right[:1]) is None
 
 
+def test_the_interval_of_a_calibration_error_reaches_that_of_a_calibrated_model():
+    generator = np.random.default_rng(0)
+    confidence = generator.uniform(0.3, 1, 2000)
+    right = generator.random(2000) < confidence
+    columns = right, confidence, st.bin_numbers(confidence)
+    error = st.calibration_error(*columns)
+    basic, percentile = (
+        st.bootstrap(st.calibration_error, *columns, method=method)
+        for method in ("basic", "percentile")
+    )
+    assert basic.low < error / 2 < percentile.low  # it is 0
+    assert basic.high < percentile.high
+
+
 def test_the_readmes_seeds():
     dat, swin = [64.36, 65.00, 64.42], [62.10, 62.32, 63.08]
     mean = st.mean_of_runs(dat)

@@ -110,6 +110,21 @@ def test_offsets_in_numbers_and_pictures():
     assert len(np.unique(pictures["offsets/stage3"].reshape(-1, 3), axis=0)) > 100
 
 
+def test_points_of_wide_images_cover_the_picture():
+    torch.manual_seed(0)
+    model = timm.create_model("dat_micro", img_size=(32, 64)).eval()
+    images = torch.zeros(1, 3, 32, 64, dtype=torch.uint8)
+    with torch.no_grad():
+        layers = model.sampling_positions(images / 255)
+    still = [
+        layer._replace(positions=layer.reference.expand_as(layer.positions)) for layer in layers
+    ]
+    picture = draw_offsets(still, images)["offsets/stage2"]
+    lit = np.argwhere(picture.any(-1))
+    assert (lit.min(0) < 60).all()
+    assert (lit.max(0) > 228).all()
+
+
 def test_points_that_the_offsets_took_to_the_border_are_lost():
     torch.manual_seed(0)
     # Two of four points a side of the last map of DAT++ begin at the border, and are never lost.

@@ -10,7 +10,7 @@ from models.attention import NeighborhoodAttention
 from models.kernels import neighborhood_tiles
 
 
-def count_macs(model: nn.Module, height: int, width: int, in_chans: int = 3) -> int:
+def count_macs(model: nn.Module, height: int, width: int, *, in_chans: int = 3) -> int:
     """Multiply-adds of one image's forward pass: convolutions and matrix products, no bilinear reads.
 
     Neighbourhood attention counts as its definition says, w² keys per query, not as it is computed.

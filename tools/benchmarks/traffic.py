@@ -256,12 +256,12 @@ def count(
     model: nn.Module,
     *,
     batch: int,
-    size: tuple[int, int],
+    shape: tuple[int, int, int],
     dtype: torch.dtype,
     training: bool,
     kernels: str = "reference",
 ) -> Traffic:
-    """The traffic of a forward pass, and of the backward pass in `training`, over `batch` images (height, width).
+    """The traffic of a forward pass, and of the backward pass in `training`, over `batch` images (C, H, W).
 
     The model is left with fake parameters.
     """
@@ -274,7 +274,7 @@ def count(
     with fake_cuda(kernels):
         model = model.to_empty(device="cuda").train(training)
         parameters = {storage_of(parameter) for parameter in model.parameters()}
-        images = torch.empty(batch, 3, *size, device="cuda")
+        images = torch.empty(batch, *shape, device="cuda")
         saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with CudaAttention(), Recorder() as recorder, torch.set_grad_enabled(training):
             with cuda_autocast(dtype), saved:
@@ -403,7 +403,7 @@ def run(args: argparse.Namespace) -> dict:
             traffic = count(
                 model,
                 batch=args.batch,
-                size=args.size,
+                shape=(3, *args.size),
                 dtype=getattr(torch, args.dtype),
                 training=training,
                 kernels=args.kernels,

@@ -17,6 +17,8 @@ from models.dat import VARIANTS
 from tools.benchmarks.traffic import count, estimate_speed
 from tools.checks.report import Finding, format_bytes
 from tools.common.kept import kept_bytes
+from utils.devices import choose_device
+from utils.errors import ConfigError
 from utils.text import quantity
 
 IMAGES = {"cpu": 8, "cuda": 32}  # of the measured step
@@ -37,7 +39,10 @@ def check_cost(
     cfg: CfgNode, classes: int, step_images: int | None, processes: int
 ) -> Iterator[Finding]:
     """Findings about the memory and the time of the run; `step_images`: images of all its steps, None without data."""
-    device = choose_device(cfg.DEVICE)
+    try:
+        device = choose_device(cfg.DEVICE, 0)
+    except ConfigError:
+        return  # the check of the machine says why
     measure = Measurement(cfg, classes, device)
     step = measure_fitting(measure, min(cfg.DATA.BATCH_SIZE, IMAGES[device.type]))
     if step is None:
@@ -57,11 +62,6 @@ def check_cost(
         yield Finding("OK", "duration", text)
     if cfg.MODEL.NAME in VARIANTS:
         yield estimate_on_paper(cfg, classes, step_images, state)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of DEVICE."""
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 # --- One measured step ----------------------------------------------------------------------------
@@ -154,9 +154,8 @@ def estimate_on_paper(cfg: CfgNode, classes: int, step_images: int | None, state
     for module in model.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0  # its draws are read on the host
-    size = input_shape(cfg)[1:]
     dtype = torch.float32 if cfg.AMP_DTYPE == "float32" else torch.float16
-    found = count(model, batch=BATCH, size=size, dtype=dtype, training=True)
+    found = count(model, batch=BATCH, shape=input_shape(cfg), dtype=dtype, training=True)
     speed = CARDS * estimate_speed(found.moved, found.flops, BATCH)
     need = state + cfg.DATA.BATCH_SIZE * found.kept / BATCH
     hours = "" if step_images is None else f"{describe_hours(step_images / speed / 3600)}, "

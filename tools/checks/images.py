@@ -24,6 +24,13 @@ CHUNK = 64  # files examined between two writes of the index
 MIN_SIDE = 32  # pixels
 MAX_PIXELS = 50e6
 MAX_ASPECT = 10  # longer by shorter side
+# The format, in Pillow's words, of suffixes that are not its name.
+USUAL = {
+    **dict.fromkeys(("JPG", "JPE", "JFIF"), "JPEG"),
+    **dict.fromkeys(("PGM", "PBM", "PNM"), "PPM"),
+    "APNG": "PNG",
+    "TIF": "TIFF",
+}
 
 
 class Examination(Dataset):
@@ -98,7 +105,7 @@ class Tally:
             return
         self.kinds[f"{record['format']} {record['mode']}"] += 1
         suffix = Path(record["name"]).suffix[1:].upper()
-        usual = {"JPG": "JPEG", "TIF": "TIFF", "PGM": "PPM"}.get(suffix, suffix)
+        usual = USUAL.get(suffix, suffix)
         self.misnamed += usual not in ("", record["format"].replace("MPO", "JPEG"))
         self.rotated += record["turned"]
         self.animated += record["animated"]
@@ -182,9 +189,12 @@ def _keep_valid(
 
 
 def judge_images(
-    tally: Tally, index: Path, pixels: bool, sha: bool, allowed: int
+    tally: Tally, index: Path, pixels: bool, sha: bool, allowed: int, *, skip_bad: bool
 ) -> Iterator[Finding]:
-    """Findings about the examined files, for a run in which `allowed` training files may be unreadable."""
+    """Findings about the examined files, for a run in which `allowed` training files may be unreadable.
+
+    skip_bad: TEST.SKIP_BAD, with which unreadable images of val count as wrong.
+    """
     read = (
         f"{quantity(sum(tally.count.values()), 'file')}, {'decoded' if pixels else 'headers read'}"
     )
@@ -192,18 +202,21 @@ def judge_images(
     advice = "" if pixels else "--pixels decodes them too, which finds truncated images"
     yield Finding("OK", "files", f"{read}: {kinds or 'none valid'}; index {index}", advice)
     for split, problems in tally.problems.items():
-        harmless = split == "train" and len(problems) <= allowed
+        replaced = split == "train" and len(problems) <= allowed
+        counted = split == "val" and skip_bad
         text = f"{len(problems):,} of {tally.count[split]:,} {split} images cannot be read"
         remedy = "restore them from the original dataset"
-        if harmless:
+        if replaced:
             remedy += (
                 f", or train with others of their class in their place (at most {allowed} files)"
             )
+        elif counted:
+            remedy += "; with TEST.SKIP_BAD they count as wrong"
         elif split == "val":
             remedy += ", or count them as wrong with TEST.SKIP_BAD=True"
         else:
             remedy += ", or remove them"
-        level = "WARN" if harmless else "FAIL"
+        level = "WARN" if replaced or counted else "FAIL"
         yield Finding(level, "unreadable", text, remedy, problems)
     if tally.misnamed:
         text = f"{quantity(tally.misnamed, 'file')} of another format than the suffix"
@@ -233,11 +246,11 @@ def _duplicates(tally: Tally) -> Iterator[Finding]:
     for paths in tally.owners.values():
         if len(paths) > 1:
             repeated += len(paths) - 1
-            parts = [path.split("/")[:2] for path in paths]
-            if len({split for split, _ in parts}) > 1:
-                leaked.append(" = ".join(paths[:2]))
-            if len({label for _, label in parts}) > 1:
-                ambiguous.append(" = ".join(paths[:2]))
+            by_split, by_label = ({path.split("/")[i]: path for path in paths} for i in (0, 1))
+            if len(by_split) > 1:
+                leaked.append(" = ".join(by_split.values()))
+            if len(by_label) > 1:
+                ambiguous.append(" = ".join(by_label.values()))
     if leaked:
         text = f"{quantity(len(leaked), 'image')} in train and in val"
         remedy = "remove them from train, or the accuracy will be too high"

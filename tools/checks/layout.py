@@ -27,10 +27,12 @@ def open_splits(
     """The datasets that can be opened, by split, and findings about their layout and classes.
 
     classes: those of a checkpoint, which decides the labels; None: as DATA.CLASS_LIST or the folders have them.
+    With DATA.HOLDOUT both splits are parts of train, as for the run.
     """
     opened: dict[str, ImageDataset] = {}
     findings = []
     subset = cfg is not None and cfg.DATA.VAL_SUBSET
+    share = cfg.DATA.HOLDOUT if cfg is not None else 0.0
     try:
         if classes is None and cfg is not None:
             classes = build.class_list(cfg)
@@ -39,9 +41,9 @@ def open_splits(
     for split in splits:
         try:
             dataset = ImageDataset(
-                root, split, transform=np.asarray, train=False, classes=classes, seed=0,
-                allow_missing=subset and split == "val", apply_exif=False, checksums=None,
-                skip_bad=False, holdout=0.0,
+                root, "train" if share else split, transform=np.asarray, train=False, classes=classes,
+                seed=0, allow_missing=subset and split == "val" and not share, apply_exif=False,
+                checksums=None, skip_bad=False, holdout=share, part="train" if split == "train" else "holdout",
             )  # fmt: skip
         except DataError as error:
             remedy = "main.py --eval does not need it" if split == "train" else ""

@@ -32,7 +32,6 @@ from utils.text import format_size
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CONFIG_SUFFIXES = (".yaml", ".yml")
-OWNED = ("num_classes", "img_size", "drop_path_rate")  # arguments that have keys of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +74,8 @@ def log_to_stderr() -> None:
     logger.propagate = False
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which classifier."""
+def add_arguments(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
+    """The flags that say which classifier; without `precision`, it computes in float32."""
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
         "--resume", default="", metavar="RUN", help="run (its best checkpoint) or checkpoint"
@@ -89,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_recipe_arguments(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    if not precision:
+        parser.set_defaults(amp_dtype="float32")
+        return
     parser.add_argument(
         "--amp-dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -308,7 +310,9 @@ def _load_folder(file: Path, opts: list[str], device: torch.device) -> tuple:
         settings = content.get("pretrained_cfg", content)
         name = content["architecture"]
         count = content.get("num_classes", settings.get("num_classes"))
-        args = {k: v for k, v in content.get("model_args", {}).items() if k not in OWNED}
+        args = {
+            k: v for k, v in content.get("model_args", {}).items() if k not in config.OWNED_ARGS
+        }
         classes = content.get("label_names", settings.get("label_names"))
         described = content.get("label_descriptions", settings.get("label_descriptions"))
     except (OSError, ValueError, LookupError, AttributeError) as error:
@@ -355,16 +359,17 @@ def _config_of(
     name: str, settings: dict, args: dict, count: int, where: str, opts: list[str]
 ) -> CfgNode:
     """A configuration from what timm keeps beside a model; `where` names it in errors."""
-    size = settings.get("input_size", (3, 224, 224))
-    if size[1] != size[2]:
-        raise ConfigError(f"{where}: takes pictures of {size[2]}×{size[1]}, expected a square")
+    channels, height, width = settings.get("input_size", (3, 224, 224))
+    mean = list(settings.get("mean", timm.data.IMAGENET_DEFAULT_MEAN))
+    std = list(settings.get("std", timm.data.IMAGENET_DEFAULT_STD))
     values = {
         "AMP_DTYPE": "float32",
         "MODEL": {"NAME": name, "NUM_CLASSES": count, "ARGS": args},
         "DATA": {
-            "IMG_SIZE": size[1],
-            "MEAN": list(settings.get("mean", timm.data.IMAGENET_DEFAULT_MEAN)),
-            "STD": list(settings.get("std", timm.data.IMAGENET_DEFAULT_STD)),
+            "IMG_SIZE": height if height == width else [height, width],
+            "IN_CHANS": channels,
+            "MEAN": mean * (3 // len(mean)),  # one value is that of grey
+            "STD": std * (3 // len(std)),
             "INTERPOLATION": settings.get("interpolation") or "bicubic",
         },
         "TEST": {

@@ -107,8 +107,9 @@ def describe_training(step: Path) -> dict[str, object]:
     rows = {
         "model": f"{metadata['model']}, {len(metadata['classes'])} classes",
         "step": f"{metadata['step']}, after {metadata['epoch']} complete epochs",
-        "best": f"{best['acc1']:.3f} % top-1 so far, at step {best['step']}",
     }
+    if best["step"]:
+        rows["best"] = f"{best['acc1']:.3f} % top-1 so far, at step {best['step']}"
     if arguments := metadata["config"]["MODEL"]["ARGS"]:
         rows["MODEL.ARGS"] = arguments
     folder = step.resolve().parent

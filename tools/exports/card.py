@@ -22,7 +22,12 @@ from utils.text import format_size, quantity
 PAPERS = """\
 - Vision Transformer With Deformable Attention, CVPR 2022, arXiv:2201.00520
 - DAT++: Spatially Dynamic Vision Transformer with Deformable Attention, 2023, arXiv:2309.01430"""
-KINDS = {"model": "no average", "ema": "moving average (EMA)", "random": "random, untrained"}
+KINDS = {
+    "model": "no average",
+    "ema": "moving average (EMA)",
+    "file": "as they are in the file",
+    "random": "random, untrained",
+}
 USES = {
     "hf": 'timm.create_model("local-dir:FOLDER", pretrained=True) after `import models` of the project',
     "onnx": "ONNX runtimes",
@@ -52,7 +57,7 @@ def find_origin(path: Path, ema: bool) -> Origin:
         return Origin(path.name, None, "random")
     step = checkpoint.origin_of(path) if path.exists() else None
     if step is None:
-        return Origin(path.name, hash_weights(path), "model")
+        return Origin(path.name, hash_weights(path), "file")
     kind = "ema" if ema or path.name == "ema.safetensors" else "model"
     file = f"{kind}.safetensors"
     run = step.resolve().parents[1]

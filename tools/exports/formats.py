@@ -24,6 +24,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import data
+from data.mixup import luma
 from engine import build
 from engine.compilation import describe_error
 from tools.common.classifier import Classifier
@@ -137,6 +138,9 @@ def write_hf(classifier: Classifier, folder: Path, *, half: bool) -> None:
     model = copy.deepcopy(classifier.model).half() if half else classifier.model
     described = dict(zip(classifier.classes, classifier.names, strict=True))
     words = {"label_descriptions": described} if classifier.names != classifier.classes else {}
+    mean, std = cfg.DATA.MEAN, cfg.DATA.STD
+    if cfg.DATA.IN_CHANS == 1:
+        mean, std = (luma(torch.tensor(colour)).tolist() for colour in (mean, std))
     save_for_hf(
         model,
         str(folder),
@@ -144,8 +148,8 @@ def write_hf(classifier: Classifier, folder: Path, *, half: bool) -> None:
         safe_serialization=True,
         data_config={
             "input_size": build.input_shape(cfg),
-            "mean": tuple(cfg.DATA.MEAN),
-            "std": tuple(cfg.DATA.STD),
+            "mean": tuple(mean),
+            "std": tuple(std),
             "interpolation": cfg.DATA.INTERPOLATION,
             "crop_mode": cfg.TEST.CROP_MODE,
             "crop_pct": cfg.TEST.CROP_PCT,

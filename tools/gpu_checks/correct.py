@@ -106,6 +106,7 @@ def check_paths(report: Report, setting: Setting) -> None:
                 what = f"{name}, {way}, {str(dtype)[6:]}: relative error"
                 report.add(what, error, bar=f"at most {bar:g}", ok=error <= bar)
     check_mixers(report, setting)
+    check_convolution(report, setting)
 
 
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
