@@ -525,6 +525,12 @@ def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
             "TRAIN.EMA_WARMUP TRAIN.EMA_DECAY",
             "there is no average to warm up; set EMA_DECAY, such as 0.9999",
         )
+    for name in ("EMA_WARMUP_GAMMA", "EMA_WARMUP_POWER"):
+        if not train.EMA_WARMUP and train[name] != KEYS[f"TRAIN.{name}"].default:
+            yield (
+                f"TRAIN.{name} TRAIN.EMA_WARMUP",
+                "the average does not warm up; set EMA_WARMUP True",
+            )
     scale = train.GLOBAL_BATCH_SIZE / train.LR_BASE_SIZE
     if train.OPTIMIZER.NAME == "adamw" and scale > 1 and train.BASE_LR * scale > 0.02:
         message = (

@@ -85,7 +85,6 @@ def _execute(command: config.Command, stop: StopRequest) -> None:
         _write_report(command.cfg)
         return
     stop.start_evaluation()
-    use_large_pages()
     from engine.evaluate import evaluate, throughput
 
     if command.mode == "eval":

@@ -207,11 +207,11 @@ class ImageDataset(LoadedDataset):
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """`index`, then others of its class in an order that is a function of seed and position."""
         yield index
-        others = np.flatnonzero(self.labels == self.labels[index])
-        others = others[others != index]
+        others = np.flatnonzero(self.labels == self.labels[index]).tolist()
+        others.remove(index)
         for attempt in range(min(SUBSTITUTES, len(others))):
             word = key(self.seed, "substitute", epoch, index, attempt)
-            yield int(others[word % len(others)])
+            yield others.pop(word % len(others))
 
     def _image(self, index: int) -> torch.Tensor:
         data = b""

@@ -101,7 +101,7 @@ class BatchTransform:
         if reprob > 0:
             self.erase = RandomErasing(reprob, mode=remode, max_count=recount, device=str(device))
         self.mix = None
-        if mixup > 0 or cutmix > 0:
+        if mixup_prob > 0 and (mixup > 0 or cutmix > 0):
             self.mix = Mixup(
                 mixup_alpha=mixup,
                 cutmix_alpha=cutmix,

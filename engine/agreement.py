@@ -34,7 +34,8 @@ from utils.text import join_some
 OWN = {
     *("OUTPUT", "DATA.PATH", "DATA.CLASS_LIST", "DATA.VERIFY", "DATA.NUM_WORKERS"),
     *("DATA.CACHE_DIR", "DATA.CACHE_SIZE"),
-    *("CHECKPOINT.RESUME", "CHECKPOINT.PRETRAINED", "TEST.SETS", "TEST.OUT"),
+    *("CHECKPOINT.RESUME", "CHECKPOINT.PRETRAINED", "DISTILL.TEACHER_PATH"),
+    *("TEST.SETS", "TEST.OUT"),
     *("DEVICE", "versions.python"),
 }
 ABSENT = "absent"

@@ -503,7 +503,11 @@ def list_schedule_warnings(cfg: CfgNode, steps_per_epoch: int) -> list[str]:
     return schedule_warnings(
         epochs=cfg.TRAIN.EPOCHS,
         steps_per_epoch=steps_per_epoch,
-        ema_decay=cfg.TRAIN.EMA_DECAY,
+        ema_decay=0.0 if cfg.TRAIN.EMA_WARMUP else cfg.TRAIN.EMA_DECAY,
+        unreached={
+            "AUG.MIXUP_OFF_EPOCH": cfg.AUG.MIXUP_OFF_EPOCH,
+            "DATA.IMG_SIZE_SCHEDULE": max((e for e, _ in cfg.DATA.IMG_SIZE_SCHEDULE), default=0),
+        },
         **lower(cfg, ("PRINT_FREQ", "EVAL_FREQ", "SAVE_FREQ", "SAVE_STEPS")),
     )
 
@@ -570,8 +574,11 @@ def build_metadata(
 # --- Log ------------------------------------------------------------------------------------------
 
 
-def log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
-    """Log the machine, the versions and every setting that is no default, with the file or flag it comes from."""
+def log_start(cfg: CfgNode, sources: dict[str, str], process: Process, mode: str) -> None:
+    """Log the machine, the versions and every setting that is no default, with the file or flag it comes from.
+
+    mode: "train", "eval" or "throughput", which loads no images.
+    """
     logger.info(
         f"{process.world_size} process(es) on {process.device.type}, {torch.get_num_threads()} CPU threads each "
         f"({process.threads_from}), "
@@ -582,8 +589,9 @@ def log_start(cfg: CfgNode, sources: dict[str, str], process: Process) -> None:
             f"This machine has a GPU driver, but {explain_no_gpu()}. DEVICE cpu says that this is meant."
         )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    images = cfg.DATA.BATCH_SIZE + (cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
-    workers = cfg.DATA.NUM_WORKERS
+    images = cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE
+    images += cfg.DATA.BATCH_SIZE if mode == "train" else 0
+    workers = cfg.DATA.NUM_WORKERS if mode != "throughput" else 0
     for shortage in list_shortages(workers, local * workers, images, image_sizes(cfg)[-1]):
         logger.warning(shortage)
     settings: dict[str, list[str]] = {}

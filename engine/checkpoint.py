@@ -318,7 +318,11 @@ def resolve(path: Path, *, best: bool = False) -> Path:
         if best and found is not None:
             step = read_metadata(found)["best"]["step"]
             at_best = found.parent / f"step-{step}"
-            if (damage := verify(at_best)) is None:
+            if step and not at_best.exists():
+                logger.warning(
+                    f"The best checkpoint, of step {step}, is not in {found.parent}: using {found.name}"
+                )
+            elif (damage := verify(at_best)) is None:
                 found = at_best
             elif step:
                 logger.warning(f"{at_best}, the best, is damaged ({damage}): using {found.name}")

@@ -59,8 +59,7 @@ PACKAGES = ("analysis", "data", "engine", "models", "utils")  # of the code of a
 # What changes the pixels of an evaluation, and what changes the logits, beside the weights.
 PIXELS = (
     *("DATA.MEAN", "DATA.STD", "DATA.IMG_SIZE", "DATA.IN_CHANS", "DATA.INTERPOLATION", "DATA.EXIF"),
-    *("DATA.VAL_SUBSET", "TEST.CROP_MODE", "TEST.CROP_PCT", "TEST.EXACT", "val_data"),
-    "decoder.pixels",
+    *("TEST.CROP_MODE", "TEST.CROP_PCT", "TEST.EXACT", "val_data", "decoder.pixels"),
 )
 EVALUATED = (*PIXELS, "MODEL.ARGS", "MODEL.COMPILE", "AMP_DTYPE")
 

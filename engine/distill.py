@@ -11,6 +11,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 import models
@@ -68,6 +69,10 @@ def load_teacher(path: Path, name: str, classes: list[str], device: torch.device
         settings, sample = metadata["config"]["MODEL"], metadata["config"]["DATA"]
         name, args, size = settings["NAME"], settings["ARGS"], sample["IMG_SIZE"]
         colours = Colours(sample["MEAN"], sample["STD"])
+        if (channels := sample.get("IN_CHANS", 3)) != 3:
+            raise ConfigError(
+                f"DISTILL.TEACHER_PATH {path}: the teacher takes images of {channels} channel, expected 3"
+            )
     elif name:
         settings = timm.get_pretrained_cfg(name)
         if settings is None:
@@ -91,7 +96,7 @@ def load_teacher(path: Path, name: str, classes: list[str], device: torch.device
             ) from error
     logger.info(f"Teacher: {name} of {file}")
     fixed = name not in VARIANTS and timm.get_pretrained_cfg(name).fixed_input_size
-    return Teacher(model.to(device), colours, (size, size) if fixed else None)
+    return Teacher(model.to(device), colours, to_2tuple(size) if fixed else None)
 
 
 def _require_classes(path: Path, saved: list[str], classes: list[str]) -> None:

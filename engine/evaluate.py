@@ -60,7 +60,7 @@ def evaluate(cfg: CfgNode, sources: dict[str, str], given: frozenset[str]) -> No
     for weights that do not fit in full.
     """
     with build.join_run(cfg, "eval") as process, explain_failures(), explain_compile_errors():
-        build.log_start(cfg, sources, process)
+        build.log_start(cfg, sources, process, "eval")
         cfg = build.prepare_device(cfg, process.device)
         weights = on_main(lambda: choose_weights(cfg, given))
         with share_errors():
@@ -182,18 +182,21 @@ def load_weights(
     if weights.is_checkpoint and not resized:
         on_main(lambda: checkpoint.load_tensors(model, tensors[kind], file))
     else:
-        on_main(lambda: load_pretrained(model, file, strict=True))
+        on_main(lambda: load_pretrained(model, file, strict=True, tensors=tensors.get(kind)))
     agreement.send_weights(model)
 
 
-def changes_since_training(cfg: CfgNode, weights: Weights, val_data: str | None) -> list[str]:
+def changes_since_training(
+    cfg: CfgNode, weights: Weights, val_data: str | None, size: int | None = None
+) -> list[str]:
     """What changes pixels or logits and differs from the run that wrote `weights`; logged, a line each.
 
-    val_data: fingerprint of the validation images, None where they are not evaluated.
+    val_data: fingerprint of the validation images, None where they are not evaluated. size: instead of DATA.IMG_SIZE.
     """
     if weights.metadata is None:
         return []
     now = {"decoder": data.decoder_fingerprint(), "config": to_dict(cfg)}
+    now["config"]["DATA"]["IMG_SIZE"] = size or cfg.DATA.IMG_SIZE
     now |= {"val_data": val_data} if val_data is not None else {}
     changes = compat.list_evaluation_changes(weights.metadata, now)
     for change in changes:
@@ -236,6 +239,8 @@ def evaluate_sets(
             classes, source = class_list_of(cfg, found)
         report_labels(cfg, classes, source)
     sizes = [int(size) for size in cfg.TEST.SIZES.split(",") if size] or [cfg.DATA.IMG_SIZE]
+    for size in sizes:
+        build.check_model(build.at_size(cfg, size), training=False)
     results = []
     for size in sizes:
         sized = build.at_size(cfg, size)
@@ -250,13 +255,14 @@ def evaluate_sets(
             passes = suite.open_sets(found, classes, opener)
         agreement.require_same_data(classes, {one.title: one.dataset for one in passes})
         val_data = next((one.dataset.fingerprint for one in passes if one.group == "val"), None)
-        changes = changes_since_training(sized, weights, val_data)
+        changes = changes_since_training(cfg, weights, val_data, size)
         model = build.build_model(sized, len(classes), process.device)
         build.compile_if(sized, model)
         for kind, file in weights.files.items():
             # Another size is another shape for models that have one.
             load_weights(model, weights, kind, tensors, resized=size != cfg.DATA.IMG_SIZE)
-            folder = predictions_folder(cfg, weights, kind, size if len(sizes) > 1 else None)
+            other = len(sizes) > 1 or size != cfg.DATA.IMG_SIZE
+            folder = predictions_folder(cfg, weights, kind, size if other else None)
             args = sized, weights, kind, file, classes, changes, process
             evaluation = on_main(functools.partial(build_evaluation, *args))
             evaluation = suite.evaluate_sets(
@@ -267,7 +273,7 @@ def evaluate_sets(
                 keep_logits=cfg.TEST.SAVE_LOGITS,
             )
             if process.is_main:
-                results.append(score_predictions(cfg, evaluation, size, several=len(sizes) > 1))
+                results.append(score_predictions(cfg, evaluation, size if other else None))
     if not process.is_main:
         return {}
     logger.info(f"Evaluated {weights.path}\n\n{markdown(results)}")
@@ -343,7 +349,7 @@ def describe_pixels(cfg: CfgNode) -> dict[str, object]:
 
 
 def predictions_folder(cfg: CfgNode, weights: Weights, kind: str, size: int | None) -> Path:
-    """Where predictions go: <run>/eval/<step>-<model|ema>, or below --out; `size` of several sizes.
+    """Where predictions go: <run>/eval/<step>-<model|ema>, or below --out; `size`: of --sizes, None for DATA.IMG_SIZE.
 
     A checkpoint that lies in no run has its predictions in the run directory of the configuration.
     """
@@ -379,12 +385,12 @@ def _collect(
         )
 
 
-def score_predictions(cfg: CfgNode, evaluation: Evaluation, size: int, *, several: bool) -> dict:
-    """Write scores.json and scores.md beside the predictions; the results for the table, with the size if `several`."""
+def score_predictions(cfg: CfgNode, evaluation: Evaluation, size: int | None) -> dict:
+    """Write scores.json and scores.md beside the predictions; the results for the table, with the `size` if given."""
     factors = Path(cfg.TEST.SETS, suite.FACTORS_FILE) if cfg.TEST.SETS else None
     found = write_scores(evaluation.folder, factors if factors and factors.exists() else None)
     results = found["suite"]
-    return results | ({"model": f"{results['model']}, {size} px"} if several else {})
+    return results | ({"model": f"{results['model']}, {size} px"} if size else {})
 
 
 # --- Log and time ---------------------------------------------------------------------------------
@@ -407,7 +413,7 @@ def log_accuracy(result: Accuracy, name: str) -> None:
 def throughput(cfg: CfgNode, sources: dict[str, str]) -> None:
     """Print how many images a second the model classifies, on random images; needs no data."""
     with build.join_run(cfg, "throughput") as process, explain_compile_errors():
-        build.log_start(cfg, sources, process)
+        build.log_start(cfg, sources, process, "throughput")
         cfg = build.prepare_device(cfg, process.device)
         model = build.build_model(cfg, cfg.MODEL.NUM_CLASSES or 1000, process.device).eval()
         build.compile_if(cfg, model)

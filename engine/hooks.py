@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -220,6 +221,8 @@ class Divergence:
         name = f"diverged-{step - 1}"
         if self.process.is_main:
             before = dataclasses.replace(state, step=step - 1, skipped=state.skipped - 1)
+            if (self.folder / name).exists():  # from before the rollback, or an earlier start
+                shutil.rmtree(self.folder / name)
             checkpoint.write(self.folder, name, checkpoint.snapshot(before, self.metadata))
         raise DivergedError(
             f"step {step}: the gradient was not finite, {state.skipped} times in a row. "

@@ -69,6 +69,8 @@ def train_one_epoch(
     the run end.
     """
     end = (state.epoch + 1) * recipe.steps_per_epoch
+    if state.step == end:  # stopped during the validation of this epoch
+        return
     begin, timer = time.perf_counter(), StepTimer(process.device)
     results = StepResults(
         state,

@@ -73,8 +73,8 @@ def create_optimizer(
     """torch's AdamW, or timm's optimizer `name`: "sgd", "lamb", "lion" or "muon". It ignores what it does not have.
 
     AdamW is fused: the bits of this form differ from the other forms' and it is one for every device, so it is fixed.
-    SGD has Nesterov's momentum. LAMB clips no gradients, because the loop does. The learning rate is set at every
-    step, from `Schedule` and the `lr_scale` of a group.
+    SGD has Nesterov's momentum, or none for 0. LAMB clips no gradients, because the loop does. The learning rate is set
+    at every step, from `Schedule` and the `lr_scale` of a group.
     """
     groups = parameter_groups(model, weight_decay, lr_scales, hybrid=name == "muon")
     settings = {"lr": 0.0, "betas": tuple(betas), "eps": eps}
@@ -82,6 +82,8 @@ def create_optimizer(
         return torch.optim.AdamW(groups, fused=True, **settings)
     if name == "lamb":
         settings["max_grad_norm"] = None
+    if name == "sgd":
+        settings["nesterov"] = momentum > 0
     return create_optimizer_v2(groups, name, momentum=momentum, **settings)
 
 

@@ -72,17 +72,23 @@ def refuse_nonfinite(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_pretrained(
-    model: nn.Module, path: Path, *, strict: bool, classes: list[str] | None = None
+    model: nn.Module,
+    path: Path,
+    *,
+    strict: bool,
+    classes: list[str] | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> Report:
     """Load the weights at `path` into the timm model `model`, renamed and resized as its architecture knows to.
 
     With `strict` (evaluation) every tensor must be there and the file must be for this variant. Otherwise (a new
     training) a classifier that does not fit keeps its initial values, and the first convolution of a model for RGB is
     adapted to other channels as timm does; all else must fit. With `classes`, those of `model`, the same holds for a
-    classifier whose checkpoint knows others; one that knows them in another order is reordered. Raises CheckpointError
-    with the report and, for a DAT, the name of the model that the file is for.
+    classifier whose checkpoint knows others; one that knows them in another order is reordered. `tensors` are those of
+    the file where they were read before. Raises CheckpointError with the report and, for a DAT, the name of the model
+    that the file is for.
     """
-    tensors = read_weights(path)
+    tensors = read_weights(path) if tensors is None else tensors
     fitted, resized = _fit(tensors, model, path)
     fitted = _fit_classes(fitted, model, path, classes)
     own = model.state_dict()
@@ -227,7 +233,7 @@ def _remedy(
     if set(refused) <= set(first) and all(name in fitted for name in refused):
         channels = [weights[refused[0]].shape[1] for weights in (fitted, own)]
         return (
-            f"The file is for images of {channels[0]} channels, the model for {channels[1]}: set MODEL.ARGS.in_chans "
+            f"The file is for images of {channels[0]} channels, the model for {channels[1]}: set DATA.IN_CHANS "
             f"{channels[0]}. A training adapts RGB weights to other channels, an evaluation does not."
         )
     if explained := _explain_classes(refused, fitted, model):

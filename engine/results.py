@@ -104,7 +104,8 @@ class StepResults:
         speed = {"time/images_per_s": steps * self._global_batch / seconds}
         self._writer.timing(result.step, speed | times)
         for name, value in (("time", seconds / steps), ("loss", loss), ("grad_norm", norm)):
-            self._meters[name].update(value)
+            if math.isfinite(value):  # not of a skipped step
+                self._meters[name].update(value)
         logger.info(self._line(result))
         self._recorded = result.step
 

@@ -13,12 +13,16 @@ def schedule_warnings(
     epochs: int,
     steps_per_epoch: int,
     ema_decay: float,
+    unreached: dict[str, int],
     print_freq: int,
     eval_freq: int,
     save_freq: int,
     save_steps: int,
 ) -> list[str]:
-    """Averages and intervals that are longer than the run; those of freq and steps as the keys have them."""
+    """Averages and intervals that are longer than the run; those of freq and steps as the keys have them.
+
+    unreached: keys with the last epoch that they name, counted from 0.
+    """
     steps, warnings = epochs * steps_per_epoch, []
     run = f"the run has {quantity(steps, 'step')}"
     if ema_decay and (initial := ema_decay**steps) > MAX_INITIAL_SHARE:
@@ -28,6 +32,11 @@ def schedule_warnings(
             f"TRAIN.EMA_DECAY {ema_decay:g} averages over about {1 / (1 - ema_decay):,.0f} steps, {run}: at its end "
             f"{initial:.1%} of the average are the initial weights. {remedy}"
         )
+    for name, epoch in unreached.items():
+        if epoch >= epochs:
+            warnings.append(
+                f"{name} names epoch {epoch}, counted from 0, and TRAIN.EPOCHS is {epochs}: it is never reached."
+            )
     if print_freq > steps_per_epoch:
         warnings.append(
             f"PRINT_FREQ is {print_freq:,}, an epoch has {quantity(steps_per_epoch, 'step')}: only the last step of "

@@ -112,8 +112,6 @@ def find_sets(
             else:
                 missing.append("val, and what is scored from it: add --data-path")
             continue
-        if folder is None:
-            continue
         splits = {_stem(n) for n in names if re.fullmatch(test_set.folder, _plain_name(_stem(n)))}
         if len(splits) > 1:
             raise DataError(
@@ -138,6 +136,8 @@ def find_sets(
         logger.info(f"Found {test_set.title}: {root / split}")
     for line in missing:
         logger.info(f"Missing {line}")
+    if not found and folder is None:
+        raise DataError("There are no validation images: add --data-path FOLDER, or --sets DIR")
     if not found:
         raise DataError(
             f"{folder}: holds none of the test sets {', '.join(groups)}; docs/evaluation.md lists their folders"

@@ -44,7 +44,7 @@ def train(cfg: CfgNode, sources: dict[str, str], stop: StopRequest) -> None:
         stop.raise_if_requested(run_dir.report_exit)
         folder = run_dir.path if process.is_main else None  # only the main process writes there
         start_logging(cfg.MODEL.NAME, process.rank, folder)
-        build.log_start(cfg, sources, process)
+        build.log_start(cfg, sources, process, "train")
         cfg = build.prepare_device(cfg, process.device)
 
         # --- Data ---------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def probe_offsets(
     """Numbers and pictures of the sampling offsets of each deformable stage on a few images; warns of lost points."""
     if not hasattr(model, "sampling_positions"):
         return {}, {}
-    images = [loader.dataset[i].image for i in range(min(PROBED_IMAGES, len(loader.dataset)))]
-    images = torch.stack(images)
+    spread = np.linspace(0, len(loader.dataset) - 1, min(PROBED_IMAGES, len(loader.dataset)))
+    images = torch.stack([loader.dataset[int(i)].image for i in spread])
     model.eval()
     layers = model.sampling_positions(build.normalize(cfg, process.device)(images))
     model.train()

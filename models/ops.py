@@ -1,7 +1,7 @@
 """Operations of the models, each with one plain reference, and the choice among its kernels.
 
 Nothing else picks a kernel. Where a device or a situation has a faster way than the reference, it is in
-models/kernels.py (plain PyTorch) or models/fused.py (Triton) and gives the same values and gradients. Shapes in this
+models/kernels.py (plain PyTorch) or models/fused (Triton) and gives the same values and gradients. Shapes in this
 file:
 
     B batch   H, W map   C channels   M heads   D = C / M channels of a head   n positions of a window
@@ -96,7 +96,7 @@ def reference_kernels() -> Iterator[None]:
 
 @functools.cache
 def fused_obstacle() -> str:
-    """Why this machine cannot run models/fused.py; empty: it can."""
+    """Why this machine cannot run models/fused; empty: it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if _is_interpreted():
@@ -114,7 +114,7 @@ def _is_interpreted() -> bool:
 
 
 def fused_kernels(x: Tensor) -> ModuleType | None:
-    """models/fused.py if it is to compute for `x`, else None.
+    """models/fused if it is to compute for `x`, else None.
 
     The reference computes what is recorded for other programs (torch.jit, torch.export), transformed by torch.func,
     or in float64.
@@ -128,7 +128,7 @@ def fused_kernels(x: Tensor) -> ModuleType | None:
 
 
 def fused_windows(x: Tensor, num_heads: int, window: tuple[int, int]) -> ModuleType | None:
-    """models/fused.py if it is to compute windows of x (B, H, W, C), else None."""
+    """models/fused if it is to compute windows of x (B, H, W, C), else None."""
     fused = fused_kernels(x)
     if fused is None or window[0] * window[1] > fused.MAX_WINDOW:
         return None
@@ -238,7 +238,7 @@ def attend_at(q: Tensor, kv: Tensor, table: Tensor, queries: Tensor, positions: 
 def attend_windows(
     qkv: Tensor, bias: Tensor, window: tuple[int, int], shift: tuple[int, int]
 ) -> Tensor:
-    """The reference of `window_attend` of models/fused.py: (B, H, W, 3C) to (B, H, W, C).
+    """The reference of `window_attend` of models/fused: (B, H, W, 3C) to (B, H, W, C).
 
     bias is (M, n, n). WindowAttention on the CPU does the same, but moves C channels instead of 3C.
     """

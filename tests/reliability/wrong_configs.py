@@ -148,6 +148,7 @@ WRONG_TOGETHER = [
     ("DATA: {BATCH_SIZE: 5}\nTRAIN: {GLOBAL_BATCH_SIZE: 25}\nAUG: {MIXUP: 0}", ["AUG.CUTMIX 1.0"], "even size"),
     ("TRAIN: {EPOCHS: 20}", ["TRAIN.WARMUP_EPOCHS 20 (defaults), TRAIN.EPOCHS 20"], "shorten it"),
     ("TRAIN: {EPOCHS: 10}", ["TRAIN.EPOCHS 10"], "warm-up must end"),
+    ("TRAIN: {EMA_WARMUP_POWER: 0.7}", ["TRAIN.EMA_WARMUP_POWER 0.7", "TRAIN.EMA_WARMUP False"], "set EMA_WARMUP"),
     ("TRAIN: {EMA_WARMUP: on}", ["TRAIN.EMA_WARMUP True", "TRAIN.EMA_DECAY 0.0 (defaults)"], "set EMA_DECAY"),
     ("TRAIN: {MIN_LR: 1e-3}", ["TRAIN.MIN_LR 0.001", "TRAIN.BASE_LR 0.0005 (defaults)"], "lower MIN_LR"),
     ("TRAIN: {WARMUP_LR: 1e-3}", ["TRAIN.WARMUP_LR 0.001"], "lower WARMUP_LR"),

@@ -477,6 +477,16 @@ DAMAGED = {
 }
 
 
+def test_every_other_image_of_a_class_is_tried_once(tmp_path):
+    train = dataset(write_image_folder(tmp_path / "set", classes=2, train=8, val=2), train=True)
+    for index in range(7):  # one of class_0 is left
+        Path(train.path(index)).write_bytes(b"nothing")
+    for epoch in range(3):
+        sample = train[epoch, 0]
+        assert sample.label == 0
+        assert len({bad.path for bad in sample.bad}) == len(sample.bad) <= 7
+
+
 def check_damaged(root, broken, first_bytes=None):
     """Training substitutes, always the same way, and reports; evaluation names the file."""
     train = dataset(root, train=True)

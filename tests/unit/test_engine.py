@@ -20,7 +20,7 @@ from data import TrainBatch
 from engine import build, checkpoint, compat
 from engine.grad_sync import DDPSync
 from engine.loop import Accuracy, apply_gradient, forward_backward, validate
-from engine.optim import Schedule, parameter_groups
+from engine.optim import Schedule, create_optimizer, parameter_groups
 from engine.results import StepResults
 from engine.state import TrainState
 from models import ops
@@ -33,6 +33,23 @@ from utils.step_timer import StepTimer
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Process(0, 1, torch.device("cpu"))
 EACH_OPTIMIZER = pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb", "lion", "muon"])
+
+
+def test_sgd_without_momentum():
+    model = nn.Linear(2, 1, bias=False)
+    settings = {
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "lr_scales": {"weight": 1.0},
+    }
+    optimizer = create_optimizer(model, "sgd", momentum=0.0, **settings)
+    for _ in range(2):
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.step()
+        assert torch.allclose(model.weight, before - 0.1)
 
 
 def make_results(state: TrainState) -> StepResults:

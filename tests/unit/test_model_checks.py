@@ -76,7 +76,7 @@ def check(name, settings):
 
 SCHEDULE = {
     **{"epochs": 2, "steps_per_epoch": 22, "ema_decay": 0.0, "print_freq": 10},
-    **{"eval_freq": 1, "save_freq": 1, "save_steps": 0},
+    **{"eval_freq": 1, "save_freq": 1, "save_steps": 0, "unreached": {}},
 }
 
 
@@ -93,6 +93,8 @@ SCHEDULE = {
         ({"save_steps": 43}, None),
         ({"eval_freq": 3}, "only the end is evaluated"),
         ({"save_freq": 3}, "SAVE_FREQ is 3"),
+        ({"unreached": {"AUG.MIXUP_OFF_EPOCH": 1}}, None),
+        ({"unreached": {"AUG.MIXUP_OFF_EPOCH": 2}}, "AUG.MIXUP_OFF_EPOCH names epoch 2"),
     ],
 )
 def test_averages_and_intervals_beyond_the_run_are_reported(changes, words):

@@ -313,6 +313,12 @@ def test_normalize_is_torchvisions():
     assert images.dtype == torch.uint8, "the batch itself is left alone"
 
 
+def test_odd_batches_are_not_mixed_with_probability_0():
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    _, targets = batch_transform(10, mixup=0.8, mixup_prob=0.0)(images, torch.tensor([1, 2, 3]))
+    assert targets.tolist() == [1, 2, 3]
+
+
 def test_without_mixing_targets_are_labels():
     images, labels = batch()
     micro_batch = batch_transform(10)
