@@ -15,6 +15,7 @@ import pickle
 import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,25 +114,36 @@ def can_happen(fault: str, kind: str) -> bool:
     return {"short": kind == "write", "ENOSPC": kind not in READS}.get(fault, True)
 
 
+def name_of(folder: Path, kind: str, path: str) -> str:
+    """What an operation is called in every run: its kind and its path below `folder`."""
+    return f"{kind} {os.path.relpath(path, folder).replace(str(os.getpid()), 'PID')}"
+
+
 def count_operations(folder: Path, out: Path, rank: int) -> None:
-    """A hook: write the kind and path of each operation to `out`, a line each."""
+    """A hook: write the name of each operation to `out`, a line each."""
     lines = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def around(kind: str, path: str, operation: Callable) -> object:
-        os.write(lines, f"{kind} {path}\n".encode())
+        os.write(lines, f"{name_of(folder, kind, path)}\n".encode())
         return operation()
 
     watch(folder, around)
 
 
-def fail_once(folder: Path, fault: str, target: int, rank: int) -> None:
-    """A hook: operation number `target`, from 0, fails, is cut short, or kills the process."""
-    numbers = itertools.count()
+def fail_once(folder: Path, fault: str, target: str, occurrence: int, met: Path, rank: int) -> None:
+    """A hook: an operation fails, is cut short, or kills the process; then the file `met` is there.
+
+    It is the one named `target` that so many others of its name came before. Threads take turns: its number among all
+    operations differs from run to run.
+    """
+    seen: Counter[str] = Counter()
 
     def around(kind: str, path: str, operation: Callable) -> object:
-        # Threads take turns: the operation with this number may be of another kind than when they were counted.
-        if next(numbers) != target or not can_happen(fault, kind):
+        name = name_of(folder, kind, path)
+        seen[name] += 1
+        if name != target or seen[name] != occurrence + 1:
             return operation()
+        met.touch()
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "short":
@@ -142,12 +154,13 @@ def fail_once(folder: Path, fault: str, target: int, rank: int) -> None:
     watch(folder, around)
 
 
-def operation_trial(sandbox: Sandbox, case: tuple[int, str, int]) -> dict:
+def operation_trial(sandbox: Sandbox, case: tuple[int, str, str, int]) -> dict:
     """Resume at the middle with one operation failing, then once more: an exit code of ours, and equal bits."""
-    number, fault, target = case
+    number, fault, target, occurrence = case
+    met = sandbox.folder / "operations" / f"{number}.met"
     folder = copy_stopped_run(sandbox, "operations", number)
     log = sandbox.folder / "operations" / f"{number}.log"
-    hook = functools.partial(fail_once, folder, fault, target)
+    hook = functools.partial(fail_once, folder, fault, target, occurrence, met)
     victim = launch(sandbox.arguments(folder), log=log, hooks=[hook])
     codes = victim.wait()
     output = victim.output
@@ -157,6 +170,8 @@ def operation_trial(sandbox: Sandbox, case: tuple[int, str, int]) -> dict:
     return {
         "fault": fault,
         "operation": target,
+        "occurrence": occurrence,
+        "met": met.exists(),
         "exit_codes": codes,
         "traceback": "Traceback" in output,
         "different": different,
@@ -171,25 +186,26 @@ def check_operations(sandbox: Sandbox) -> Result:
     listing = sandbox.folder / "operations" / "listing"
     hook = functools.partial(count_operations, folder, listing)
     finish(*sandbox.arguments(folder), log=folder / "log", hooks=[hook])
-    operations = [line.split(" ", 1) for line in listing.read_text().splitlines()]
+    operations = Counter(listing.read_text().splitlines())
     cases = [
-        (fault, target)
-        for target, (kind, _) in enumerate(operations)
+        (fault, name, occurrence)
+        for name, count in operations.items()
+        for occurrence in range(count)
         for fault in FAULTS
-        if can_happen(fault, kind)
+        if can_happen(fault, name.partition(" ")[0])
     ]
     if sandbox.short:
         cases = sandbox.random("operations").sample(cases, 16)
     trials = sandbox.map(operation_trial, [(number, *case) for number, case in enumerate(cases)])
-    for trial in trials:
-        trial["kind"], trial["path"] = operations[trial["operation"]]
     good = sum(
         trial["exit_codes"][0] in (0, STORAGE, -signal.SIGKILL)
         and not trial["traceback"]
         and not trial["different"]
         for trial in trials
     )
-    measured = f"{good}/{len(trials)} of {len(operations)} operations"
+    measured = f"{good}/{len(trials)} of {operations.total()} operations"
+    if absent := sum(not trial["met"] for trial in trials):
+        measured += f", {absent} did not happen again"
     return Result(measured, good == len(trials), {"trials": trials})
 
 
