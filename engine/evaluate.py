@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -204,16 +205,23 @@ def changes_since_training(
     return changes
 
 
-def score(cfg: CfgNode, loader: WatchedLoader, model: nn.Module, process: Process) -> Accuracy:
-    """Accuracy and loss of `model` on the images of `loader`, over all processes."""
+def score(
+    cfg: CfgNode,
+    loader: WatchedLoader,
+    model: nn.Module,
+    process: Process,
+    collectors: Sequence[Collector] = (),
+) -> Accuracy:
+    """Accuracy and loss of `model` on the images of `loader`, over all processes; fills `collectors`."""
     return validate(
         model=model,
         loader=loader,
         normalize=build.normalize(cfg, process.device),
         process=process,
         amp_dtype=getattr(torch, cfg.AMP_DTYPE),
-        print_freq=cfg.PRINT_FREQ,
+        print_freq=0 if collectors else cfg.PRINT_FREQ,  # sets are logged when they end
         batch_size=build.compiled_batch_size(cfg),
+        collectors=collectors,
     )
 
 
@@ -265,7 +273,7 @@ def evaluate_sets(
             folder = predictions_folder(cfg, weights, kind, size if other else None)
             args = sized, weights, kind, file, classes, changes, process
             evaluation = on_main(functools.partial(build_evaluation, *args))
-            evaluation = suite.evaluate_sets(
+            evaluation = suite.evaluate_passes(
                 passes,
                 replace(evaluation, folder=folder),
                 score=functools.partial(_collect, sized, model, process),
@@ -373,16 +381,7 @@ def _collect(
     """Run the model over the images of `dataset` and fill `collectors`."""
     loader = build.val_loader(cfg, dataset, process)
     with watch_evaluation(loader, process, cfg.TRAIN.HANG_SECONDS) as watched:
-        validate(
-            model=model,
-            loader=watched,
-            normalize=build.normalize(cfg, process.device),
-            process=process,
-            amp_dtype=getattr(torch, cfg.AMP_DTYPE),
-            print_freq=0,
-            batch_size=build.compiled_batch_size(cfg),
-            collectors=collectors,
-        )
+        score(cfg, watched, model, process, collectors)
 
 
 def score_predictions(cfg: CfgNode, evaluation: Evaluation, size: int | None) -> dict:

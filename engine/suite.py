@@ -400,7 +400,7 @@ def file_name(dataset: ImageDataset | KeptImages, index: int) -> str:
 # --- Evaluate -------------------------------------------------------------------------------------
 
 
-def evaluate_sets(
+def evaluate_passes(
     passes: list[Pass],
     evaluation: Evaluation,
     *,
