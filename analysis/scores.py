@@ -264,6 +264,9 @@ def compare_evaluations(folders: Sequence[str | Path]) -> Scores:
     notes = [
         note for a, b in pairs for note in _differences(evaluations[a], evaluations[b], shared)
     ]
+    cells = _cells(shared)
+    if not _have_equal_images(cells, read[0]):
+        notes.append(f"c: its {len(cells)} cells list different images, so they have no mean here")
     return {
         "models": [{"evaluation": str(one.folder), "title": one.title} for one in evaluations],
         "rows": rows,
@@ -323,10 +326,19 @@ def _compare_two(
         if name == "val" and (hits := suite_table.reassess(evaluation, a[name])) is not None:
             others = suite_table.reassess(evaluation, b[name])
             rows.append(_paired_row("real", hits[:, 0], others[:, 0]))
-    cells = [name for name in shared if suite_table.cell_of(name)]
-    if cells and all(a[name].file == a[cells[0]].file for name in cells):
+    cells = _cells(shared)
+    if cells and _have_equal_images(cells, a):
         rows.append(_mean_row(cells, a, b))
     return rows
+
+
+def _cells(sets: list[str]) -> list[str]:
+    return [name for name in sets if suite_table.cell_of(name)]
+
+
+def _have_equal_images(cells: list[str], predictions: dict[str, Predictions]) -> bool:
+    """Whether all `cells` list the same images: only then has each image a mean over them."""
+    return all(predictions[name].file == predictions[cells[0]].file for name in cells)
 
 
 def _paired_row(name: str, a: np.ndarray, b: np.ndarray) -> Scores:

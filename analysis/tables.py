@@ -62,7 +62,7 @@ def format_comparison(comparison: Scores) -> str:
     lines += ["q is p adjusted over all rows (Benjamini and Hochberg)."] * with_q
     lines += [FOOT]
     if comparison["notes"]:
-        lines += ["", "Settings that differ:", ""]
+        lines += ["", "Notes:", ""]
         lines += [f"- {note}" for note in comparison["notes"]]
     for row in rows:
         if row.get("differ"):

@@ -331,6 +331,13 @@ def test_corruptions_are_compared_by_their_mean(tmp_path):
     assert row["set"] == "c, mean of 3 cells"
     assert row["top1"] == pytest.approx([100 * mean for mean in means])
     assert row["interval"][0] < row["difference"] < row["interval"][1]
+    for folder in folders:
+        add_set(folder, "c-fog-4", *random_logits(120, 8, 4))
+    comparison = scores.compare_evaluations(folders)
+    assert comparison["rows"] == []
+    assert comparison["notes"] == [
+        "c: its 4 cells list different images, so they have no mean here"
+    ]
 
 
 def test_real_labels_are_compared_too(tmp_path):
