@@ -343,7 +343,7 @@ def load(path: str, opts: Iterable[str] = ()) -> CfgNode:
     draft = Draft(READER)
     _read_cfg(path, draft)
     _read_opts(opts, draft)
-    return _finish(draft, "throughput").cfg
+    return _finish(draft, "load").cfg
 
 
 def load_values(values: dict, where: str, opts: Iterable[str] = ()) -> CfgNode:
@@ -355,7 +355,7 @@ def load_values(values: dict, where: str, opts: Iterable[str] = ()) -> CfgNode:
     for name, value in _flatten(values):
         draft.set_value(name, value, where)
     _read_opts(opts, draft)
-    return _finish(draft, "throughput").cfg
+    return _finish(draft, "load").cfg
 
 
 def _read_cfg(path: str, draft: Draft) -> None:
@@ -383,7 +383,10 @@ def _flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _finish(draft: Draft, mode: str) -> Command:
-    """Check the combinations and freeze; ConfigError with every problem there is."""
+    """Check the combinations that matter in `mode`, a command's or "load", and freeze.
+
+    Raises ConfigError with every problem that there is.
+    """
     cfg = draft.build()
     if draft.complete:
         for names, message in _conflicts(cfg, mode, draft.given):
@@ -441,12 +444,14 @@ def _conflicts(cfg: CfgNode, mode: str, given: set[str]) -> Iterator[Conflict]:
     ):
         message = f"{cfg.MODEL.NAME} draws for each image by itself; set it to independent"
         yield "MODEL.STOCHASTIC_DEPTH MODEL.NAME", message
-    if mode == "throughput":
+    if mode in ("train", "throughput"):
+        instead = " in the place of --throughput" if mode == "throughput" else ""
+        for name in sorted(given & {"TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT"}):
+            yield name, f"belongs to evaluation; add --eval{instead}"
+    if mode in ("throughput", "load"):
         return
     yield from _weight_conflicts(cfg.CHECKPOINT, mode, given)
     if mode == "train":
-        for name in sorted(given & {"TEST.SETS", "TEST.ONLY", "TEST.SIZES", "TEST.OUT"}):
-            yield name, "belongs to evaluation; add --eval"
         yield from _batch_conflicts(cfg)
         yield from _exactness_conflicts(cfg)
         yield from _schedule_conflicts(cfg.TRAIN)

@@ -1,6 +1,7 @@
 """Checks of one value: numbers in ranges, names, paths, pairs; each says in words what it expects."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,14 +44,18 @@ def _share(value: float) -> str:
 
 
 def _literal_path(value: str) -> bool:
-    return not value.startswith(("~", "$")) and "://" not in value and "\0" not in value
+    """Whether `value` is a path that needs no shell: without ~ before it, and without variables in it."""
+    return not re.search(r"^~|(^|/)\$|\$\{|://|\0", value)
 
 
 def _is_policy(value: str) -> bool:
-    """Whether timm takes every section of an augmentation policy; it skips sections without a digit in silence."""
-    n = r"\d+(\.\d+)?"
-    rand = rf"rand(-(m\d+|n\d+|inc[01]|mmax\d+|mstd{n}|p{n}|tweights|t3aw?))*"
-    augmix = rf"augmix(-([mwd]\d+|a{n}|b[01]|mstd{n}))*"
+    """Whether timm takes every section of an augmentation policy; it skips sections without a digit in silence.
+
+    It also takes a probability above 1 for 1, and neither operations nor chains to mix: rand-n0, augmix-w0.
+    """
+    n, share, some = r"\d+(\.\d+)?", r"(0(\.\d+)?|1(\.0+)?)", r"0*[1-9]\d*"
+    rand = rf"rand(-(m\d+|n{some}|inc[01]|mmax\d+|mstd{n}|p{share}|tweights|t3aw?))*"
+    augmix = rf"augmix(-(w{some}|[md]\d+|a{n}|b[01]|mstd{n}))*"
     fixed = rf"(originalr?|v0r?|3a)(-mstd{n})?"
     return value == "" or re.fullmatch(rf"{rand}|{augmix}|{fixed}", value) is not None
 
@@ -73,7 +78,10 @@ def _is_scale_list(value: list) -> bool:
     """Whether `value` is a list of [pattern, factor] pairs."""
     pairs = [pair for pair in value if isinstance(pair, list) and len(pair) == 2]
     return len(pairs) == len(value) and all(
-        isinstance(pattern, str) and pattern and type(factor) in (int, float) and factor > 0
+        isinstance(pattern, str)
+        and pattern
+        and type(factor) in (int, float)
+        and 0 < factor < math.inf
         for pattern, factor in pairs
     )
 

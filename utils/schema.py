@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from utils.checks import Check
 from utils.errors import ConfigError
-from utils.yaml_nodes import Loader, convert_node, format_node, locate_node, to_python
+from utils.yaml_nodes import Loader, convert_node, format_node, locate_node, read_name, to_python
 
 # --- Keys -----------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class Draft:
         """Set every key of a mapping."""
         lines = {}
         for key, value in node.value:
-            name = f"{prefix}{key.value}" if isinstance(key, yaml.ScalarNode) else format_node(key)
+            name = f"{prefix}{read_name(key)}"
             where = locate_node(label, key)
             if name in lines:
                 message = f"is given twice, first in line {lines[name]}; remove one"

@@ -63,6 +63,11 @@ def format_node(node: yaml.Node) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
+def read_name(key: yaml.Node) -> str:
+    """The key of a mapping as text, whatever it looks like."""
+    return key.value if isinstance(key, yaml.ScalarNode) else format_node(key)
+
+
 def convert_node(node: yaml.Node, like: object) -> bool | int | float | str | list:
     """A node as a value of the type of `like`, [] for any list; ValueError where it is of another."""
     if like == [] and isinstance(node, yaml.SequenceNode):
@@ -94,7 +99,7 @@ def to_python(node: yaml.Node) -> object:
     if isinstance(node, yaml.SequenceNode):
         return [to_python(item) for item in node.value]
     if isinstance(node, yaml.MappingNode):
-        names = [format_node(key).strip("'") for key, _ in node.value]
+        names = [read_name(key) for key, _ in node.value]
         if len(set(names)) < len(names):
             raise ValueError(f"got {format_node(node)}, where a name is given twice; remove one")
         return {name: to_python(value) for name, (_, value) in zip(names, node.value, strict=True)}

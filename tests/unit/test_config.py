@@ -181,6 +181,8 @@ def test_mangled_files_are_read_or_refused_and_nothing_else():
         ("AUG.AUTO_AUGMENT", "''", ""),
         ("AUG.AUTO_AUGMENT", "rand-m7-n3-mstd1-p0.5-inc1-tweights", "rand-m7-n3-mstd1-p0.5-inc1-tweights"),
         ("AUG.AUTO_AUGMENT", "augmix-m5-w4-d2-b1", "augmix-m5-w4-d2-b1"),
+        ("AUG.AUTO_AUGMENT", "rand-m0-n10-p1.0", "rand-m0-n10-p1.0"),
+        ("OUTPUT", "runs/a$b/c~", "runs/a$b/c~"),
         ("CHECKPOINT.PRETRAINED", "https://host/w.pth#sha256=" + "0a" * 32, "https://host/w.pth#sha256=" + "0a" * 32),
         ("TAG", "007", "007"),
         ("TAG", "2026-11-22", "2026-11-22"),
@@ -281,7 +283,10 @@ def test_shipped_configurations_are_valid_and_survive_a_round_trip(file):
 
 
 def test_awkward_values_survive_a_round_trip():
-    args = "{a: '1e-3', b: 1e-3, c: null, d: 'no', e: [1, '2', {f: x}], g: 2026-11-22, h: '', i: é}"
+    args = (
+        "{a: '1e-3', b: 1e-3, c: null, d: 'no', e: [1, '2', {f: x}], g: 2026-11-22, h: '', i: é, "
+    )
+    args += f"j: {{it's: 1, 2: 3, {'k' * 70}1: 4, {'k' * 70}2: 5}}}}"
     text = f"TAG: 'null'\nTRAIN: {{ADAM_EPS: 1e-30}}\nOUTPUT: '- a: #'\nMODEL: {{ARGS: {args}}}"
     cfg = parse(yaml=text).cfg
     again = config.parse(["--cfg", write(config.dump(cfg))]).cfg
@@ -289,6 +294,7 @@ def test_awkward_values_survive_a_round_trip():
     assert config.dump(cfg).startswith("OUTPUT: ")  # in the order of the schema
     assert again.MODEL.ARGS.a == "1e-3"
     assert again.MODEL.ARGS.b == 1e-3
+    assert list(again.MODEL.ARGS.j)[:2] == ["it's", "2"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16, 32])
