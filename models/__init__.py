@@ -72,8 +72,14 @@ def check(name: str, args: dict[str, object]) -> None:
 
     The arguments of timm's models are known only when one is built.
     """
-    if not timm.is_model(name):
-        raise ConfigError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
+    try:
+        known = timm.is_model(name)
+        timm.get_pretrained_cfg(name)  # which knows the tag of weights, after a dot
+    except RuntimeError:
+        known = False
+    if not known:
+        names = timm.list_models() + timm.list_pretrained()
+        raise ConfigError(f"there is no model {name!r}{nearest(name, names)}")
     if name not in VARIANTS:
         return
     known = constructor_arguments(name, "DAT")

@@ -47,7 +47,7 @@ from models.attention import (
     NeighborhoodAttention,
     WindowAttention,
 )
-from models.checks import check_fields
+from models.checks import check_fields, check_size
 from models.chunks import in_chunks
 from models.convert import checkpoint_filter_fn
 from utils.errors import ConfigError
@@ -84,6 +84,12 @@ class DATConfig:
         check_fields(self)
         if self.patch_size & (self.patch_size - 1):
             raise ConfigError(f"patch_size is {self.patch_size}, expected a power of two")
+        # The convolutions of its stem halve the map and double the width, which begins with 2 · dim / patch_size.
+        if self.plus_plus and not 2 <= self.patch_size <= 2 * self.dims[0]:
+            raise ConfigError(
+                f"patch_size is {self.patch_size}, a DAT++ of {self.dims[0]} channels in the first stage takes 2 to "
+                f"{2 * self.dims[0]}"
+            )
         lists = {n: v for n, v in vars(self).items() if isinstance(v, Sequence)}
         lengths = {n: len(v) for n, v in lists.items() if n != "rpe_img_size"}
         if len(set(lengths.values())) != 1:
@@ -256,7 +262,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, C')."""
+        """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, C'); in the first stage to the same shape."""
         x = self.downsample(x)
         return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
 
@@ -305,7 +311,8 @@ class DAT(nn.Module):
     """DAT or DAT++, a classifier and a backbone under timm's contract; any image size at any call.
 
     Keyword arguments beyond the signature are the fields of `DATConfig`; others raise TypeError,
-    impossible values ConfigError. `img_size` sets the size of the displacement tables, nothing else.
+    impossible values ConfigError. `img_size`, one or (height, width), sets the size of the displacement tables,
+    nothing else.
     """
 
     def __init__(
@@ -325,6 +332,7 @@ class DAT(nn.Module):
             raise ConfigError(
                 f"stochastic_depth is {stochastic_depth!r}; it can be 'independent' or 'balanced'"
             )
+        check_size("img_size", img_size)
         config = DATConfig(**architecture)
         self.config = config
         self.img_size = to_2tuple(config.rpe_img_size or img_size)
@@ -332,7 +340,7 @@ class DAT(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
-        self.num_features = self.head_hidden_size = config.dims[-1]
+        self.num_features = config.dims[-1]
         self.output_fmt = "NHWC"
 
         dims = config.dims
@@ -366,6 +374,7 @@ class DAT(nn.Module):
         self.head = ClassifierHead(
             dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt
         )
+        self.head_hidden_size = self.head.num_features  # twice as many with catavgmax
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
@@ -398,7 +407,11 @@ class DAT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after the stages `indices`, in `output_fmt` NCHW or NHWC; timm's signature and meaning."""
+        """The maps after the stages `indices`, in `output_fmt` NCHW or NHWC; timm's signature and meaning.
+
+        Before them the last map (B, H, W, C) that was computed, normalised if it is that of the last stage, unless
+        `intermediates_only`. Raises ValueError for another format.
+        """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it can be 'NCHW' or 'NHWC'")
         last = len(self.stages) - 1
@@ -415,7 +428,7 @@ class DAT(nn.Module):
             intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
         if intermediates_only:
             return intermediates
-        return self.norm(x), intermediates
+        return (self.norm(x) if i == last else x), intermediates
 
     def prune_intermediate_layers(
         self,
@@ -423,12 +436,18 @@ class DAT(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop the stages that `forward_intermediates` with these `indices` never reaches."""
+        """Drop the stages that `forward_intermediates` with these `indices` never reaches; the stages that are kept.
+
+        The norm and the classifier are for the last stage: without it they go too.
+        """
         take, max_index = feature_take_indices(len(self.stages), indices)
+        shorter = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
-        if prune_norm:
+        if prune_norm or shorter:
             self.norm = nn.Identity()
-        if prune_head:
+        if shorter:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or shorter:
             self.reset_classifier(0, "")
         return take
 
@@ -451,7 +470,7 @@ class DAT(nn.Module):
             if isinstance(block.attn, DeformableAttention)
         ]
         try:
-            self.stages(self.forward_stem(x))  # not the norm, which pruned stages may not fit
+            self.stages(self.forward_stem(x))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -465,7 +484,8 @@ class DAT(nn.Module):
         """A new, untrained classifier; 0 classes: none."""
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        self.head_hidden_size = self.head.num_features
 
     def __prepare_scriptable__(self):
         # torch.jit.script calls this; without it, it would fail somewhere inside with a message about types.

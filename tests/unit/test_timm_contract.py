@@ -139,6 +139,9 @@ def test_the_head_is_what_was_asked_for(architecture):
     model.reset_classifier(4)
     assert (model.num_classes, model.global_pool) == (4, "max")
     assert model(images).shape == (2, 4)
+    model.reset_classifier(4, "catavgmax")
+    pooled = model.forward_head(features, pre_logits=True)
+    assert model.head_hidden_size == pooled.shape[1] == 2 * model.num_features
 
 
 @EACH
@@ -237,6 +240,8 @@ def test_intermediates_in_every_form(architecture):
         images, indices=[0, -3], stop_early=True, intermediates_only=True
     )
     assert all(torch.equal(a, b) for a, b in zip(early, maps[:2], strict=True))
+    stopped, _ = model.forward_intermediates(images, indices=[0], stop_early=True)
+    assert torch.equal(stopped, nhwc[0])  # the norm is for the last stage
     with pytest.raises(ValueError, match="it can be 'NCHW' or 'NHWC'"):
         model.forward_intermediates(images, output_fmt="NLC")
 
@@ -246,12 +251,16 @@ def test_pruning_keeps_what_the_indices_need(architecture):
     images = torch.randn(1, 3, 32, 32)
     model = small(architecture)
     maps = model.forward_intermediates(images, intermediates_only=True)
-    assert model.prune_intermediate_layers([0, -2], prune_norm=True) == [0, 2]
+    # The norm and the classifier are for the last stage, which goes.
+    assert model.prune_intermediate_layers([0, -2], prune_head=False) == [0, 2]
     assert len(model.stages) == 3
     assert isinstance(model.norm, nn.Identity)
     assert model.num_classes == 0
-    kept = model.forward_intermediates(images, indices=[0, 2], intermediates_only=True)
+    kept = model.forward_intermediates(images, indices=[0, 2], norm=True, intermediates_only=True)
     assert all(torch.equal(a, maps[i]) for a, i in zip(kept, (0, 2), strict=True))
+    assert model.num_features == model.head_hidden_size == maps[2].shape[1]
+    model.reset_classifier(4, "avg")
+    assert model(images).shape == (1, 4)
 
 
 # -------------------------------------------------------------------------------------- weights
