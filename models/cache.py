@@ -1,5 +1,7 @@
 """Cached tensors: grids, masks and index tables that depend on sizes alone, made once per size and device.
 
+Their precision is written out: torch's default may be another one at the next call.
+
 Coordinates are (y, x), normalised so that -1 and 1 are the centres of the border cells.
 """
 
@@ -9,15 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.tracing import is_tracing
-
-_remembered = []  # of every function, what it has made
-
-
-def forget_cached_tensors() -> None:
-    """Make all of them again when they are needed: for programs that run a model on fake tensors."""
-    for remembered in _remembered:
-        remembered.cache_clear()
+from models.tracing import fake_mode, is_tracing
 
 
 def cached_tensor(function: Callable) -> Callable:
@@ -26,8 +20,10 @@ def cached_tensor(function: Callable) -> Callable:
     The tensors are shared: nobody may change them in place. Batch sizes do not belong among the arguments, because
     stochastic depth makes a new one in every block.
     """
-    remembered = functools.lru_cache(maxsize=256)(function)
-    _remembered.append(remembered)
+
+    @functools.lru_cache(maxsize=256)
+    def remembered(mode: object, *args):  # fake tensors are for their mode alone
+        return function(*args)
 
     @functools.wraps(function)
     def wrapped(*args):
@@ -35,7 +31,7 @@ def cached_tensor(function: Callable) -> Callable:
             return function(*args)
         # A tensor made in inference mode could not be kept for a later backward pass.
         with torch.inference_mode(False):
-            return remembered(*args)
+            return remembered(fake_mode(), *args)
 
     return wrapped
 
@@ -62,7 +58,7 @@ def window_mask(
     shift: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """What is added to the scores of padded and shifted windows, (K, n, n).
+    """What is added to the scores of padded and shifted windows, (K, n, n), float32.
 
     −100 between regions that only the cyclic shift made neighbours (as released); −∞ from real
     queries to padded keys, so that padding never changes a real output, however large its scores.
@@ -76,7 +72,7 @@ def window_mask(
         real.append(((index + offset) % padded) < length)
     regions = to_windows(3 * region[0][:, None] + region[1], window)  # (K, n)
     reals = to_windows(real[0][:, None] & real[1], window)
-    mask = -100.0 * (regions[:, :, None] != regions[:, None, :])
+    mask = -100.0 * (regions[:, :, None] != regions[:, None, :]).float()
     return mask.masked_fill(reals[:, :, None] & ~reals[:, None, :], -torch.inf)
 
 

@@ -45,8 +45,8 @@ def row_table(height: int, width: int, groups: int, device: torch.device) -> Row
         before=torch.full_like(last, -1),
         last=last,
         after=last + 1,
-        first=torch.tensor(((1.0, 1, 0, 0), (1, 0, 1, 0)), device=device),
-        sign=torch.tensor(((-1.0, -1, 1, 1), (-1, 1, -1, 1)), device=device),
+        first=torch.tensor(((1, 1, 0, 0), (1, 0, 1, 0)), device=device, dtype=torch.float32),
+        sign=torch.tensor(((-1, -1, 1, 1), (-1, 1, -1, 1)), device=device, dtype=torch.float32),
         steps=torch.tensor((along_y, groups), device=device),
         neighbours=along_y + groups + torch.arange(groups, device=device)[:, None] + cells,
         rows=(height + 2) * along_y,
@@ -211,7 +211,7 @@ def deform_conv_by_rows(
 @cached_tensor
 def nine_cells(height: int, width: int, device: torch.device) -> Tensor:
     """The 3 × 3 cells around every cell, (H, W, 1, 9, 2)."""
-    around = torch.arange(-1.0, 2, device=device)
+    around = torch.arange(-1, 2, device=device, dtype=torch.float32)
     y, x = (torch.arange(length, device=device)[:, None] + around for length in (height, width))
     cells = torch.broadcast_tensors(y[:, None, :, None], x[None, :, None, :])  # (H, W, 3, 3) each
     return torch.stack(cells, dim=-1).flatten(2, 3)[:, :, None]
@@ -345,8 +345,9 @@ class GELULinear(torch.autograd.Function):
         """The gradients of x, weight and bias from that of the output."""
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_weight = rows.t() @ F.gelu(x).flatten(0, -2)
-        grad_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x)
+        # Under autocast the gradient may be of another precision than x.
+        grad_weight = rows.t() @ F.gelu(x).flatten(0, -2).to(grad.dtype)
+        grad_x = torch.ops.aten.gelu_backward((grad @ weight.to(grad.dtype)).to(x.dtype), x)
         return grad_x, grad_weight, rows.sum(0)
 
 

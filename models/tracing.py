@@ -5,6 +5,7 @@ import functools
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 def is_tracing() -> bool:
@@ -16,8 +17,13 @@ def is_tracing() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transformation of torch.func is active."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transformation of torch.func is active, or forward-mode differentiation of torch.autograd."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def fake_mode() -> object | None:
+    """torch's FakeTensorMode, inside of which tensors have sizes and no values; None outside."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
 def is_exported_to_onnx() -> bool:

@@ -10,7 +10,9 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, vmap
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.utils import prune
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -77,6 +79,50 @@ def test_half_precision_can_be_trained_and_exported():
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+def test_another_default_precision_between_calls():
+    """What is cached has the precision that it needs, whatever torch's default was when it was made."""
+    x = images(1, 24)
+    for letter in "SDC":
+        model = tiny(letter)
+        expected = model(x)
+        other = images(1, 28)
+        torch.set_default_dtype(torch.float64)
+        try:
+            model(other)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert model(other).dtype == torch.float32
+        assert torch.equal(model(x), expected)
+
+
+def test_layers_whose_output_is_float32_under_autocast():
+    """As some quantised layers have; a kernel of ours takes the activation and the layer after it together."""
+    model, x = tiny("L"), images()
+    for block in (m for m in model.modules() if hasattr(m, "fc1")):
+        block.fc1.register_forward_hook(lambda layer, inputs, output: output.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).float().square().sum()
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=0.05, rtol=0.1)
+
+
+def test_fake_tensors_leave_nothing_behind():
+    model, x = tiny("SN", "D", "C", "P"), images(2, 20)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(model(x), FakeTensor)
+    expected = model(x)
+    assert not isinstance(expected, FakeTensor)
+    with torch.no_grad(), FakeTensorMode() as mode:
+        tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        fake = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+        assert functional_call(model, fake, (mode.from_tensor(x),)).shape == expected.shape
+    assert torch.equal(model(x), expected)
+
+
 # --- Derivatives ----------------------------------------------------------------------------------
 
 
@@ -111,6 +157,14 @@ def test_derivatives_of_derivatives(letter):
     torch.testing.assert_close(found, by_func)
     moved = [grad(squares)(x.detach() + step * direction) for step in (1e-6, -1e-6)]
     torch.testing.assert_close(found, (moved[0] - moved[1]) / 2e-6, rtol=1e-3, atol=1e-5)
+
+
+@LETTERS
+def test_forward_mode(letter):
+    model, (x, direction) = tiny(letter), images(2)[:, None]
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
+    torch.testing.assert_close(found, jvp(model, (x,), (direction,))[1])
 
 
 def test_second_derivatives_of_the_kernels():

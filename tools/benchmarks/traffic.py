@@ -35,7 +35,6 @@ from torch.utils.flop_counter import flop_registry
 
 import models
 from models import ops
-from models.cache import forget_cached_tensors
 from tools.benchmarks.model import at_least
 
 # Operations that move nothing: views, sizes, memory that is only allocated.
@@ -239,7 +238,6 @@ def fake_cuda(kernels: str = "reference") -> Iterator[None]:
     """A CUDA device that computes nothing, for which models choose `kernels` as for a real one."""
     former = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    forget_cached_tensors()
     try:
         with (
             patch.object(ops, "fused_obstacle", lambda: ""),  # the card that is missing here
@@ -248,7 +246,6 @@ def fake_cuda(kernels: str = "reference") -> Iterator[None]:
         ):
             yield
     finally:
-        forget_cached_tensors()
         torch.__future__.set_overwrite_module_params_on_conversion(former)
 
 
