@@ -1,13 +1,13 @@
 """Parameters by name: patterns, freezing, and learning-rate scales of layers and of single parameters."""
 
 import fnmatch
-import types
 from collections.abc import Iterable, Sequence
 
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.freezing import keep_in_eval
 from utils.errors import ConfigError
 from utils.text import nearest
 
@@ -65,13 +65,7 @@ def freeze(model: nn.Module, patterns: str) -> None:
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
-            module.eval()
-            module.train = types.MethodType(_stay, module)
-
-
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
-    """`module.train` of a layer whose statistics are frozen: it stays in evaluation mode."""
-    return module
+            keep_in_eval(module)
 
 
 # --- Learning-rate scales -------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 `backbone` is a timm model (a DAT, a Swin), `features` what timm.create_model makes of it with features_only.
 """
 
-import types
 from collections import OrderedDict
 
 from timm.layers import LayerNorm2d
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from models.freezing import keep_in_eval
 from utils.errors import ConfigError
 
 
@@ -58,13 +58,7 @@ def freeze_stages(backbone: nn.Module, count: int) -> None:
     for module in backbone.modules():
         own = list(module.parameters())
         if own and not any(parameter.requires_grad for parameter in own):
-            module.eval()
-            module.train = types.MethodType(_stay, module)
-
-
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
-    """`module.train` of a frozen module, which stays in evaluation mode."""
-    return module
+            keep_in_eval(module)
 
 
 def parameter_groups(

@@ -6,6 +6,7 @@ pytest tests/unit/test_dense.py
 import copy
 import json
 import math
+import pickle
 
 import pytest
 import timm
@@ -143,7 +144,7 @@ def test_frozen_stages_have_no_gradient_and_no_stochastic_depth(architecture):
     pyramid = BackboneWithFPN(small_features(architecture, drop_path_rate=0.9), 16)
     backbone = pyramid.features.model
     freeze_stages(backbone, 2)
-    for model in (pyramid, copy.deepcopy(pyramid)):
+    for model in (pyramid, copy.deepcopy(pyramid), pickle.loads(pickle.dumps(pyramid))):
         modules = dict(model.features.model.named_modules())
         frozen = [m for n, m in modules.items() if n.startswith(("stem", "stages.0", "stages.1"))]
         model.eval()
