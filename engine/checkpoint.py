@@ -25,7 +25,7 @@ from engine.optim import STATE
 from engine.state import TrainState
 from utils import first_edition
 from utils.errors import CheckpointError, StopRequested, StorageError
-from utils.files import read_again, remove, sync
+from utils.files import read_again, remove, storage_remedy, sync
 from utils.logging import logger
 from utils.text import join_some
 
@@ -142,7 +142,7 @@ def write(folder: Path, name: str, files: dict[str, bytes]) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
             f"{target}: the checkpoint could not be written ({error.strerror or error}); the older ones are untouched. "
-            "Make room there, then start the same command again: it resumes from the latest."
+            f"{storage_remedy(error)} Then start the same command again: it resumes from the latest."
         ) from error
     return target
 

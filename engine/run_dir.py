@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.checkpoint import remove_partial
 from utils.distributed import Process, broadcast_object, share_errors
 from utils.errors import StopRequested, StorageError, UserError
-from utils.files import make_folder, write_atomically
+from utils.files import make_folder, storage_remedy, write_atomically
 from utils.logging import logger
 from utils.watchdog import HANG_EXIT_CODE
 
@@ -173,7 +173,7 @@ class RunDir:
                 remove_partial(folder)
         except OSError as error:
             raise StorageError(
-                f"{self.path} cannot be written: {error.strerror}. Make room there or choose another --output."
+                f"{self.path} cannot be written: {error.strerror}. {storage_remedy(error)} Or choose another --output."
             ) from error
         return lock
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +28,17 @@ TRANSIENT = {
     errno.EHOSTUNREACH,
 }
 PAUSES = (0.1, 0.5, 2.5)
+# A disk, a quota or the size that a file may have is at its limit.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 T = TypeVar("T")
+
+
+def storage_remedy(error: OSError) -> str:
+    """The end of a message: what to do where `error` says that a file cannot be written."""
+    if error.errno in FULL:
+        return "Make room there."
+    return "Check that folder: it must exist, work, and let this user write."
 
 
 @contextmanager
@@ -37,14 +47,15 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 
     Raises StorageError where it cannot be written; the old file stays.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    # Threads may replace one file too: a signal's and the watchdog's write status.json.
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{threading.get_native_id()}")
     try:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}. Make room there."
+            f"{path} cannot be written: {error.strerror or error}. {storage_remedy(error)}"
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from utils.bottleneck import PHASES
 from utils.errors import StorageError
-from utils.files import read_again, sync, write_atomically
+from utils.files import read_again, storage_remedy, sync, write_atomically
 from utils.first_edition import translate_record
 
 if TYPE_CHECKING:  # a refused command need not wait for it
@@ -72,7 +72,7 @@ def start_logging(name: str, rank: int, folder: Path | None = None) -> None:
             handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
         except OSError as error:
             raise StorageError(
-                f"{folder / 'log.txt'} cannot be written: {error.strerror}. Make room there."
+                f"{folder / 'log.txt'} cannot be written: {error.strerror}. {storage_remedy(error)}"
             ) from error
     for handler in handlers:
         handler.setFormatter(line)
@@ -225,7 +225,7 @@ class MetricWriter:
             sync(self._folder)
         except OSError as error:
             raise StorageError(
-                f"{self._folder}: the records could not be written ({error.strerror}). Make room there."
+                f"{self._folder}: the records could not be written ({error.strerror}). {storage_remedy(error)}"
             ) from error
 
     def close(self) -> None:

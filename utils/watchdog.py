@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 HANG_EXIT_CODE = 76
+STDERR = 2
 GRACE = 2.0  # seconds in which the processes that wait for this one write their stacks too
 
 
 class Watchdog:
     """Ends the process when, after its first sign of progress, none came for `seconds`; with 0 never.
 
-    The stack of every thread goes to `file`, one sentence to `on_hang`. A context manager; nothing is watched outside.
+    The stack of every thread goes to `file`, or to stderr where that cannot be written, and one sentence to `on_hang`.
+    A context manager; nothing is watched outside.
     """
 
     def __init__(self, seconds: float, file: Path, on_hang: Callable[[str], None]):
@@ -59,10 +61,14 @@ class Watchdog:
     def _end(self) -> None:
         # First of all, as writing may hang as well, on the disk or on a lock that the main thread holds.
         threading.Timer(GRACE, os._exit, [HANG_EXIT_CODE]).start()
-        with self.file.open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file)
-        message = (
+        place = str(self.file)
+        try:
+            with self.file.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file)
+        except OSError as error:
+            faulthandler.dump_traceback(STDERR)
+            place = f"its output, as {place} cannot be written ({error.strerror})"
+        self._on_hang(
             f"no progress for {self.seconds:g} s (TRAIN.HANG_SECONDS); "
-            f"the stack of every thread is in {self.file}"
+            f"the stack of every thread is in {place}"
         )
-        self._on_hang(message)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -449,6 +450,22 @@ def write_a_few_files(folder: Path, out: Path) -> None:
     (folder / "new").mkdir()
     files.write_atomically(folder / "new" / "file", "content")
     files.sync(folder)
+
+
+def test_threads_replace_one_file_at_once(tmp_path):
+    """As a signal's thread and the main one, which write status.json."""
+    path, contents = tmp_path / "status.json", [f"{i}" * 1000 for i in range(100)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda content: files.write_atomically(path, content), contents))
+    assert path.read_text() in contents
+    assert names(tmp_path) == ["status.json"]
+
+
+@pytest.mark.parametrize(("path", "remedy"), [("absent/file", "must exist"), ("/dev/full", "room")])
+def test_what_to_do_about_a_file_that_cannot_be_written(path, remedy, tmp_path):
+    with pytest.raises(OSError, match="Errno") as caught:
+        (tmp_path / path).write_bytes(bytes(2**20))
+    assert remedy in files.storage_remedy(caught.value)
 
 
 def test_what_power_loss_leaves_is_what_was_synced(tmp_path):

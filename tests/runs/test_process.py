@@ -261,6 +261,18 @@ def test_a_hang_leaves_every_stack_and_ends_with_76(tmp_path, monkeypatch):
     assert "hang-rank0.txt" in metadata["error"]
 
 
+def test_a_hang_without_room_for_the_stacks_is_reported(tmp_path, monkeypatch, capfd):
+    left, messages = threading.Event(), []
+    monkeypatch.setattr(os, "_exit", lambda code: left.set())
+    monkeypatch.setattr("utils.watchdog.GRACE", 0.5)
+    with Watchdog(0.2, tmp_path / "absent" / "stacks.txt", messages.append) as watchdog:
+        watchdog.beat()
+        wait_in_a_named_place(left)
+    assert "wait_in_a_named_place" in capfd.readouterr().err
+    assert "in its output" in messages[0]
+    assert "No such file" in messages[0]
+
+
 def wait_in_a_named_place(left: threading.Event) -> None:
     assert left.wait(20)
 
