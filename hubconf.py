@@ -100,21 +100,24 @@ def _entry(name: str) -> collections.abc.Callable[..., torch.nn.Module]:
     """The function that torch.hub calls for the variant `name`."""
 
     def create(weights: str | None = None, **kwargs) -> torch.nn.Module:
+        if weights is None:
+            return timm.create_model(name, **kwargs)
+        # A file's weights are checked against the model itself; a backbone for features keeps a part of them.
         features = {}
-        if kwargs.get("features_only"):
-            features = {k: kwargs.pop(k) for k in ("features_only", "out_indices") if k in kwargs}
+        if kwargs.pop("features_only", False):
+            options = ("out_indices", "feature_cls")
+            features = {k: kwargs.pop(k) for k in options if k in kwargs} | {"features_only": True}
         model = timm.create_model(name, **kwargs)
-        if weights is not None:
-            # The ends may differ from the file's only where classes or channels were named, or no classes are wanted.
-            strict = not ({"num_classes", "in_chans"} & kwargs.keys() or features)
-            path = _download.download(str(weights))
-            report = _pretrained.load_pretrained(model, path, strict=strict)
-            if report.resized or report.adapted or report.new:
-                warnings.warn(f"{weights}: {report}", stacklevel=2)
+        # The ends may differ from the file's only where classes or channels were named, or no classes are wanted.
+        strict = not ({"num_classes", "in_chans"} & kwargs.keys() or features)
+        path = _download.download(str(weights))
+        report = _pretrained.load_pretrained(model, path, strict=strict)
+        if report.resized or report.adapted or report.new:
+            warnings.warn(f"{weights}: {report}", stacklevel=2)
         if not features:
             return model
         backbone = timm.create_model(name, **kwargs, **features)
-        backbone.model.load_state_dict(model.state_dict(), strict=False)  # it keeps a part of them
+        backbone.model.load_state_dict(model.state_dict(), strict=False)
         return backbone
 
     create.__name__ = name

@@ -38,6 +38,10 @@ with torch.no_grad():
     torch.save({"model": model.state_dict()}, weights)
     assert torch.equal(load(weights=weights)(images), logits)
     assert len(load(features_only=True)(images)) == 4
+    options = {"features_only": True, "out_indices": (0, 2), "feature_cls": "getter"}
+    maps = load(weights=weights, **options)(images)
+    expected = model.forward_intermediates(images, indices=[0, 2], intermediates_only=True)
+    assert all(map(torch.equal, maps, expected))
     torch.testing.assert_close(torch.compile(model, backend="eager")(images), logits)
     sys.modules["dat_hub.models.ops"].use_kernels("fused")  # in Triton's interpreter, where it is installed
     torch.testing.assert_close(model(images), logits)
