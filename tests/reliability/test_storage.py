@@ -296,7 +296,7 @@ def fill(disk: Path) -> None:
 def test_a_disk_that_was_full_for_a_while_changes_nothing(
     images, small_disk, tmp_path, monkeypatch, capsys
 ):
-    keep = "--opts", "CHECKPOINT.KEEP=2"
+    keep = "--opts", "CHECKPOINT.KEEP=2", "TRAIN.EPOCHS=3"
     assert main.main(arguments(tmp_path, images, *keep)) == 0
     save, failures = Saver.save, []
 
