@@ -7,13 +7,20 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGTERM, Signals
+
+import pytest
+import torch
 
 import main
 from analysis import offsets
 from engine import checkpoint
+from engine.run_dir import RunDir
+from engine.state import TrainState
+from utils.distributed import Process
 from utils.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +61,46 @@ def arguments(
         tag,
         *more,
     ]
+
+
+def run_of(folder: Path, model: str = "dat_micro") -> Path:
+    """The directory of the run that `arguments` asks for."""
+    return folder / model / "run"
+
+
+@contextmanager
+def interrupted_after(step: int) -> Iterator[None]:
+    """A run that is started inside ends when it has given its checkpoint of `step` to be saved."""
+    save = checkpoint.Saver.save
+
+    def save_and_end(self: checkpoint.Saver, state: TrainState, metadata: dict) -> None:
+        save(self, state, metadata)
+        if state.step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Saver, "save", save_and_end)
+        yield
+
+
+@contextmanager
+def held(run: Path) -> Iterator[int]:
+    """The number of another process, which holds the lock of the run directory."""
+    folder = RunDir(run, Process(0, 1, torch.device("cpu")))
+    fork = multiprocessing.get_context("fork")
+    barrier = fork.Barrier(2)
+
+    def hold() -> None:
+        with folder.lock():
+            barrier.wait()
+            barrier.wait()
+
+    holder = fork.Process(target=hold)
+    holder.start()
+    barrier.wait()
+    yield holder.pid
+    barrier.wait()
+    holder.join()
 
 
 def launch(processes: int, argv: list[str]) -> subprocess.Popen:

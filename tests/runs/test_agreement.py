@@ -5,7 +5,6 @@ Two or three processes by hand, as on several machines: each with arguments, fol
 
 import functools
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -13,9 +12,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers.images import write_image_folder
 from helpers.ranks import add_arguments, change_answer, flip_bit, lose_file_handle, work_in
-from helpers.runs import SMALL, arguments, outcome, run_group
+from helpers.runs import SMALL, arguments, held, outcome, run_group, run_of
 
 from engine import agreement, checkpoint
 from engine.run_dir import RunDir
@@ -25,21 +23,11 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """Two steps of 24 images an epoch."""
-    return write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=4)
-
-
-@pytest.fixture(scope="module")
 def unbroken(images, tmp_path_factory) -> Path:
     """The folder of a run on two processes that share it."""
     folder = tmp_path_factory.mktemp("unbroken")
     assert run_group(2, arguments(folder, images)) == [0, 0]
     return folder
-
-
-def run_of(folder: Path) -> Path:
-    return folder / "dat_micro" / "run"
 
 
 def steps_of(folder: Path) -> list[str]:
@@ -119,7 +107,7 @@ def test_other_data_on_one_rank_are_refused_on_all(split, images, tmp_path):
         words = f"{copy}: no such folder"
     else:
         (copy / split / "class_3" / "001.jpg").unlink()
-        count = {"train": 51, "val": 15}[split]
+        count = {"train": 51, "val": 12}[split]
         words = f"{split} is {count + 1} images, "
     hook = hook or [own("--data-path", str(copy))]
     refused(tmp_path, images, 3, words, "rank 1" if split != "absent" else "", hooks=hook)
@@ -197,7 +185,7 @@ def test_evaluation_is_of_rank_0_s_checkpoint(unbroken, images, tmp_path):
         hooks = [own("--resume", str(run_of(theirs)))]
         assert run_group(2, argv, hooks=hooks, log=tmp_path / "log") == [0, 0]
         records.append(output(tmp_path, 0).splitlines()[-1])
-    assert json.loads(records[0])["model"]["images"] == 16
+    assert json.loads(records[0])["model"]["images"] == 13
     assert records == [records[0]] * 3
 
 
@@ -206,7 +194,7 @@ def test_evaluation_needs_the_same_images(unbroken, images, tmp_path):
     (copy / "val" / "class_3" / "001.jpg").unlink()
     more = "--eval", "--resume", str(run_of(unbroken))
     hooks = [own("--data-path", str(copy))]
-    refused(tmp_path, images, 3, "val is 16 images", "15 images", hooks=hooks, more=more)
+    refused(tmp_path, images, 3, "val is 13 images", "12 images", hooks=hooks, more=more)
 
 
 # --- Replicas -------------------------------------------------------------------------------------
@@ -273,23 +261,10 @@ def test_ranks_in_words():
 
 
 def test_no_process_of_a_refused_run_writes_into_the_status_of_the_living_one(images, tmp_path):
-    folder = RunDir(run_of(tmp_path), Process(0, 1, torch.device("cpu")))
-    fork = multiprocessing.get_context("fork")
-    barrier = fork.Barrier(2)
-
-    def hold() -> None:
-        with folder.lock():
-            barrier.wait()
-            barrier.wait()
-
-    holder = fork.Process(target=hold)
-    holder.start()
-    barrier.wait()
-    before = (run_of(tmp_path) / "status.json").read_text()
-    refused(tmp_path, images, 6, f"process {holder.pid}", "--tag", hooks=[])
-    assert (run_of(tmp_path) / "status.json").read_text() == before
-    barrier.wait()
-    holder.join()
+    with held(run_of(tmp_path)) as holder:
+        before = (run_of(tmp_path) / "status.json").read_text()
+        refused(tmp_path, images, 6, f"process {holder}", "--tag", hooks=[])
+        assert (run_of(tmp_path) / "status.json").read_text() == before
 
 
 def test_a_process_whose_run_has_lost_the_lock_writes_no_status(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from helpers import faulty
 from helpers.images import write_image_folder
 from helpers.pipeline import image_dataset, train_loader, train_transform
-from helpers.runs import arguments, outcome, run_group
+from helpers.runs import arguments, outcome, run_group, run_of
 from PIL import Image
 
 import data
@@ -58,12 +58,8 @@ def faulty_arguments(folder: Path, images: Path, *opts: str) -> list[str]:
     return [*arguments(folder, images), "--opts", *FAULTY, *opts]
 
 
-def run_of(folder: Path, model: str = "faulty") -> Path:
-    return folder / model / "run"
-
-
-def status(folder: Path, model: str = "faulty") -> dict:
-    return json.loads((run_of(folder, model) / "status.json").read_text())
+def status(folder: Path) -> dict:
+    return json.loads((run_of(folder, "faulty") / "status.json").read_text())
 
 
 # --- Divergence -----------------------------------------------------------------------------------
@@ -77,10 +73,12 @@ def test_a_step_without_finite_gradient_is_skipped_on_all_processes(images, tmp_
     first, second = (re.search(r"^weights (\w+)$", text, re.MULTILINE)[1] for text in outputs)
     assert first == second, "the processes have different weights"
     assert outcome(tmp_path, model="faulty")["skipped"] == 1
-    (record,) = map(json.loads, (run_of(tmp_path) / "skipped.jsonl").read_text().splitlines())
+    (record,) = map(
+        json.loads, (run_of(tmp_path, "faulty") / "skipped.jsonl").read_text().splitlines()
+    )
     assert record["step"] == 2
     assert [len(micro_batch) for micro_batch in record["micro_batches"]] == [4] * 6
-    before, after = (run_of(tmp_path) / "checkpoints" / f"step-{n}" for n in (1, 2))
+    before, after = (run_of(tmp_path, "faulty") / "checkpoints" / f"step-{n}" for n in (1, 2))
     name = "model.safetensors"
     assert (before / name).read_bytes() == (after / name).read_bytes()
 
@@ -89,13 +87,13 @@ def test_many_skipped_in_a_row_roll_back_once_then_leave_a_dump_to_replay(images
     assert main.main(faulty_arguments(tmp_path, images, "TRAIN.MAX_SKIPPED=2")) == 5
     out, err = capsys.readouterr()
     assert len(re.findall(r"The run rolls back to \S*step-1, once\.", out)) == 1
-    dump = run_of(tmp_path) / "diverged-2"
+    dump = run_of(tmp_path, "faulty") / "diverged-2"
     assert str(dump) in err
     assert "TRAIN.BASE_LR" in err
     assert status(tmp_path)["exit_code"] == 5
-    last_finite = run_of(tmp_path) / "checkpoints" / "step-1" / "model.safetensors"
+    last_finite = run_of(tmp_path, "faulty") / "checkpoints" / "step-1" / "model.safetensors"
     assert (dump / "model.safetensors").read_bytes() == last_finite.read_bytes()
-    records = (run_of(tmp_path) / "skipped.jsonl").read_text().splitlines()
+    records = (run_of(tmp_path, "faulty") / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [2, 3]
 
     assert replay.main([str(dump)]) == 0
@@ -131,19 +129,19 @@ def test_after_a_passing_fault_the_run_ends_in_the_same_bits(images, tmp_path, m
     monkeypatch.setattr(AfterStep, "rollback", cure)
     assert main.main(faulty_arguments(ill, images, "TRAIN.MAX_SKIPPED=2")) == 0
     assert outcome(ill, model="faulty") == outcome(well, model="faulty")
-    assert not (run_of(ill) / "skipped.jsonl").read_text(encoding="utf-8")
+    assert not (run_of(ill, "faulty") / "skipped.jsonl").read_text(encoding="utf-8")
 
 
 def test_running_statistics_that_are_not_finite_count_as_many_skipped(images, tmp_path):
     assert main.main(faulty_arguments(tmp_path, images, "MODEL.ARGS.norm=True")) == 5
-    assert (run_of(tmp_path) / "diverged-1").is_dir()
+    assert (run_of(tmp_path, "faulty") / "diverged-1").is_dir()
 
 
 def test_the_replayed_step_is_the_trained_one(images, tmp_path, capsys):
     """With augmentation, mixing and drop path, and then the same loss and gradient."""
     argv = [*arguments(tmp_path, images), "--amp-dtype", "float32"]
     assert main.main([*argv, "--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0"]) == 0
-    folder = run_of(tmp_path, "dat_micro")
+    folder = run_of(tmp_path)
     assert replay.main([str(folder / "checkpoints" / "step-1")]) == 0
     assert "Everything is finite" in capsys.readouterr().out
     found = json.loads((folder / "checkpoints" / "step-1" / "replay.json").read_text())
@@ -160,7 +158,7 @@ def test_replay_of_what_is_not_there_and_of_other_images(images, tmp_path, capsy
     argv = faulty_arguments(tmp_path, images, "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0")
     assert main.main(argv) == 0
     other = write_image_folder(tmp_path / "other", classes=4, train=13, val=4, size=48)
-    step = str(run_of(tmp_path) / "checkpoints" / "step-1")
+    step = str(run_of(tmp_path, "faulty") / "checkpoints" / "step-1")
     assert replay.main([step, "--data-path", str(other)]) == 3
     assert str(other / "train") in capsys.readouterr().err
 
@@ -221,7 +219,7 @@ def test_more_signals_change_neither_the_save_nor_the_exit_code(images, tmp_path
         stderr=subprocess.PIPE,
         text=True,
     )
-    skipped = run_of(tmp_path) / "skipped.jsonl"
+    skipped = run_of(tmp_path, "faulty") / "skipped.jsonl"
     while not skipped.exists() or not skipped.stat().st_size:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
@@ -232,7 +230,7 @@ def test_more_signals_change_neither_the_save_nor_the_exit_code(images, tmp_path
         process.send_signal(SIGTERM)
         time.sleep(0.02)
     assert process.returncode == 75, process.stderr.read()
-    (step,) = checkpoint.list_checkpoints(run_of(tmp_path) / "checkpoints")
+    (step,) = checkpoint.list_checkpoints(run_of(tmp_path, "faulty") / "checkpoints")
     assert checkpoint.verify(step) is None
     assert status(tmp_path)["exit_code"] == 75
 

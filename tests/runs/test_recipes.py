@@ -8,10 +8,9 @@ import safetensors.torch
 import timm
 import torch
 from helpers.images import write_image_folder
-from helpers.runs import arguments, outcome
+from helpers.runs import arguments, interrupted_after, outcome
 
 import main
-from engine import checkpoint
 
 pytestmark = pytest.mark.usefixtures("restore_signals")
 
@@ -56,17 +55,9 @@ def unbroken(images, knobs, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("step", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
-def test_stopped_and_resumed_with_every_knob(step, images, knobs, unbroken, tmp_path, monkeypatch):
-    save = checkpoint.Saver.save
-
-    def save_and_die(self, state, metadata):
-        save(self, state, metadata)
-        if state.step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint.Saver, "save", save_and_die)
-    assert main.main(arguments(tmp_path, images, *knobs)) == 130
-    monkeypatch.undo()
+def test_stopped_and_resumed_with_every_knob(step, images, knobs, unbroken, tmp_path):
+    with interrupted_after(step):
+        assert main.main(arguments(tmp_path, images, *knobs)) == 130
     assert main.main(arguments(tmp_path, images, *knobs)) == 0
     assert outcome(tmp_path) == outcome(unbroken)
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,25 +12,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.runs import arguments, launch, outcome, run_group
+from helpers.runs import (
+    arguments,
+    held,
+    interrupted_after,
+    launch,
+    outcome,
+    run_group,
+    run_of,
+)
 
 import data
 import main
 from engine import checkpoint
-from engine.run_dir import RunDir
-from utils.distributed import Process
 from utils.signals import StopRequest
 
 pytestmark = pytest.mark.usefixtures("restore_signals")
 SLOW = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def unbroken(images, tmp_path_factory) -> Path:
-    """The folder of a run in one process that nothing stopped."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    assert main.main(arguments(folder, images)) == 0
-    return folder
 
 
 # --- The same bits --------------------------------------------------------------------------------
@@ -43,17 +40,9 @@ def test_the_same_command_gives_the_same_bits(images, unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("step", [2, 3, *(pytest.param(n, marks=SLOW) for n in (1, 4))])
-def test_stopped_at_any_step_and_resumed(step, images, unbroken, tmp_path, monkeypatch):
-    save = checkpoint.Saver.save
-
-    def save_and_die(self, state, metadata):
-        save(self, state, metadata)
-        if state.step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint.Saver, "save", save_and_die)
-    assert main.main(arguments(tmp_path, images)) == 130
-    monkeypatch.undo()
+def test_stopped_at_any_step_and_resumed(step, images, unbroken, tmp_path):
+    with interrupted_after(step):
+        assert main.main(arguments(tmp_path, images)) == 130
     assert main.main(arguments(tmp_path, images)) == 0
     assert outcome(tmp_path) == outcome(unbroken)
 
@@ -85,13 +74,8 @@ def test_asked_to_stop_it_saves_and_resumes_when_started_again(
     assert last["model.safetensors"] == reference["model.safetensors"]
 
 
-def test_time_limit(images, tmp_path):
-    assert main.main(arguments(tmp_path, images, "--opts", "TRAIN.MAX_SECONDS=1e-3")) == 75
-    assert main.main(arguments(tmp_path, images)) == 0
-
-
 def test_the_written_configuration_runs_again_unchanged(images, unbroken, tmp_path):
-    written = unbroken / "dat_micro" / "run" / "config.yaml"
+    written = run_of(unbroken) / "config.yaml"
     assert main.main(["--cfg", str(written), "--output", str(tmp_path)]) == 0
     assert outcome(tmp_path) == outcome(unbroken)
 
@@ -117,11 +101,11 @@ def test_killed_and_resumed_on_many_processes(processes, images, tmp_path):
     assert reference.wait() == 0, reference.stdout.read()
 
     killed = launch(processes, arguments(broken, images))
-    wait_for(broken / "dat_micro" / "run" / "checkpoints" / "step-1", killed)
+    wait_for(run_of(broken) / "checkpoints" / "step-1", killed)
     os.killpg(killed.pid, SIGKILL)
     kill_workers(broken)
     killed.wait()
-    assert len(checkpoint.list_checkpoints(broken / "dat_micro" / "run" / "checkpoints")) < 4
+    assert len(checkpoint.list_checkpoints(run_of(broken) / "checkpoints")) < 4
 
     resumed = launch(processes, arguments(broken, images))
     log = resumed.communicate()[0]
@@ -150,7 +134,7 @@ def kill_workers(folder: Path) -> None:
 
 
 def test_evaluation_counts_every_image_once(images, unbroken, tmp_path, capsys):
-    resume = ["--eval", "--resume", str(unbroken / "dat_micro" / "run")]
+    resume = ["--eval", "--resume", str(run_of(unbroken))]
     assert main.main(arguments(tmp_path, images, *resume)) == 0
     alone = record_in(capsys.readouterr().out)
     assert alone["model"]["images"] == alone["ema"]["images"] == 13
@@ -179,10 +163,6 @@ def test_weights_of_a_run_are_a_file_for_pretrained(images, unbroken, tmp_path, 
 
 def record_in(output: str) -> dict:
     return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
-
-
-def run_of(folder: Path) -> Path:
-    return folder / "dat_micro" / "run"
 
 
 def checkpoints(folder: Path) -> Path:
@@ -393,23 +373,10 @@ def test_full_folder(images, tmp_path, capsys, monkeypatch):
 
 
 def test_two_runs_in_one_folder(images, tmp_path, capsys):
-    folder = RunDir(run_of(tmp_path), Process(0, 1, torch.device("cpu")))
-    fork = multiprocessing.get_context("fork")
-    barrier = fork.Barrier(2)
-
-    def hold() -> None:
-        with folder.lock():
-            barrier.wait()
-            barrier.wait()
-
-    holder = fork.Process(target=hold)
-    holder.start()
-    barrier.wait()
-    refused(capsys, arguments(tmp_path, images), 6, f"process {holder.pid}", "--tag")
-    status = json.loads((run_of(tmp_path) / "status.json").read_text())
-    assert status["state"] == "running", "the refused run wrote into the other's folder"
-    barrier.wait()
-    holder.join()
+    with held(run_of(tmp_path)) as holder:
+        refused(capsys, arguments(tmp_path, images), 6, f"process {holder}", "--tag")
+        status = json.loads((run_of(tmp_path) / "status.json").read_text())
+        assert status["state"] == "running", "the refused run wrote into the other's folder"
 
 
 def test_loss_that_is_not_a_number(images, tmp_path, capsys, monkeypatch):
