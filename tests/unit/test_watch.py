@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.run_dirs import write_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_report import write_run
 
 from analysis import offsets
 from analysis.offsets import draw_offsets, measure_offsets
