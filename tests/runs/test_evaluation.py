@@ -309,7 +309,8 @@ def micro(trees, tmp_path_factory):
     """The command line of a DAT with 1000 classes on some of the trees."""
     folder = tmp_path_factory.mktemp("micro")
     torch.manual_seed(0)
-    model = models.build("dat_micro", num_classes=1000, img_size=32, drop_path_rate=0.0)
+    sizes = {"num_classes": 1000, "img_size": 32, "drop_path_rate": 0.0}
+    model = models.build("dat_micro", stages=["L", "S", "D", "D"], **sizes)
     safetensors.torch.save_file(model.state_dict(), folder / "micro.safetensors")
     rng = np.random.default_rng(0)
     names = rng.choice(imagenet.wnids(), 70, replace=False)
@@ -318,7 +319,9 @@ def micro(trees, tmp_path_factory):
         sets.write_picture(path, int(rng.integers(1000)))
     next((folder / "imagenet" / "val").rglob("*00009.JPEG")).write_bytes(b"damaged")
     (folder / "micro.yaml").write_text(
-        CONFIG.replace("colour_reader", "dat_micro").replace("BATCH_SIZE: 64", "BATCH_SIZE: 8")
+        CONFIG.replace("BATCH_SIZE: 64", "BATCH_SIZE: 8").replace(
+            "NAME: colour_reader", "NAME: dat_micro, ARGS: {stages: [L, S, D, D]}"
+        )
     )
     classes = folder / "classes.txt"
     classes.write_text("\n".join(imagenet.wnids()))
