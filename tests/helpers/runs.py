@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGTERM, Signals
 
-import pytest
 import torch
 
 import main
@@ -78,9 +77,11 @@ def interrupted_after(step: int) -> Iterator[None]:
         if state.step == step:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.Saver, "save", save_and_end)
+    checkpoint.Saver.save = save_and_end
+    try:
         yield
+    finally:
+        checkpoint.Saver.save = save
 
 
 @contextmanager
