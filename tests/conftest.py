@@ -40,6 +40,18 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def unbroken(images, tmp_path_factory) -> Path:
+    """The folder of the small run of helpers/runs.py in one process that nothing stopped, not to be changed."""
+    from helpers.runs import arguments  # imports torch, for which tests of texts need not wait
+
+    import main
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert main.main(arguments(folder, images)) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def photo_files() -> list[Path]:
     """Two photographs as JPEG files of 640×427 pixels, which come with scikit-learn."""
     folder = resources.files("sklearn.datasets.images")

@@ -61,9 +61,18 @@ def faulty(pretrained=False, **kwargs):
     return Faulty(**kwargs)
 
 
+def print_weights(rank: int) -> None:
+    """A hook of helpers.runs.run_group: after its run, the process prints the hash of the model's weights."""
+    run = main.main
+
+    def run_and_print(arguments: list[str]) -> int:
+        code = run(arguments)
+        weights = b"".join(p.detach().numpy().tobytes() for p in built[-1].parameters())
+        print(f"weights {hashlib.sha256(weights).hexdigest()}")
+        return code
+
+    main.main = run_and_print
+
+
 if __name__ == "__main__":
-    code = main.main(sys.argv[1:])
-    weights = b"".join(p.detach().numpy().tobytes() for p in built[-1].parameters())
-    line = f"rank {RANK} weights {hashlib.sha256(weights).hexdigest()}\n"
-    sys.stdout.write(line)  # in one piece: print would write the newline apart
-    main.leave(code)
+    main.leave(main.main(sys.argv[1:]))

@@ -21,9 +21,11 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from helpers.images import encode
 from helpers.pipeline import image_dataset
 from PIL import Image
 
@@ -45,13 +47,6 @@ def make_bad_images(folder: Path) -> dict[str, str]:
     for name, (content, _) in kinds.items():
         (folder / name).write_bytes(content)
     return {name: expected for name, (_, expected) in kinds.items()} | _not_files(folder)
-
-
-def encode(picture: Image.Image, kind: str, **options) -> bytes:
-    """`picture` as the bytes of an image file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def _picture() -> Image.Image:

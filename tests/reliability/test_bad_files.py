@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.images import write_image_folder
+from helpers.images import encode, write_image_folder
 from helpers.pipeline import eval_loader, eval_transform
 from helpers.pipeline import image_dataset as dataset
 from helpers.runs import arguments
@@ -41,7 +41,6 @@ from reliability.bad_files import (
     GOOD,
     IGNORED,
     REFUSED,
-    encode,
     make_bad_archives,
     make_bad_images,
     read_fuzzed,

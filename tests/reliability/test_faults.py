@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.images import write_image_folder
 from helpers.pipeline import image_dataset, train_loader, train_transform
-from helpers.runs import arguments, outcome
+from helpers.runs import arguments, outcome, run_of
 from helpers.states import make_state, save_steps
 
 import data
@@ -62,18 +62,6 @@ def failing(code: int, times: int, function: Callable) -> Callable:
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
     monkeypatch.setattr(files, "PAUSES", (0.0, 0.0, 0.0))
-
-
-@pytest.fixture(scope="module")
-def unbroken(images, tmp_path_factory) -> Path:
-    """The folder of a run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    assert main.main(arguments(folder, images)) == 0
-    return folder
-
-
-def run_of(folder: Path) -> Path:
-    return folder / "dat_micro" / "run"
 
 
 # --- Passing errors, leftovers, the cost of a save ------------------------------------------------

@@ -296,7 +296,7 @@ def fill(disk: Path) -> None:
 def test_a_disk_that_was_full_for_a_while_changes_nothing(
     images, small_disk, tmp_path, monkeypatch, capsys
 ):
-    keep = "--opts", "CHECKPOINT.KEEP=2"
+    keep = "--opts", "CHECKPOINT.KEEP=2", "TRAIN.EPOCHS=3"
     assert main.main(arguments(tmp_path, images, *keep)) == 0
     save, failures = Saver.save, []
 
@@ -317,7 +317,8 @@ def test_a_disk_that_was_full_for_a_while_changes_nothing(
     run = small_disk / "dat_micro" / "run"
     assert sorted(path.name for path in run.glob("**/.tmp-*")) == []
     records = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if "checkpoint/failures" in r] == [3]
+    noted = {record["step"] for record in records if "checkpoint/failures" in record}
+    assert {3} <= noted <= {2, 3}  # step 2 may be refused before its save returns
 
 
 def test_a_disk_that_stays_full_ends_the_run(images, small_disk, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,6 @@ Two or three processes by hand, as on several machines: each with arguments, fol
 
 import functools
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -13,34 +12,22 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers.images import write_image_folder
 from helpers.ranks import add_arguments, change_answer, flip_bit, lose_file_handle, work_in
-from helpers.runs import SMALL, arguments, outcome, run_group
+from helpers.runs import SMALL, arguments, held, outcome, run_group, run_of
 
 from engine import agreement, checkpoint
 from engine.run_dir import RunDir
 from utils.distributed import Process
 
 SLOW = pytest.mark.slow
-SHORT = ("--opts", "TRAIN.EPOCHS=2")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """Two steps of 24 images an epoch."""
-    return write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=4)
 
 
 @pytest.fixture(scope="module")
 def unbroken(images, tmp_path_factory) -> Path:
     """The folder of a run on two processes that share it."""
     folder = tmp_path_factory.mktemp("unbroken")
-    assert run_group(2, arguments(folder, images, *SHORT)) == [0, 0]
+    assert run_group(2, arguments(folder, images)) == [0, 0]
     return folder
-
-
-def run_of(folder: Path) -> Path:
-    return folder / "dat_micro" / "run"
 
 
 def steps_of(folder: Path) -> list[str]:
@@ -56,8 +43,8 @@ def output(folder: Path, rank: int) -> str:
 
 
 def refused(folder: Path, images: Path, code: int, *words: str, hooks, more=(), processes=2):
-    """Every process ends with `code` and a sentence with `words`."""
-    argv = arguments(folder, images, *SHORT, *more)
+    """Every process ends with `code` and a sentence with `words`; `hooks` may add keys to the arguments."""
+    argv = arguments(folder, images, "--opts", *more)
     codes = run_group(processes, argv, hooks=hooks, log=folder / "log")
     texts = [output(folder, rank) for rank in range(processes)]
     assert codes == [code] * processes, texts
@@ -74,7 +61,7 @@ def refused(folder: Path, images: Path, code: int, *words: str, hooks, more=(), 
     [
         (own("SEED=3"), "SEED is 0 on rank 0 and 3 on rank 1"),
         (own("TRAIN.BASE_LR=0.02", rank=0), "TRAIN.BASE_LR is 0.02 on rank 0 and 0.01 on rank 1"),
-        (own("MODEL.ARGS.stages=[LS,LD,D,L]"), "MODEL.ARGS.stages is"),
+        (own("MODEL.ARGS.stages=[L,S,D,L]"), "MODEL.ARGS.stages is"),
         (own("--eval"), "the command is train on rank 0 and eval on rank 1"),
         (own("DEVICE=cuda"), "DEVICE is cuda, but"),
         (own("NO.SUCH_KEY=1"), "NO.SUCH_KEY: unknown key"),
@@ -98,7 +85,7 @@ def test_paths_and_workers_may_be_a_machine_s_own(images, unbroken, tmp_path):
         own("DATA.NUM_WORKERS=1", "--data-path", str(copy), "--output", str(elsewhere)),
         functools.partial(change_answer, 1, "revision", "sources-0123456789ab"),
     ]
-    assert run_group(2, arguments(tmp_path, images, *SHORT), hooks=hooks) == [0, 0]
+    assert run_group(2, arguments(tmp_path, images, "--opts"), hooks=hooks) == [0, 0]
     assert outcome(tmp_path) == outcome(unbroken)
     assert run_of(elsewhere).is_dir(), "the folder for what rank 1 writes"
 
@@ -120,7 +107,7 @@ def test_other_data_on_one_rank_are_refused_on_all(split, images, tmp_path):
         words = f"{copy}: no such folder"
     else:
         (copy / split / "class_3" / "001.jpg").unlink()
-        count = {"train": 51, "val": 15}[split]
+        count = {"train": 51, "val": 12}[split]
         words = f"{split} is {count + 1} images, "
     hook = hook or [own("--data-path", str(copy))]
     refused(tmp_path, images, 3, words, "rank 1" if split != "absent" else "", hooks=hook)
@@ -169,10 +156,10 @@ def test_resumed_from_rank_0_whatever_the_others_see(theirs, stopped, unbroken, 
         shutil.rmtree(run_of(other) / "checkpoints" / "step-3")
     elif theirs == "another run":
         other.mkdir()
-        assert run_group(1, arguments(other, images, *SHORT, "SEED=5")) == [0]
+        assert run_group(1, arguments(other, images, "--opts", "SEED=5")) == [0]
     elif theirs == "a stale handle":
         hooks = [functools.partial(lose_file_handle, 1, "model.safetensors")]
-    codes = run_group(2, arguments(stopped, images, *SHORT), hooks=hooks, log=stopped / "log")
+    codes = run_group(2, arguments(stopped, images), hooks=hooks, log=stopped / "log")
     assert codes == [0, 0]
     assert "step-3: epoch 1, step 3" in output(stopped, 0)
     assert outcome(stopped) == outcome(unbroken)
@@ -181,7 +168,7 @@ def test_resumed_from_rank_0_whatever_the_others_see(theirs, stopped, unbroken, 
 def test_weights_to_start_from_are_read_by_rank_0(unbroken, images, tmp_path):
     """Nothing else is there on the other machine."""
     file = run_of(unbroken) / "checkpoints" / "step-4" / "model.safetensors"
-    argv = [*arguments(tmp_path, images), "--pretrained", str(file), *SHORT, "TRAIN.EPOCHS=1"]
+    argv = [*arguments(tmp_path, images), "--pretrained", str(file), "--opts", "TRAIN.EPOCHS=1"]
     hook = own("--pretrained", "absent.pth", "--output", str(tmp_path / "other"))
     argv += ["TRAIN.WARMUP_EPOCHS=0"]
     assert run_group(2, argv, hooks=[hook], log=tmp_path / "log") == [0, 0]
@@ -194,11 +181,11 @@ def test_evaluation_is_of_rank_0_s_checkpoint(unbroken, images, tmp_path):
         shutil.rmtree(run_of(tmp_path) / "checkpoints" / step)
     records = []
     for theirs in (unbroken, tmp_path, tmp_path / "none"):
-        argv = arguments(tmp_path, images, "--eval", "--resume", str(run_of(unbroken)), *SHORT)
+        argv = arguments(tmp_path, images, "--eval", "--resume", str(run_of(unbroken)))
         hooks = [own("--resume", str(run_of(theirs)))]
         assert run_group(2, argv, hooks=hooks, log=tmp_path / "log") == [0, 0]
         records.append(output(tmp_path, 0).splitlines()[-1])
-    assert json.loads(records[0])["model"]["images"] == 16
+    assert json.loads(records[0])["model"]["images"] == 13
     assert records == [records[0]] * 3
 
 
@@ -207,7 +194,7 @@ def test_evaluation_needs_the_same_images(unbroken, images, tmp_path):
     (copy / "val" / "class_3" / "001.jpg").unlink()
     more = "--eval", "--resume", str(run_of(unbroken))
     hooks = [own("--data-path", str(copy))]
-    refused(tmp_path, images, 3, "val is 16 images", "15 images", hooks=hooks, more=more)
+    refused(tmp_path, images, 3, "val is 13 images", "12 images", hooks=hooks, more=more)
 
 
 # --- Replicas -------------------------------------------------------------------------------------
@@ -240,7 +227,7 @@ def test_with_other_processors_the_ema_of_rank_0_counts(unbroken, images, tmp_pa
         functools.partial(change_answer, 1, "device_name", "another processor"),
         functools.partial(flip_bit, 1, "EMA", 2, 30),
     ]
-    argv = arguments(tmp_path, images, *SHORT)
+    argv = arguments(tmp_path, images)
     assert run_group(2, argv, hooks=hooks, log=tmp_path / "log") == [0, 0]
     assert "another processor on rank 1" in output(tmp_path, 0)
     assert "the EMA is taken from rank 0" in output(tmp_path, 0)
@@ -274,23 +261,10 @@ def test_ranks_in_words():
 
 
 def test_no_process_of_a_refused_run_writes_into_the_status_of_the_living_one(images, tmp_path):
-    folder = RunDir(run_of(tmp_path), Process(0, 1, torch.device("cpu")))
-    fork = multiprocessing.get_context("fork")
-    barrier = fork.Barrier(2)
-
-    def hold() -> None:
-        with folder.lock():
-            barrier.wait()
-            barrier.wait()
-
-    holder = fork.Process(target=hold)
-    holder.start()
-    barrier.wait()
-    before = (run_of(tmp_path) / "status.json").read_text()
-    refused(tmp_path, images, 6, f"process {holder.pid}", "--tag", hooks=[])
-    assert (run_of(tmp_path) / "status.json").read_text() == before
-    barrier.wait()
-    holder.join()
+    with held(run_of(tmp_path)) as holder:
+        before = (run_of(tmp_path) / "status.json").read_text()
+        refused(tmp_path, images, 6, f"process {holder}", "--tag", hooks=[])
+        assert (run_of(tmp_path) / "status.json").read_text() == before
 
 
 def test_a_process_whose_run_has_lost_the_lock_writes_no_status(tmp_path):

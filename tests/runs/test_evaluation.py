@@ -309,7 +309,8 @@ def micro(trees, tmp_path_factory):
     """The command line of a DAT with 1000 classes on some of the trees."""
     folder = tmp_path_factory.mktemp("micro")
     torch.manual_seed(0)
-    model = models.build("dat_micro", num_classes=1000, img_size=32, drop_path_rate=0.0)
+    sizes = {"num_classes": 1000, "img_size": 32, "drop_path_rate": 0.0}
+    model = models.build("dat_micro", stages=["L", "S", "D", "D"], **sizes)
     safetensors.torch.save_file(model.state_dict(), folder / "micro.safetensors")
     rng = np.random.default_rng(0)
     names = rng.choice(imagenet.wnids(), 70, replace=False)
@@ -318,7 +319,9 @@ def micro(trees, tmp_path_factory):
         sets.write_picture(path, int(rng.integers(1000)))
     next((folder / "imagenet" / "val").rglob("*00009.JPEG")).write_bytes(b"damaged")
     (folder / "micro.yaml").write_text(
-        CONFIG.replace("colour_reader", "dat_micro").replace("BATCH_SIZE: 64", "BATCH_SIZE: 8")
+        CONFIG.replace("BATCH_SIZE: 64", "BATCH_SIZE: 8").replace(
+            "NAME: colour_reader", "NAME: dat_micro, ARGS: {stages: [L, S, D, D]}"
+        )
     )
     classes = folder / "classes.txt"
     classes.write_text("\n".join(imagenet.wnids()))
@@ -340,13 +343,12 @@ def contents(folder):
     return files, record
 
 
-def test_predictions_have_the_same_bytes_on_1_2_and_3_processes(micro, tmp_path):
-    for processes in (1, 2, 3):
+def test_predictions_have_the_same_bytes_on_1_and_3_processes(micro, tmp_path):
+    for processes in (1, 3):
         out = tmp_path / str(processes)
         assert run_group(processes, [*micro, "--out", str(out)]) == [0] * processes
     one = contents(tmp_path / "1")
     assert {"val.csv", "a.csv", "a-clean.csv", "val.logits.npy", "scores.md"} <= one[0].keys()
-    assert one == contents(tmp_path / "2")
     assert one == contents(tmp_path / "3")
 
 
@@ -358,7 +360,7 @@ def run(tmp_path_factory):
     """A trained run: (folder, data, command line)."""
     folder = tmp_path_factory.mktemp("run")
     images = write_image_folder(folder / "data")
-    argv = arguments(folder, images, "--opts", "TRAIN.EPOCHS", "2")
+    argv = arguments(folder, images)
     assert main.main(argv) == 0
     return folder / "dat_micro" / "run", images, argv
 
@@ -366,14 +368,14 @@ def run(tmp_path_factory):
 def test_a_run_keeps_the_predictions_of_model_and_ema(run, capsys):
     path, _, argv = run
     capsys.readouterr()
-    assert main.main([*argv[:-3], "--eval"]) == 0
+    assert main.main([*argv, "--eval"]) == 0
     plain = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert plain["changes"] == []
     assert not (path / "eval").exists()
     sets_folder = path.parent / "sets"
     names = [f"class_{i}" for i in range(4)]
     sets.write_corruptions(sets_folder / "own-c", names, [0] * 4, {}, ["fog"])
-    assert main.main([*argv[:-3], "--eval", "--sets", str(sets_folder), "--only", "val,c"]) == 0
+    assert main.main([*argv, "--eval", "--sets", str(sets_folder), "--only", "val,c"]) == 0
     record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     step = plain["weights"].rpartition("-")[2]
     for kind, result in zip(("model", "ema"), record["results"], strict=True):
@@ -389,7 +391,7 @@ def test_what_differs_from_the_run_is_listed_and_recorded(run, tmp_path, capsys)
     _, images, argv = run
     other = shutil.copytree(images, tmp_path / "data")
     next((other / "val").rglob("*.jpg")).unlink()
-    argv = [*argv[:-3], "--eval", "--out", str(tmp_path / "out"), "--amp-dtype", "bfloat16"]
+    argv = [*argv, "--eval", "--out", str(tmp_path / "out"), "--amp-dtype", "bfloat16"]
     argv[argv.index("--data-path") + 1] = str(other)
     capsys.readouterr()
     changed = ("--opts", "TEST.CROP_MODE", "center", "DATA.MEAN", "[0.5,0.5,0.5]")
@@ -409,7 +411,7 @@ def test_what_differs_is_listed_for_weights_of_a_run_too(run, tmp_path, capsys):
     folder, _, argv = run
     best = checkpoint.resolve(folder, best=True)
     file = best / "model.safetensors"
-    argv = [*argv[:-3], "--eval", "--opts", "DATA.MEAN", "[0.5,0.5,0.5]"]
+    argv = [*argv, "--eval", "--opts", "DATA.MEAN", "[0.5,0.5,0.5]"]
     for named in (folder, best, file):
         assert main.main([*argv, "--pretrained", str(named)]) == 0
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -426,7 +428,7 @@ def test_what_differs_is_listed_for_weights_of_a_run_too(run, tmp_path, capsys):
 def test_with_a_holdout_val_is_what_was_held_out(run, tmp_path, capsys):
     _, images, argv = run
     holdout = ("--opts", "DATA.HOLDOUT", "0.4", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
-    argv = [*argv[:-3], "--tag", "holdout"]
+    argv = [*argv, "--tag", "holdout"]
     argv += [*holdout, "TRAIN.GLOBAL_BATCH_SIZE", "12"]
     assert main.main(argv) == 0
     capsys.readouterr()

@@ -17,7 +17,7 @@ import pytest
 from helpers.runs import ROOT, arguments, outcome
 
 pytestmark = pytest.mark.slow
-EXACT = ("--opts", "TRAIN.EXACT_WORLD_SIZE=True", "TRAIN.GLOBAL_BATCH_SIZE=16", "TRAIN.EPOCHS=2")
+EXACT = ("--opts", "TRAIN.EXACT_WORLD_SIZE=True", "TRAIN.GLOBAL_BATCH_SIZE=16")
 FIRST = "10.213.7.1"  # address of the first node, on a network of its own
 
 

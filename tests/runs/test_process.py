@@ -17,7 +17,7 @@ import torch
 from helpers import faulty
 from helpers.images import write_image_folder
 from helpers.pipeline import image_dataset, train_loader, train_transform
-from helpers.runs import arguments, launch, outcome
+from helpers.runs import arguments, outcome, run_group, run_of
 from PIL import Image
 
 import data
@@ -42,7 +42,7 @@ FAULTY = ["MODEL.NAME=faulty", "MODEL.ARGS={}", "MODEL.DROP_PATH_RATE=0", *PLAIN
 def images(tmp_path_factory) -> Path:
     """Two steps of 24 images an epoch, one image of which, in steps 2 and 3, is white."""
     root = write_image_folder(tmp_path_factory.mktemp("images"), classes=4, train=13, val=4)
-    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=6, total_steps=6, seed=0)
+    sampler = data.TrainBatchSampler(52, batch_size=4, micro_batches=6, total_steps=4, seed=0)
     second, third = ({index for micro_batch in range(6) for _, index, _ in sampler.micro_batch(step, micro_batch)}
                      for step in (1, 2))  # fmt: skip
     white = min(second & third)
@@ -58,12 +58,8 @@ def faulty_arguments(folder: Path, images: Path, *opts: str) -> list[str]:
     return [*arguments(folder, images), "--opts", *FAULTY, *opts]
 
 
-def run_of(folder: Path, model: str = "faulty") -> Path:
-    return folder / model / "run"
-
-
-def status(folder: Path, model: str = "faulty") -> dict:
-    return json.loads((run_of(folder, model) / "status.json").read_text())
+def status(folder: Path) -> dict:
+    return json.loads((run_of(folder, "faulty") / "status.json").read_text())
 
 
 # --- Divergence -----------------------------------------------------------------------------------
@@ -71,17 +67,18 @@ def status(folder: Path, model: str = "faulty") -> dict:
 
 def test_a_step_without_finite_gradient_is_skipped_on_all_processes(images, tmp_path):
     argv = faulty_arguments(tmp_path, images, "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0")
-    started = launch(2, argv, "tests/helpers/faulty.py")
-    output = started.communicate()[0]
-    assert started.returncode == 0, output
-    hashes = re.findall(r"rank \d weights (\w+)", output)
-    assert len(hashes) == 2
-    assert len(set(hashes)) == 1, "the processes have different weights"
+    log = tmp_path / "log"
+    assert run_group(2, argv, hooks=[faulty.print_weights], log=log) == [0, 0]
+    outputs = (Path(f"{log}-{rank}").read_text() for rank in (0, 1))
+    first, second = (re.search(r"^weights (\w+)$", text, re.MULTILINE)[1] for text in outputs)
+    assert first == second, "the processes have different weights"
     assert outcome(tmp_path, model="faulty")["skipped"] == 1
-    (record,) = map(json.loads, (run_of(tmp_path) / "skipped.jsonl").read_text().splitlines())
+    (record,) = map(
+        json.loads, (run_of(tmp_path, "faulty") / "skipped.jsonl").read_text().splitlines()
+    )
     assert record["step"] == 2
     assert [len(micro_batch) for micro_batch in record["micro_batches"]] == [4] * 6
-    before, after = (run_of(tmp_path) / "checkpoints" / f"step-{n}" for n in (1, 2))
+    before, after = (run_of(tmp_path, "faulty") / "checkpoints" / f"step-{n}" for n in (1, 2))
     name = "model.safetensors"
     assert (before / name).read_bytes() == (after / name).read_bytes()
 
@@ -90,13 +87,13 @@ def test_many_skipped_in_a_row_roll_back_once_then_leave_a_dump_to_replay(images
     assert main.main(faulty_arguments(tmp_path, images, "TRAIN.MAX_SKIPPED=2")) == 5
     out, err = capsys.readouterr()
     assert len(re.findall(r"The run rolls back to \S*step-1, once\.", out)) == 1
-    dump = run_of(tmp_path) / "diverged-2"
+    dump = run_of(tmp_path, "faulty") / "diverged-2"
     assert str(dump) in err
     assert "TRAIN.BASE_LR" in err
     assert status(tmp_path)["exit_code"] == 5
-    last_finite = run_of(tmp_path) / "checkpoints" / "step-1" / "model.safetensors"
+    last_finite = run_of(tmp_path, "faulty") / "checkpoints" / "step-1" / "model.safetensors"
     assert (dump / "model.safetensors").read_bytes() == last_finite.read_bytes()
-    records = (run_of(tmp_path) / "skipped.jsonl").read_text().splitlines()
+    records = (run_of(tmp_path, "faulty") / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [2, 3]
 
     assert replay.main([str(dump)]) == 0
@@ -132,19 +129,19 @@ def test_after_a_passing_fault_the_run_ends_in_the_same_bits(images, tmp_path, m
     monkeypatch.setattr(AfterStep, "rollback", cure)
     assert main.main(faulty_arguments(ill, images, "TRAIN.MAX_SKIPPED=2")) == 0
     assert outcome(ill, model="faulty") == outcome(well, model="faulty")
-    assert not (run_of(ill) / "skipped.jsonl").read_text(encoding="utf-8")
+    assert not (run_of(ill, "faulty") / "skipped.jsonl").read_text(encoding="utf-8")
 
 
 def test_running_statistics_that_are_not_finite_count_as_many_skipped(images, tmp_path):
     assert main.main(faulty_arguments(tmp_path, images, "MODEL.ARGS.norm=True")) == 5
-    assert (run_of(tmp_path) / "diverged-1").is_dir()
+    assert (run_of(tmp_path, "faulty") / "diverged-1").is_dir()
 
 
 def test_the_replayed_step_is_the_trained_one(images, tmp_path, capsys):
     """With augmentation, mixing and drop path, and then the same loss and gradient."""
     argv = [*arguments(tmp_path, images), "--amp-dtype", "float32"]
     assert main.main([*argv, "--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0"]) == 0
-    folder = run_of(tmp_path, "dat_micro")
+    folder = run_of(tmp_path)
     assert replay.main([str(folder / "checkpoints" / "step-1")]) == 0
     assert "Everything is finite" in capsys.readouterr().out
     found = json.loads((folder / "checkpoints" / "step-1" / "replay.json").read_text())
@@ -161,7 +158,7 @@ def test_replay_of_what_is_not_there_and_of_other_images(images, tmp_path, capsy
     argv = faulty_arguments(tmp_path, images, "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0")
     assert main.main(argv) == 0
     other = write_image_folder(tmp_path / "other", classes=4, train=13, val=4, size=48)
-    step = str(run_of(tmp_path) / "checkpoints" / "step-1")
+    step = str(run_of(tmp_path, "faulty") / "checkpoints" / "step-1")
     assert replay.main([step, "--data-path", str(other)]) == 3
     assert str(other / "train") in capsys.readouterr().err
 
@@ -222,7 +219,7 @@ def test_more_signals_change_neither_the_save_nor_the_exit_code(images, tmp_path
         stderr=subprocess.PIPE,
         text=True,
     )
-    skipped = run_of(tmp_path) / "skipped.jsonl"
+    skipped = run_of(tmp_path, "faulty") / "skipped.jsonl"
     while not skipped.exists() or not skipped.stat().st_size:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
@@ -233,7 +230,7 @@ def test_more_signals_change_neither_the_save_nor_the_exit_code(images, tmp_path
         process.send_signal(SIGTERM)
         time.sleep(0.02)
     assert process.returncode == 75, process.stderr.read()
-    (step,) = checkpoint.list_checkpoints(run_of(tmp_path) / "checkpoints")
+    (step,) = checkpoint.list_checkpoints(run_of(tmp_path, "faulty") / "checkpoints")
     assert checkpoint.verify(step) is None
     assert status(tmp_path)["exit_code"] == 75
 
@@ -251,7 +248,8 @@ def test_a_hang_leaves_every_stack_and_ends_with_76(tmp_path, monkeypatch):
         RunDir(tmp_path, process).lock() as folder,
         Watchdog(0.2, folder.hang_file(), folder.report_hang) as watchdog,
     ):
-        assert not left.wait(0.5), "it watches before there was progress"
+        time.sleep(0.5)
+        assert not (tmp_path / "hang-rank0.txt").exists(), "it watches before there was progress"
         watchdog.beat()
         wait_in_a_named_place(left)
     assert codes == [76]
@@ -278,16 +276,12 @@ def wait_in_a_named_place(left: threading.Event) -> None:
 
 
 def test_progress_is_no_hang(tmp_path, monkeypatch):
-    codes = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    process = Process(0, 1, torch.device("cpu"))
-    with (
-        RunDir(tmp_path, process).lock() as folder,
-        Watchdog(1.0, folder.hang_file(), folder.report_hang) as watchdog,
-    ):
+    hangs = []
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    with Watchdog(1.0, tmp_path / "stacks.txt", hangs.append) as watchdog:
         for _ in watchdog.watch(range(15)):
             time.sleep(0.1)
-    assert not codes
+    assert hangs == []
 
 
 @pytest.mark.parametrize("fault", ["kill", "kill while the loop computes", "hang"])

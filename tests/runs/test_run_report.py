@@ -3,9 +3,14 @@
 pytest tests/runs/test_run_report.py
 """
 
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
 from helpers.runs import arguments
 
 import main
+from tools import report
 
 REPORT = ["--opts", "TRAIN.REPORT=True", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0"]
 
@@ -20,7 +25,12 @@ def test_a_run_that_ends_leaves_its_report(tmp_path, images):
     assert "<td>--opts</td>" in page
 
 
-def test_a_run_that_stops_leaves_its_report(tmp_path, images, restore_signals):
+def test_a_run_that_stops_leaves_its_report(tmp_path, images, restore_signals, monkeypatch):
+    def write_here(command: list[str | Path], **options: object) -> None:
+        assert report.main([str(command[-1])]) == 0
+
+    here = SimpleNamespace(run=write_here, SubprocessError=subprocess.SubprocessError)
+    monkeypatch.setattr(main, "subprocess", here)  # a process of its own takes seconds to import
     stop = [*REPORT, "TRAIN.MAX_SECONDS=0.001"]
     assert main.main(arguments(tmp_path, images, *stop)) == 75
     page = (tmp_path / "dat_micro" / "run" / "report.html").read_text()

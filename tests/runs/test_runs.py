@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,25 +12,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.runs import arguments, launch, outcome, run_group
+from helpers.runs import (
+    arguments,
+    held,
+    interrupted_after,
+    launch,
+    outcome,
+    run_group,
+    run_of,
+)
 
 import data
 import main
 from engine import checkpoint
-from engine.run_dir import RunDir
-from utils.distributed import Process
 from utils.signals import StopRequest
 
 pytestmark = pytest.mark.usefixtures("restore_signals")
 SLOW = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def unbroken(images, tmp_path_factory) -> Path:
-    """The folder of a run in one process that nothing stopped."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    assert main.main(arguments(folder, images)) == 0
-    return folder
 
 
 # --- The same bits --------------------------------------------------------------------------------
@@ -42,23 +39,15 @@ def test_the_same_command_gives_the_same_bits(images, unbroken, tmp_path):
     assert outcome(tmp_path) == outcome(unbroken)
 
 
-@pytest.mark.parametrize("step", [2, 3, *(pytest.param(n, marks=SLOW) for n in (1, 4, 5))])
-def test_stopped_at_any_step_and_resumed(step, images, unbroken, tmp_path, monkeypatch):
-    save = checkpoint.Saver.save
-
-    def save_and_die(self, state, metadata):
-        save(self, state, metadata)
-        if state.step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint.Saver, "save", save_and_die)
-    assert main.main(arguments(tmp_path, images)) == 130
-    monkeypatch.undo()
+@pytest.mark.parametrize("step", [2, 3, *(pytest.param(n, marks=SLOW) for n in (1, 4))])
+def test_stopped_at_any_step_and_resumed(step, images, unbroken, tmp_path):
+    with interrupted_after(step):
+        assert main.main(arguments(tmp_path, images)) == 130
     assert main.main(arguments(tmp_path, images)) == 0
     assert outcome(tmp_path) == outcome(unbroken)
 
 
-@pytest.mark.parametrize("step", [1, 2, pytest.param(4, marks=SLOW)])
+@pytest.mark.parametrize("step", [1, 2, pytest.param(3, marks=SLOW)])
 def test_asked_to_stop_it_saves_and_resumes_when_started_again(
     step, images, unbroken, tmp_path, monkeypatch
 ):
@@ -72,7 +61,7 @@ def test_asked_to_stop_it_saves_and_resumes_when_started_again(
         return reason(self)
 
     monkeypatch.setattr(StopRequest, "agree", reason_at)
-    never = "--opts", "SAVE_STEPS=0", "SAVE_FREQ=3", "EVAL_FREQ=3"
+    never = "--opts", "SAVE_STEPS=0", "SAVE_FREQ=2", "EVAL_FREQ=2"
     assert main.main(arguments(tmp_path, images, *never)) == 75
     assert [path.name for path in checkpoint.list_checkpoints(checkpoints(tmp_path))] == [
         f"step-{step}"
@@ -85,13 +74,8 @@ def test_asked_to_stop_it_saves_and_resumes_when_started_again(
     assert last["model.safetensors"] == reference["model.safetensors"]
 
 
-def test_time_limit(images, tmp_path):
-    assert main.main(arguments(tmp_path, images, "--opts", "TRAIN.MAX_SECONDS=1e-3")) == 75
-    assert main.main(arguments(tmp_path, images)) == 0
-
-
 def test_the_written_configuration_runs_again_unchanged(images, unbroken, tmp_path):
-    written = unbroken / "dat_micro" / "run" / "config.yaml"
+    written = run_of(unbroken) / "config.yaml"
     assert main.main(["--cfg", str(written), "--output", str(tmp_path)]) == 0
     assert outcome(tmp_path) == outcome(unbroken)
 
@@ -99,7 +83,7 @@ def test_the_written_configuration_runs_again_unchanged(images, unbroken, tmp_pa
 def test_a_finished_run_does_nothing_more(images, unbroken):
     before = outcome(unbroken)
     state = json.loads((run_of(unbroken) / "status.json").read_text())
-    assert (state["state"], state["epoch"], state["step"]) == ("done", 3, 6)
+    assert (state["state"], state["epoch"], state["step"]) == ("done", 2, 4)
     assert state["best"] == before["best"]
     assert main.main(arguments(unbroken, images)) == 0
     assert outcome(unbroken) == before
@@ -117,11 +101,11 @@ def test_killed_and_resumed_on_many_processes(processes, images, tmp_path):
     assert reference.wait() == 0, reference.stdout.read()
 
     killed = launch(processes, arguments(broken, images))
-    wait_for(broken / "dat_micro" / "run" / "checkpoints" / "step-1", killed)
+    wait_for(run_of(broken) / "checkpoints" / "step-1", killed)
     os.killpg(killed.pid, SIGKILL)
     kill_workers(broken)
     killed.wait()
-    assert len(checkpoint.list_checkpoints(broken / "dat_micro" / "run" / "checkpoints")) < 6
+    assert len(checkpoint.list_checkpoints(run_of(broken) / "checkpoints")) < 4
 
     resumed = launch(processes, arguments(broken, images))
     log = resumed.communicate()[0]
@@ -150,16 +134,12 @@ def kill_workers(folder: Path) -> None:
 
 
 def test_evaluation_counts_every_image_once(images, unbroken, tmp_path, capsys):
-    resume = ["--eval", "--resume", str(unbroken / "dat_micro" / "run")]
+    resume = ["--eval", "--resume", str(run_of(unbroken))]
     assert main.main(arguments(tmp_path, images, *resume)) == 0
     alone = record_in(capsys.readouterr().out)
     assert alone["model"]["images"] == alone["ema"]["images"] == 13
-    for processes in (2, 3):
-        log = tmp_path / f"{processes}"
-        assert (
-            run_group(processes, arguments(tmp_path, images, *resume), log=log) == [0] * processes
-        )
-        assert record_in(Path(f"{log}-0").read_text()) == alone
+    assert run_group(3, arguments(tmp_path, images, *resume), log=tmp_path / "log") == [0] * 3
+    assert record_in((tmp_path / "log-0").read_text()) == alone
 
 
 def test_evaluation_is_of_the_best_checkpoint_and_as_in_training(
@@ -183,10 +163,6 @@ def test_weights_of_a_run_are_a_file_for_pretrained(images, unbroken, tmp_path, 
 
 def record_in(output: str) -> dict:
     return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
-
-
-def run_of(folder: Path) -> Path:
-    return folder / "dat_micro" / "run"
 
 
 def checkpoints(folder: Path) -> Path:
@@ -332,30 +308,30 @@ def test_checkpoint_of_another_model(images, unbroken, tmp_path, capsys):
 
 def test_another_recipe_has_to_be_accepted(images, unbroken, tmp_path, capsys):
     shutil.copytree(run_of(unbroken), run_of(tmp_path))
-    longer = "--opts", "TRAIN.EPOCHS=4", "TRAIN.BASE_LR=0.02", "PRINT_FREQ=2"
+    longer = "--opts", "TRAIN.EPOCHS=3", "TRAIN.BASE_LR=0.02", "PRINT_FREQ=2"
     names = "--accept TRAIN.BASE_LR,TRAIN.EPOCHS"
-    refused(capsys, arguments(tmp_path, images, *longer), 4, "TRAIN.EPOCHS was 3, is 4", names)
+    refused(capsys, arguments(tmp_path, images, *longer), 4, "TRAIN.EPOCHS was 2, is 3", names)
     assert main.main(arguments(tmp_path, images, *names.split(" "), *longer)) == 0
     assert "PRINT_FREQ was 1, is 2" in capsys.readouterr().out
     assert main.main(arguments(tmp_path, images, *longer)) == 0  # accepted once for all
-    assert outcome(tmp_path)["step"] == 8
+    assert outcome(tmp_path)["step"] == 6
 
 
 def test_the_best_of_another_validation_counts_no_more(images, unbroken, tmp_path, capsys):
     shutil.copytree(run_of(unbroken), run_of(tmp_path))
     path = checkpoint.list_checkpoints(checkpoints(tmp_path))[0]
     files = {file.name: file.read_bytes() for file in path.iterdir()}
-    best = {"acc1": 99.0, "step": 6}
+    best = {"acc1": 99.0, "step": 4}
     files["state.json"] = json.dumps(checkpoint.read_metadata(path) | {"best": best}).encode()
     del files[checkpoint.MANIFEST]
     shutil.rmtree(path)
     checkpoint.write(path.parent, path.name, files)
-    changed = "--accept", "TRAIN.EPOCHS,TEST.CROP_PCT", "--opts", "TRAIN.EPOCHS=4"
+    changed = "--accept", "TRAIN.EPOCHS,TEST.CROP_PCT", "--opts", "TRAIN.EPOCHS=3"
     assert main.main(arguments(tmp_path, images, *changed, "TEST.CROP_PCT=0.5")) == 0
     assert (
         "The best accuracy so far counts no more: 99.00% was of another" in capsys.readouterr().out
     )
-    assert outcome(tmp_path)["best"]["step"] == 8
+    assert outcome(tmp_path)["best"]["step"] == 6
 
 
 def test_other_images_have_to_be_accepted(copy, unbroken, tmp_path, capsys):
@@ -376,13 +352,13 @@ def test_damaged_checkpoint_is_refused_by_name_and_passed_over_in_a_run(
     argv = arguments(tmp_path, images, "--resume", str(last))
     refused(capsys, [*argv, "--eval"], 4, "model.safetensors", str(len(content)))
     assert main.main(arguments(tmp_path, images)) == 0
-    assert "step-6 is damaged and skipped" in capsys.readouterr().out
+    assert "step-4 is damaged and skipped" in capsys.readouterr().out
     assert outcome(tmp_path) == outcome(unbroken)
 
 
 def test_older_checkpoint_of_the_same_run_needs_a_run_of_its_own(images, unbroken, capsys):
     older = checkpoints(unbroken) / "step-2"
-    refused(capsys, arguments(unbroken, images, "--resume", str(older)), 4, "--tag", "step-6")
+    refused(capsys, arguments(unbroken, images, "--resume", str(older)), 4, "--tag", "step-4")
 
 
 def test_folder_that_cannot_be_written(images, tmp_path, capsys):
@@ -397,29 +373,16 @@ def test_full_folder(images, tmp_path, capsys, monkeypatch):
 
 
 def test_two_runs_in_one_folder(images, tmp_path, capsys):
-    folder = RunDir(run_of(tmp_path), Process(0, 1, torch.device("cpu")))
-    fork = multiprocessing.get_context("fork")
-    barrier = fork.Barrier(2)
-
-    def hold() -> None:
-        with folder.lock():
-            barrier.wait()
-            barrier.wait()
-
-    holder = fork.Process(target=hold)
-    holder.start()
-    barrier.wait()
-    refused(capsys, arguments(tmp_path, images), 6, f"process {holder.pid}", "--tag")
-    status = json.loads((run_of(tmp_path) / "status.json").read_text())
-    assert status["state"] == "running", "the refused run wrote into the other's folder"
-    barrier.wait()
-    holder.join()
+    with held(run_of(tmp_path)) as holder:
+        refused(capsys, arguments(tmp_path, images), 6, f"process {holder}", "--tag")
+        status = json.loads((run_of(tmp_path) / "status.json").read_text())
+        assert status["state"] == "running", "the refused run wrote into the other's folder"
 
 
 def test_loss_that_is_not_a_number(images, tmp_path, capsys, monkeypatch):
     normalize = data.Normalize.__call__
     monkeypatch.setattr(data.Normalize, "__call__", lambda self, x: normalize(self, x) * torch.nan)
-    more = "--opts", "TRAIN.EPOCHS=30", "SAVE_STEPS=0", "SAVE_FREQ=30", "TRAIN.MAX_SKIPPED=3"
+    more = "--opts", "SAVE_STEPS=0", "SAVE_FREQ=2", "EVAL_FREQ=2", "TRAIN.MAX_SKIPPED=2"
     refused(capsys, arguments(tmp_path, images, *more), 5, "not finite", "TRAIN.BASE_LR")
     status = json.loads((run_of(tmp_path) / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 5)

@@ -220,16 +220,16 @@ def test_bytes_of_images_that_are_not_square(tmp_path, capsys):
 def test_loop_reports_the_phases_of_a_real_run(tmp_path, capsys):
     data = write_image_folder(tmp_path / "data")
     config, file = tmp_path / "small.yaml", tmp_path / "numbers.json"
-    config.write_text(SMALL)  # three steps and their records
+    epochs = "EPOCHS: 2, WARMUP_EPOCHS: 1"  # of one step
+    config.write_text(SMALL.replace(epochs, "EPOCHS: 3, WARMUP_EPOCHS: 1"))
     arguments = ["loop", "--cfg", str(config), "--data-path", str(data), "--seconds", "600"]
     assert benchmark.main([*arguments, "--print-freq", "1", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     assert result["records"] == 2
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert "-bound: " in capsys.readouterr().out
-    config.write_text(
-        SMALL.replace("EPOCHS: 3, WARMUP_EPOCHS: 1", "EPOCHS: 1, WARMUP_EPOCHS: 0")
-    )  # its only record is the first
+    # Its only record is the first.
+    config.write_text(SMALL.replace(epochs, "EPOCHS: 1, WARMUP_EPOCHS: 0"))
     assert benchmark.main([*arguments, "--print-freq", "3"]) == 2
     assert "raise --seconds" in capsys.readouterr().err
 

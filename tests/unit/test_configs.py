@@ -155,14 +155,16 @@ def test_fine_tuning_recipes_train_and_resume(path, tmp_path):
     """Two steps of a small model under the recipe, from weights of other classes; stopped after the first."""
     images = write_image_folder(tmp_path / "images", classes=4, train=4, val=2)
     torch.manual_seed(0)
-    before = timm.create_model("dat_pp_micro", num_classes=7).state_dict()
+    stages = ["N", "D", "ND", "D"]
+    before = timm.create_model("dat_pp_micro", num_classes=7, stages=stages).state_dict()
     torch.save(before, tmp_path / "w.pth")
     command = ["--cfg", str(path), "--data-path", str(images), "--batch-size", "4", "--workers"]
     command += ["0", "--amp-dtype", "float32", "--pretrained", str(tmp_path / "w.pth")]
     command += ["--tag", "default", "--opts"]
     size = 48 if "384" in path.stem else 32  # as the weights, or larger
-    command += ["MODEL.NAME=dat_pp_micro", f"DATA.IMG_SIZE={size}", "TRAIN.GLOBAL_BATCH_SIZE=8"]
-    command += ["THREADS=1", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.WARMUP_STEPS=0"]
+    command += ["MODEL.NAME=dat_pp_micro", f"MODEL.ARGS.stages=[{','.join(stages)}]", "THREADS=1"]
+    command += [f"DATA.IMG_SIZE={size}", "TRAIN.GLOBAL_BATCH_SIZE=8"]
+    command += ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.WARMUP_STEPS=0"]
 
     unbroken = [*command, "--output", str(tmp_path / "unbroken")]
     broken = [*command, "--output", str(tmp_path / "broken")]

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from helpers.browser import chromium
+from helpers.run_dirs import ATTACK
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -20,9 +21,6 @@ from analysis import explorer
 from analysis.recording import Points, record
 from tools import explore
 
-ATTACK = (
-    "<script>document.title='attacked'</script><img src=x onerror=\"document.title='attacked'\">"
-)
 ALL_KINDS = "MODEL.ARGS.stages=[GL, PS, NDC, LD]"
 
 

@@ -186,12 +186,10 @@ def test_any_size_at_any_call(letter, size):
 
 
 @RIVALS
-def test_tracing_export_and_half_precision(letter):
+def test_tracing_and_half_precision(letter):
     model = micro(letter)
     images = torch.randn(2, 3, 32, 32)
     expected = model(images)
-    exported = torch.export.export(model, (images,)).module()
-    torch.testing.assert_close(exported(images), expected)
     assert create_feature_extractor(model, {"stages.1": "x"})(images)["x"].shape == (2, 8, 8, 64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(images).float(), expected, atol=0.05, rtol=0)

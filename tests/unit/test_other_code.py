@@ -298,32 +298,19 @@ class Wrapped(nn.Module):
         return self.layer(x) + self.up(self.down(x))
 
 
-def twin(layer: nn.Linear) -> nn.Linear:
-    copied = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    copied.load_state_dict(layer.state_dict())
-    return copied
-
-
-@pytest.mark.parametrize("replace", [twin, Wrapped])
 @pytest.mark.parametrize("training", [False, True])
-def test_linear_layers_can_be_replaced_by_equal_ones(replace, training):
+def test_linear_layers_can_be_adapted(training):
     model, x = tiny(*ALL).train(training), images(size=32)
     expected = model(x)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, name, replace(child))
+                setattr(parent, name, Wrapped(child))
     logits = model(x)
     torch.testing.assert_close(logits, expected)
     logits.sum().backward()
     added = {n: p.grad for n, p in model.named_parameters() if n.endswith("up.weight")}
     assert [name for name, grad in added.items() if not grad.any()] == []
-
-
-def test_every_linear_and_convolution_is_a_plain_one():
-    for module in tiny(*ALL).modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            assert type(module) in (nn.Linear, nn.Conv2d)
 
 
 def test_positions_after_pruning():

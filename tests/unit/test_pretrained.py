@@ -1,6 +1,6 @@
 """Weights from elsewhere: opening them, telling them apart, what fits a model; tools/checkpoint.py and hubconf.py.
 
-pytest tests/test_pretrained.py
+pytest tests/unit/test_pretrained.py
 """
 
 import hashlib
@@ -8,24 +8,19 @@ import itertools
 import json
 import pickle
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers.states import make_optimizer
-from timm.utils import ModelEmaV3
+from helpers.run_dirs import make_run
+from helpers.variants import micro, same
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import hubconf
-import models
-from engine import checkpoint
 from engine.pretrained import load_pretrained
-from engine.state import TrainState
 from engine.weight_files import read_weights
 from models.convert import derived_buffers, resize_table, to_official
 from models.dat import VARIANTS
@@ -37,12 +32,6 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 
 
-def micro(classes: int = 10, seed: int = 0, **args) -> nn.Module:
-    torch.manual_seed(seed)
-    args = {"num_classes": classes, "img_size": 32, "drop_path_rate": 0.0, **args}
-    return models.build("dat_micro", **args)
-
-
 def skeleton(name: str, **args) -> nn.Module:
     with torch.device("meta"):
         return timm.create_model(name, **args)
@@ -51,10 +40,6 @@ def skeleton(name: str, **args) -> nn.Module:
 def hollow(shapes: dict) -> dict[str, Tensor]:
     """Zeros of these shapes that take no memory, nor much space in a pickle."""
     return {name: torch.zeros(1).expand(getattr(s, "shape", s)) for name, s in shapes.items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # --- Opening --------------------------------------------------------------------------------------
@@ -382,28 +367,6 @@ def test_weights_of_colours_start_a_training_on_grey_images_and_are_not_evaluate
 # --- tools/checkpoint.py --------------------------------------------------------------------------
 
 
-def make_run(folder: Path, steps: tuple[int, ...] = (3, 5)) -> Path:
-    """A run with checkpoints of different weights, of which the first is the best."""
-    config = {"MODEL": {"NAME": "dat_micro", "ARGS": {}}}
-    metadata = {"model": "dat_micro", "classes": list("abcdefghij"), "config": config}
-    metadata |= {"versions": {"torch": "2.0"}, "revision": "0123456789ab"}
-    (folder / "checkpoints").mkdir(parents=True)
-    for step in steps:
-        model = micro(seed=step)
-        ema = ModelEmaV3(micro(seed=-step))
-        optimizer = make_optimizer(model, weight_decay=0.1)
-        best = {"acc1": 50.0, "step": steps[0]}
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        state = TrainState(model, ema, optimizer, scaler, step, epoch=1, best=best)
-        files = checkpoint.snapshot(state, metadata)
-        checkpoint.write(folder / "checkpoints", f"step-{step}", files)
-    with (folder / "metrics.jsonl").open("w") as file:
-        for step in steps:
-            record = {"step": step, "val/acc1": 40.0 + step, "val/acc5": 90.0 + step}
-            file.write(json.dumps(record) + "\n")
-    return folder
-
-
 def test_inspect_shows_what_a_run_and_a_file_hold(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     assert tool(["inspect", str(run)]) == 0
@@ -516,14 +479,12 @@ def test_counters_are_not_averaged(tmp_path):
     assert (mean["bn.num_batches_tracked"], mean["bn.mean"]) == (9, 6.5)
 
 
-def test_the_tool_refuses_bad_weights_from_the_command_line(tmp_path):
+def test_the_tool_refuses_bad_weights_in_one_line(tmp_path, capsys):
     torch.save({"model": {"head.weight": torch.tensor([torch.nan])}}, tmp_path / "w.pth")
-    command = [sys.executable, "tools/checkpoint.py", "strip", str(tmp_path / "w.pth")]
-    command.append(str(tmp_path / "w.safetensors"))
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 4
-    assert result.stderr.startswith(f"CheckpointError: {tmp_path / 'w.pth'} holds NaN or infinite")
-    assert result.stderr.count("\n") == 1
+    assert tool(["strip", str(tmp_path / "w.pth"), str(tmp_path / "w.safetensors")]) == 4
+    message = capsys.readouterr().err
+    assert message.startswith(f"CheckpointError: {tmp_path / 'w.pth'} holds NaN or infinite")
+    assert message.count("\n") == 1
 
 
 # --- hubconf.py -----------------------------------------------------------------------------------

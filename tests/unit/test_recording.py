@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from helpers.attention import record_attention
-from test_timm_contract import thin
+from helpers.variants import thin
 
 from analysis.class_gradient import class_gradients
 from analysis.recording import Points, can_record, measure_points, record

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers.browser import chromium
 from helpers.evaluations import add_set, random_logits, write_evaluation
+from helpers.run_dirs import ATTACK, CLASSES, write_run
 from PIL import Image
 
 from analysis import statistics as st
@@ -19,79 +20,6 @@ from analysis.report_charts import comparison_charts, group_runs
 from analysis.runs import Series, read_run, smooth, thin
 from analysis.scores import read_scores, write_scores
 from tools import report
-
-ATTACK = (
-    "<script>document.title='attacked'</script><img src=x onerror=\"document.title='attacked'\">"
-)
-CLASSES = [ATTACK, *"bcdefgh"]
-
-
-def write_run(
-    folder, *, seed: int = 0, steps: int = 400, tag: str = "run", accuracy: float = 70, **settings
-):
-    """The directory of a run of 4 epochs: records, settings with their sources, a checkpoint without tensors."""
-    rng = np.random.default_rng(seed)
-    run = folder / f"seed{seed}" / tag
-    step_folder = run / "checkpoints" / f"step-{steps}"
-    step_folder.mkdir(parents=True)
-    per_epoch = steps // 4
-    metrics, timing = [], []
-    phases = ("data_wait", "transform", "forward", "backward", "optimizer", "save", "other")
-    for step in range(1, steps + 1):
-        loss = 3 * 0.99**step + 0.1 * float(rng.random())
-        metrics.append(
-            {"step": step, "train/loss": loss, "train/lr": 1e-3, "train/grad_norm": 1 + loss}
-        )
-        shares = dict.fromkeys((f"time/{phase}" for phase in phases), 0.05)
-        timing.append(
-            {"step": step, "time/images_per_s": 100 + step % 7, **shares, "time/backward": 0.7}
-        )
-        if step % per_epoch == 0:
-            epoch = step // per_epoch
-            acc1 = accuracy + 2 * epoch + float(rng.random())
-            metrics.append(
-                {
-                    "step": step,
-                    "epoch": epoch,
-                    "val/acc1": acc1,
-                    "val/acc5": 99.0,
-                    "val/loss": 1 / epoch,
-                    "offsets/stage3_pixels": 2.0 + epoch,
-                }
-            )
-    for name, records in (("metrics", metrics), ("timing", timing)):
-        (run / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
-    config = {
-        "OUTPUT": "output",
-        "TAG": tag,
-        "SEED": seed,
-        "MODEL": {"NAME": "dat_micro", "ARGS": {}},
-        "TRAIN": {"EPOCHS": 4, "BASE_LR": 0.001, **settings},
-    }
-    (run / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    sources = {"MODEL.NAME": "configs/digits.yaml:13", "TRAIN.EPOCHS": "--opts", "TAG": "--tag"}
-    (run / "sources.json").write_text(json.dumps(sources))
-    (run / "status.json").write_text(json.dumps({"state": "done", "exit_code": 0}))
-    metadata = {
-        "step": steps,
-        "classes": CLASSES,
-        "images": {"train": 1442, "val": 355},
-        "steps_per_epoch": per_epoch,
-        "data": "0123456789abcdef" * 4,
-        "versions": {"torch": "2.14"},
-        "device": "CPU",
-    }
-    (step_folder / "state.json").write_text(json.dumps(metadata))
-    (step_folder / "manifest.json").write_text(
-        json.dumps(
-            {
-                "state.json": {"bytes": (step_folder / "state.json").stat().st_size},
-                "model.safetensors": {"bytes": 0, "sha256": "f" * 64},
-            }
-        )
-    )
-    (step_folder / "model.safetensors").write_bytes(b"")
-    return run
 
 
 def add_evaluation(run, name: str = "400-model", bad: tuple[int, ...] = ()):

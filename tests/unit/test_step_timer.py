@@ -98,7 +98,7 @@ def test_bottleneck(known, text):
 
 def test_a_run_records_its_phases(tmp_path: Path, capsys):
     data = write_image_folder(tmp_path / "data")
-    assert main.main(arguments(tmp_path, data, "--opts", "TRAIN.EPOCHS=2")) == 0
+    assert main.main(arguments(tmp_path, data)) == 0
     timing = (tmp_path / "dat_micro" / "run" / "timing.jsonl").read_text().splitlines()
     for record in map(json.loads, timing):
         parts = {phase: record[f"time/{phase}"] for phase in PHASES}

@@ -1,6 +1,7 @@
 """Structure: the direction of imports, who reads the configuration, and how long modules and `train` may be."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def source_files(*layers: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
+@cache
 def parse(file: str) -> ast.Module:
     return ast.parse((ROOT / file).read_text())
 

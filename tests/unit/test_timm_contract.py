@@ -10,6 +10,7 @@ import pickle
 import pytest
 import timm
 import torch
+from helpers.variants import thin
 from timm.models import FeatureGraphNet, group_modules, group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -25,13 +26,6 @@ SMALL = {
     "dat++": {"stages": ("N", "D", "N", "D"), **PLUS_PLUS},
 }
 BOTH = pytest.mark.parametrize("architecture", SMALL.values(), ids=SMALL)
-
-
-def thin(name: str, **kwargs) -> nn.Module:
-    """The variant with four channels a head: its blocks, heads, groups and tables, at a small part of its cost."""
-    torch.manual_seed(0)
-    dims = [4 * heads for heads in VARIANTS[name].get("num_heads", (3, 6, 12, 24))]
-    return timm.create_model(name, dims=dims, **kwargs).eval()
 
 
 def small(architecture: dict, **kwargs) -> nn.Module:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.run_dirs import write_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_report import write_run
 
+from analysis import offsets
 from analysis.offsets import draw_offsets, measure_offsets
 from analysis.report import describe_faults
 from analysis.runs import Series, list_lost_points, read_run
@@ -78,6 +79,12 @@ def test_sparklines():
 
 
 # --- Offsets --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def full_size(monkeypatch):
+    """Pictures as a run writes them; helpers/runs.py shrinks those of small runs."""
+    monkeypatch.setattr(offsets, "SIDE", 288)
 
 
 @pytest.mark.parametrize("far", [1e12, float("nan")])

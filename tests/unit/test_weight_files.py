@@ -24,7 +24,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers.run_dirs import make_run
 from helpers.states import make_state, save_state
+from helpers.variants import micro, same
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -32,7 +34,6 @@ from torch.optim.swa_utils import AveragedModel
 from engine import checkpoint
 from engine.pretrained import load_pretrained
 from engine.weight_files import HARMLESS, hash_weights, read_weights
-from tests.unit.test_pretrained import make_run, micro, same
 from tools.checkpoint import main as tool
 from tools.common.weights import describe
 from utils.errors import CheckpointError

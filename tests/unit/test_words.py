@@ -94,22 +94,25 @@ def text_files() -> list[Path]:
     )
 
 
+def line_of(match: re.Match) -> int:
+    """The number of the line in which a match begins."""
+    return match.string.count("\n", 0, match.start()) + 1
+
+
 def old_words(path: Path) -> list[str]:
     """Each line with an old word: its number, the word, and what to write instead."""
     name = path.relative_to(ROOT).as_posix()
     if name in TRANSLATIONS:
         return []
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        for word in QUOTED.get(name, ()):
-            line = line.replace(f'"{word}"', "")
-        found += [
-            f"{name}:{number}: {match[0]!r}, expected {instead}"
-            for instead, patterns in WORDS.items()
-            for pattern in patterns
-            for match in re.finditer(pattern, line)
-        ]
-    return found
+    text = path.read_text()
+    for word in QUOTED.get(name, ()):
+        text = text.replace(f'"{word}"', "")
+    return [
+        f"{name}:{line_of(match)}: {match[0]!r}, expected {instead}"
+        for instead, patterns in WORDS.items()
+        for pattern in patterns
+        for match in re.finditer(pattern, text, re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize("path", text_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
