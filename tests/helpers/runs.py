@@ -99,9 +99,11 @@ def held(run: Path) -> Iterator[int]:
     holder = fork.Process(target=hold)
     holder.start()
     barrier.wait()
-    yield holder.pid
-    barrier.wait()
-    holder.join()
+    try:
+        yield holder.pid
+    finally:
+        barrier.wait()
+        holder.join()
 
 
 def launch(processes: int, argv: list[str]) -> subprocess.Popen:
