@@ -269,16 +269,17 @@ def test_damaged_records_of_bad_samples_are_reported_and_dropped(damage, tmp_pat
 # --- Neighbours -----------------------------------------------------------------------------------
 
 
-def test_a_fresh_start_in_a_used_folder_is_refused(images, unbroken, capsys):
-    before, files_before = outcome(unbroken), names(run_of(unbroken) / "checkpoints")
+def test_a_fresh_start_in_a_used_folder_is_refused(images, unbroken, tmp_path, capsys):
+    shutil.copytree(run_of(unbroken), run_of(tmp_path))
+    before, files_before = outcome(tmp_path), names(run_of(tmp_path) / "checkpoints")
     fresh = "--opts", "CHECKPOINT.AUTO_RESUME=False"
-    assert main.main(arguments(unbroken, images, *fresh)) == 4
+    assert main.main(arguments(tmp_path, images, *fresh)) == 4
     message = capsys.readouterr().err
     assert "CHECKPOINT.AUTO_RESUME False" in message
     assert "--tag" in message
-    assert main.main(arguments(unbroken, images, *fresh, "--resume", str(run_of(unbroken)))) == 4
-    assert outcome(unbroken) == before
-    assert names(run_of(unbroken) / "checkpoints") == files_before
+    assert main.main(arguments(tmp_path, images, *fresh, "--resume", str(run_of(tmp_path)))) == 4
+    assert outcome(tmp_path) == before
+    assert names(run_of(tmp_path) / "checkpoints") == files_before
 
 
 def test_a_fresh_start_without_auto_resume_elsewhere(images, tmp_path):
