@@ -347,6 +347,14 @@ def check_model(cfg: CfgNode, *, training: bool) -> None:
         learning_rate_scales(model, 1.0, cfg.TRAIN.LR_SCALES)
 
 
+def epoch_pixels(cfg: CfgNode) -> tuple[int, ...]:
+    """The pixels of a training image in each epoch."""
+    pixels = [math.prod(to_2tuple(cfg.DATA.IMG_SIZE))] * cfg.TRAIN.EPOCHS
+    for first, size in cfg.DATA.IMG_SIZE_SCHEDULE:
+        pixels[first:] = [math.prod(to_2tuple(size))] * len(pixels[first:])
+    return tuple(pixels)
+
+
 def image_sizes(cfg: CfgNode) -> list[tuple[int, int]]:
     """The sizes (height, width) of images that the model sees, largest last."""
     sizes = [cfg.DATA.IMG_SIZE, *(size for _, size in cfg.DATA.IMG_SIZE_SCHEDULE)]
@@ -479,6 +487,7 @@ def build_recipe(
         seed=cfg.SEED,
         epochs=cfg.TRAIN.EPOCHS,
         steps_per_epoch=steps_per_epoch,
+        pixels=epoch_pixels(cfg),
         global_batch=cfg.TRAIN.GLOBAL_BATCH_SIZE,
         micro_batches=range(process.rank * own, (process.rank + 1) * own),
         schedule=schedule,

@@ -32,6 +32,7 @@ class Recipe:
     seed: int
     epochs: int
     steps_per_epoch: int
+    pixels: tuple[int, ...]  # of a training image in each epoch
     global_batch: int  # images of one step
     micro_batches: range  # the micro-batches of every step that are this process's
     schedule: Schedule
@@ -79,6 +80,7 @@ def train_one_epoch(
         process.device,
         steps_per_epoch=recipe.steps_per_epoch,
         epochs=recipe.epochs,
+        later_epochs=sum(recipe.pixels[state.epoch + 1 :]) / recipe.pixels[state.epoch],
         global_batch=recipe.global_batch,
     )
     progress = tqdm(

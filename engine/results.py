@@ -33,6 +33,8 @@ class StepResults:
 
     A result is read when the next step has been started: by then it has come from the device. Who needs it at once
     calls `read` with `keep` 0, which waits. What is recorded of a step does not depend on when it is read.
+
+    later_epochs: how many times this epoch's duration the epochs after it will take; their images may be larger.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class StepResults:
         *,
         steps_per_epoch: int,
         epochs: int,
+        later_epochs: float,
         global_batch: int,
     ):
         self.seconds = Counter()  # of the laps that were read, by phase
@@ -53,6 +56,7 @@ class StepResults:
         self._device = device
         self._steps_per_epoch = steps_per_epoch
         self._epochs = epochs
+        self._later_epochs = later_epochs
         self._global_batch = global_batch
         self._meters = {name: AverageMeter() for name in ("time", "loss", "grad_norm")}
         self._recorded = state.step
@@ -111,7 +115,8 @@ class StepResults:
 
     def _line(self, result: StepResult) -> str:
         index = (result.step - 1) % self._steps_per_epoch + 1
-        left = self._meters["time"].avg * (self._epochs * self._steps_per_epoch - result.step)
+        steps_left = self._steps_per_epoch * (1 + self._later_epochs) - index
+        left = self._meters["time"].avg * steps_left
         values = "\t".join(
             f"{name} {meter.val:.4f} ({meter.avg:.4f})" for name, meter in self._meters.items()
         )

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import logging
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -53,7 +55,7 @@ def test_sgd_without_momentum():
 
 
 def make_results(state: TrainState) -> StepResults:
-    sizes = {"steps_per_epoch": 10, "epochs": 1, "global_batch": 2}
+    sizes = {"steps_per_epoch": 10, "epochs": 1, "later_epochs": 0.0, "global_batch": 2}
     writer = MetricWriter(None, 0, 0, every=1)
     return StepResults(state, writer, StepTimer(CPU.device), CPU.device, **sizes)
 
@@ -73,6 +75,28 @@ def train_a_little(state: TrainState, steps: int = 3) -> None:
 def bits(state: TrainState) -> dict:
     tensors = {**state.model.state_dict(), "ema": state.ema.module[0].weight}
     return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def test_remaining_time_knows_that_later_epochs_have_larger_images(monkeypatch, caplog):
+    cfg = config.load(str(ROOT / "configs" / "digits.yaml"), [])
+    cfg.defrost()
+    cfg.TRAIN.EPOCHS, cfg.DATA.IMG_SIZE = 4, 64
+    cfg.DATA.IMG_SIZE_SCHEDULE = [[1, 32], [3, [64, 128]]]
+    pixels = build.epoch_pixels(cfg)
+    assert pixels == (64 * 64, 32 * 32, 32 * 32, 64 * 128)
+    later = sum(pixels[2:]) / pixels[1]  # those after epoch 1
+    state = make_state()
+    state.epoch, state.step = 1, 10
+    timer = StepTimer(CPU.device)
+    monkeypatch.setattr(timer, "lap", lambda: SimpleNamespace(seconds=lambda: {"forward": 60.0}))
+    sizes = {"steps_per_epoch": 10, "epochs": 4, "later_epochs": later, "global_batch": 2}
+    results = StepResults(state, MetricWriter(None, 0, 0, every=1), timer, CPU.device, **sizes)
+    state.step += 1
+    results.add(0.1, torch.tensor(1.0), torch.tensor(2.0))
+    with caplog.at_level(logging.INFO):
+        assert list(results.read(keep=0)) == []
+    # 9 steps of a minute, 10 of a minute, 10 of eight minutes.
+    assert "eta 1:39:00" in caplog.text
 
 
 # --- Randomness, schedule, groups -----------------------------------------------------------------
