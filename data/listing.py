@@ -6,14 +6,13 @@ itself: the index still has its old size, and its new content is read all the sa
 """
 
 import contextlib
-import functools
 import hashlib
 import os
 import stat
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +37,7 @@ SYSTEM_NAMES = frozenset({
     b"__MACOSX", b"@eaDir", b"#recycle", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found",
     b"Thumbs.db", b"desktop.ini",
 })  # fmt: skip
+DOT = ord(".")
 # Why a file is ignored, where it is not for its suffix.
 HIDDEN, LOOSE = "hidden or system", "in no class folder"
 
@@ -68,11 +68,11 @@ class Listing(NamedTuple):
     rules: np.ndarray
 
 
-def is_image(name: bytes, read_head: Callable[[], bytes]) -> bool:
-    """Whether a file of this name is read as an image; without a suffix, its first bytes decide."""
+def is_image(name: bytes, read_head: Callable[..., bytes], *where: object) -> bool:
+    """Whether a file of this name is an image; without a suffix, its first bytes decide, from `read_head(*where)`."""
     if name.lower().endswith(EXTENSIONS):
         return True
-    return b"." not in name.rpartition(b"/")[2] and _begins_as_image(read_head())
+    return b"." not in name.rpartition(b"/")[2] and _begins_as_image(read_head(*where))
 
 
 def _begins_as_image(head: bytes) -> bool:
@@ -82,7 +82,7 @@ def _begins_as_image(head: bytes) -> bool:
 
 def is_hidden(name: bytes) -> bool:
     """Whether a file or folder of this name, without its path, is never data."""
-    return name.startswith(b".") or name in SYSTEM_NAMES
+    return name[0] == DOT or name in SYSTEM_NAMES
 
 
 def suffix_of(name: bytes) -> str:
@@ -101,30 +101,39 @@ def scan_folder(split: Path) -> Listing:
         folder = os.path.join(os.fsencode(split), prefix)
         times[prefix] = change_time(split, prefix)  # before its content is listed
         subfolders, found_names, found_sizes = [], [], []
-        for entry in _entries(folder):
-            name = entry.name
-            if is_hidden(name):
-                ignored[HIDDEN] += 1
-            elif _is_folder(entry):
-                subfolders.append(name)
-            elif not is_image(name, functools.partial(_read_head, entry.path)):
-                ignored[suffix_of(name)] += 1
-            elif not prefix:
-                ignored[LOOSE] += 1
-            else:
-                found_names.append(prefix + name)
-                found_sizes.append(_size(entry))
-        for name in sorted(subfolders):
+        with _opened(folder) as (found, descriptor):
+            for name in found:
+                try:
+                    status = os.stat(
+                        name, dir_fd=descriptor
+                    )  # faster than the entries of os.scandir
+                    mode, size = status.st_mode, status.st_size
+                except OSError:  # a link to nowhere or in a circle
+                    mode = size = 0
+                regular = stat.S_ISREG(mode)
+                if prefix and regular and name[0] != DOT and name.lower().endswith(EXTENSIONS):
+                    found_names.append(prefix + name)  # of a million files, nearly all
+                    found_sizes.append(size)
+                elif is_hidden(name):
+                    ignored[HIDDEN] += 1
+                elif stat.S_ISDIR(mode):
+                    subfolders.append(name)
+                elif not is_image(name, _read_head, folder, name):
+                    ignored[suffix_of(name)] += 1
+                elif not prefix:
+                    ignored[LOOSE] += 1
+                else:  # a pipe, a device or a dangling link counts as a damaged image
+                    found_names.append(prefix + name)
+                    found_sizes.append(size if regular else 0)
+        for name in subfolders:
             if not prefix:
                 classes.append(name)
             if (identity := _identity(os.path.join(folder, name))) not in seen:
                 seen.add(identity)
                 pending.append(prefix + name + b"/")
         if found_names:  # an array takes a quarter of the memory of a list of names
-            found = np.array(found_names, np.bytes_)
-            order = found.argsort()
-            names.append(found[order])
-            sizes.append(np.array(found_sizes, np.int64)[order])
+            names.append(np.array(found_names, np.bytes_))
+            sizes.append(np.array(found_sizes, np.int64))
     return Listing(
         *_sorted(names, sizes),
         np.array(classes, np.bytes_),
@@ -193,40 +202,32 @@ def _identity(path: bytes) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _entries(folder: bytes) -> Iterable[os.DirEntry]:
+@contextlib.contextmanager
+def _opened(folder: bytes) -> Iterator[tuple[list[bytes], int]]:
+    """The sorted names in `folder`, and a descriptor of it for `dir_fd`."""
     try:
-        return os.scandir(folder)
+        names = sorted(os.listdir(folder))
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise DataError(
             f"{os.fsdecode(folder)}: cannot be listed ({error.strerror}); check access"
         ) from error
+    try:
+        yield names, descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _read_head(path: bytes) -> bytes:
+def _read_head(folder: bytes, name: bytes) -> bytes:
     """The first bytes of a file; none of one that cannot be read, of a pipe or a device."""
     try:
+        path = os.path.join(folder, name)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
             return file.read(HEAD_BYTES) if regular else b""
     except OSError:
         return b""
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads in a circle
-        return False
-
-
-def _size(entry: os.DirEntry) -> int:
-    """Of an image file in bytes; 0 of a pipe, a device or a dangling link, which counts as a damaged image."""
-    try:
-        status = entry.stat()
-    except OSError:
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _index_paths(split: Path) -> list[Path]:

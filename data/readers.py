@@ -398,7 +398,7 @@ def _tree(
         seen.add(member)
         if any(map(is_hidden, parts)):
             ignored[HIDDEN] += 1
-        elif not is_image(member, functools.partial(_read_head, read_member, where)):
+        elif not is_image(member, _read_head, read_member, where):
             ignored[suffix_of(member)] += 1
         else:
             images[member] = where

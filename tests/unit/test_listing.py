@@ -28,8 +28,8 @@ def listed(split, monkeypatch):
     """The split's content and whether its folders were listed for it."""
     calls = []
     with monkeypatch.context() as patch:
-        scan = data.listing._entries
-        patch.setattr(data.listing, "_entries", lambda folder: calls.append(folder) or scan(folder))
+        scan = data.listing._opened
+        patch.setattr(data.listing, "_opened", lambda folder: calls.append(folder) or scan(folder))
         return content(FolderReader(split)), bool(calls)
 
 
