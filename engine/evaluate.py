@@ -246,7 +246,8 @@ def evaluate_sets(
         if classes is None:
             classes, source = class_list_of(cfg, found)
         report_labels(cfg, classes, source)
-    sizes = [int(size) for size in cfg.TEST.SIZES.split(",") if size] or [cfg.DATA.IMG_SIZE]
+    asked = [int(size) for size in cfg.TEST.SIZES.split(",") if size]
+    sizes = list(dict.fromkeys(asked)) or [cfg.DATA.IMG_SIZE]
     for size in sizes:
         build.check_model(build.at_size(cfg, size), training=False)
     results = []

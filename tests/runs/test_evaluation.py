@@ -250,7 +250,7 @@ def test_two_evaluations_at_once_keep_the_sets_of_both(trees, tmp_path, capsys, 
 
 
 def test_sizes_are_rows_of_one_table(trees, tmp_path, capsys):
-    assert main.main(command(trees, tmp_path, "--sizes", "32,48")) == 0
+    assert main.main(command(trees, tmp_path, "--sizes", "32,48,32")) == 0
     record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert [r["model"] for r in record["results"]] == [
         "colour_reader, 32 px",
