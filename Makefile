@@ -4,12 +4,12 @@
 # make test-all    also the slow tests; quarter of an hour
 # make scorecard   what a run survives, in its short form; ten minutes
 # make lint        style
-# make pictures    the explorer and the report of the documentation, from PICTURED; needs Chromium
+# make pictures    the pictures of the documentation, with a report of the run PICTURED; needs Chromium
 PYTHON ?= python3
 VENV ?= .venv
 OPTS ?=                 # further settings of the demo, as TRAIN.EPOCHS=3
 RUN = output/dat_micro/digits
-PICTURED = output/dat_pp_nano/imagenette
+PICTURED = output/dat_pp_nano/imagenette_80
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test-fast test test-all scorecard lint pictures
@@ -46,6 +46,7 @@ pictures: $(VENV)/installed
 	photos=$$($(VENV)/bin/python -c "from importlib.resources import files; print(files('sklearn.datasets.images'))"); \
 	$(VENV)/bin/python tools/explore.py $$photos/china.jpg $$photos/flower.jpg --pretrained weights/dat_pp_nano_imagenette --size 224 \
 	    --point 0.3,0.42 --out output/explore.html && \
+	$(VENV)/bin/python tools/visualize.py $$photos/flower.jpg --pretrained weights/dat_pp_nano_imagenette --out docs/attention.png && \
 	$(VENV)/bin/python tools/report.py $(PICTURED) --pictures $$photos/china.jpg $$photos/flower.jpg
 	$(VENV)/bin/python tools/screenshot.py output/explore.html docs/explorer.png
 	$(VENV)/bin/python tools/screenshot.py $(PICTURED)/report.html docs/report.png --size 1280x1150

@@ -246,13 +246,16 @@ def describe_speed(run: Run) -> dict[str, Any] | None:
 
 
 def _recipe_of(run: Run, recipes: Recipes) -> tuple[str, tuple[dict[str, Any], str] | None]:
-    """The configuration file of the run, "" if it has none, and what `recipes` loads from it."""
-    files = [source.rpartition(":")[0] for source in run.sources.values() if ".y" in source]
-    ordered = sorted(set(files), key=lambda one: -files.count(one))
-    for file in ordered:
-        if (found := recipes.load(file)) is not None:
-            return file, found
-    return next(iter(ordered), ""), None
+    """The configuration file of the run, "" if it has none, and what `recipes` loads from it.
+
+    Of files that build on each other, it is the one from whose settings the run differs least.
+    """
+    sources = [source.rpartition(":")[0] for source in run.sources.values() if ".y" in source]
+    files = list(dict.fromkeys(sources))
+    loaded = {file: found for file in files if (found := recipes.load(file)) is not None}
+    if not loaded:
+        return max(files, key=sources.count, default=""), None
+    return min(loaded.items(), key=lambda item: len(_differing(run, recipes, item[1][0])))
 
 
 def differing_settings(
@@ -260,19 +263,20 @@ def differing_settings(
 ) -> list[dict[str, str]]:
     """The settings in which the run differs from its recipe, or without one from the defaults."""
     before = {**recipes.defaults, **recipe}
-    rows = []
-    for key, value in run.config.items():
-        if key in before and before[key] == value:
-            continue
-        rows.append(
-            {
-                "key": key,
-                "value": show(value),
-                "before": show(before[key]) if key in before else "—",
-                "source": run.sources.get(key, "—"),
-            }
-        )
-    return rows
+    return [
+        {
+            "key": key,
+            "value": show(run.config[key]),
+            "before": show(before[key]) if key in before else "—",
+            "source": run.sources.get(key, "—"),
+        }
+        for key in _differing(run, recipes, recipe)
+    ]
+
+
+def _differing(run: Run, recipes: Recipes, recipe: Mapping[str, Any]) -> list[str]:
+    before = {**recipes.defaults, **recipe}
+    return [key for key, value in run.config.items() if key not in before or before[key] != value]
 
 
 def describe_data(run: Run) -> list[Row]:

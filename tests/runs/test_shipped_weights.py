@@ -13,8 +13,8 @@ import main
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {  # configuration: folder of weights, data, right answers on an AMD EPYC in bfloat16
-    "imagenette": ("dat_pp_nano_imagenette", "imagenette160", 3389),
-    "cifar10": ("dat_pp_micro_cifar10", "cifar10", 8675),
+    "imagenette": ("dat_pp_nano_imagenette", "imagenette160", 3588),
+    "cifar10": ("dat_pp_micro_cifar10", "cifar10", 8727),
 }
 
 

@@ -264,6 +264,16 @@ def test_runs_without_an_epoch_are_compared_by_steps(tmp_path):
         assert {chart.x_label for chart in charts} == {unit}
 
 
+def test_of_files_that_build_on_each_other_the_last_is_the_recipe(tmp_path):
+    run = write_run(tmp_path)
+    base, top = tmp_path / "base.yaml", tmp_path / "top.yaml"
+    base.write_text("# Expected: the base.\nTAG: base\nMODEL: {NAME: dat_micro}\nSEED: 0\n")
+    top.write_text("# Expected: the top.\nBASE: base.yaml\nTAG: run\n")
+    sources = {"MODEL.NAME": f"{base}:3", "SEED": f"{base}:4", "TAG": f"{top}:3"}
+    (run / "sources.json").write_text(json.dumps(sources))
+    assert "expected the top." in words(report_of(run))
+
+
 def test_a_recipe_that_is_elsewhere_is_named(tmp_path):
     run = write_run(tmp_path)
     file = run / "sources.json"
