@@ -169,9 +169,9 @@ class Steps:
             interpolation="bicubic", in_chans=3, **colours,
         )  # fmt: skip
         self.recipe = Recipe(
-            seed=0, epochs=1, steps_per_epoch=1000, global_batch=batch, micro_batches=range(1),
-            schedule=Schedule(1000, 0, 1e-3, 1e-3, 1e-5), transform=transform, mixup_off_epoch=0,
-            label_smoothing=0.1, distillation=None,
+            seed=0, epochs=1, steps_per_epoch=1000, pixels=(size**2,), global_batch=batch,
+            micro_batches=range(1), schedule=Schedule(1000, 0, 1e-3, 1e-3, 1e-5), transform=transform,
+            mixup_off_epoch=0, label_smoothing=0.1, distillation=None,
             clip_grad=5.0, amp_dtype=torch.float16 if setting.cuda else torch.float32, print_freq=10,
         )  # fmt: skip
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
@@ -181,7 +181,7 @@ class Steps:
         self.batch = Batch(images, labels)
         self.sync = DDPSync(model, self.recipe.micro_batches, self.process)
         self.timer = StepTimer(setting.device)
-        sizes = {"steps_per_epoch": 1000, "epochs": 1, "global_batch": batch}
+        sizes = {"steps_per_epoch": 1000, "epochs": 1, "later_epochs": 0, "global_batch": batch}
         writer = MetricWriter(None, 0, 0, every=1)
         self.results = StepResults(self.state, writer, self.timer, setting.device, **sizes)
 
