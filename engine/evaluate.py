@@ -23,6 +23,7 @@ from analysis.suite_table import markdown
 from engine import agreement, build, checkpoint, compat, suite
 from engine.compilation import explain_compile_errors
 from engine.hooks import WatchedLoader, watch_evaluation
+from engine.hub_folder import CONFIG, is_hub_folder, label_names
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
 from engine.sanity import class_order_warnings
@@ -39,10 +40,10 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Weights:
-    """What is evaluated: a checkpoint of a run, whose class list decides the labels, or a file of weights."""
+    """What is evaluated: a checkpoint of a run, whose class list decides the labels, or weights from elsewhere."""
 
     path: Path
-    classes: list[str] | None  # of the checkpoint or of DATA.CLASS_LIST; None: val's folders decide
+    classes: list[str] | None  # of the weights or of DATA.CLASS_LIST; None: val's folders decide
     source: str  # where `classes` come from, for people
     metadata: dict | None  # of the checkpoint that they are from, None of weights from elsewhere
     files: dict[str, Path]  # that can be evaluated: "model" and, of a checkpoint with an EMA, "ema"
@@ -127,7 +128,14 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
             file = path if path.is_file() else step / "model.safetensors"
             metadata = checkpoint.read_metadata(step)
             return Weights(file, *_saved_classes(cfg, step, given), metadata, {"model": file})
-        return Weights(path, build.class_list(cfg), "DATA.CLASS_LIST", None, {"model": path})
+        classes, source = build.class_list(cfg), "DATA.CLASS_LIST"
+        if classes is None and is_hub_folder(path) and (classes := label_names(path)):
+            source = str(path / CONFIG)
+            logger.info(
+                f"{source} names {quantity(len(classes), 'class')}; if your folders have other names, list them in the "
+                "same order with DATA.CLASS_LIST"
+            )
+        return Weights(path, classes, source, None, {"model": path})
     raise CheckpointError(
         f"--eval needs weights, and {own} has no checkpoints. Add --pretrained FILE or --resume RUN."
     )

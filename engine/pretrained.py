@@ -7,6 +7,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from engine import checkpoint
+from engine.hub_folder import is_hub_folder, label_names
 from engine.weight_files import read_weights
 from models.convert import to_ours
 from models.dat import DAT
@@ -84,7 +85,7 @@ def load_pretrained(
     With `strict` (evaluation) every tensor must be there and the file must be for this variant. Otherwise (a new
     training) a classifier that does not fit keeps its initial values, and the first convolution of a model for RGB is
     adapted to other channels as timm does; all else must fit. With `classes`, those of `model`, the same holds for a
-    classifier whose checkpoint knows others; one that knows them in another order is reordered. `tensors` are those of
+    classifier whose weights name others; one that knows them in another order is reordered. `tensors` are those of
     the file where they were read before. Raises CheckpointError with the report and, for a DAT, the name of the model
     that the file is for.
     """
@@ -143,10 +144,9 @@ def _fit(
 def _fit_classes(
     tensors: dict[str, Tensor], model: nn.Module, path: Path, classes: list[str] | None
 ) -> dict[str, Tensor]:
-    """`tensors` with the classifier for `classes`, where the checkpoint at `path` has others: reordered or dropped."""
-    step = checkpoint.origin_of(path) if classes else None
-    saved = checkpoint.read_metadata(step)["classes"] if step else classes
-    if saved == classes:
+    """`tensors` with the classifier for `classes`, where the weights at `path` name others: reordered or dropped."""
+    saved = _named_classes(path) if classes else None
+    if saved in (None, classes):
         return tensors
     heads = _heads(model)
     row_of = {plain_name(name): row for row, name in enumerate(saved)}
@@ -159,6 +159,13 @@ def _fit_classes(
         "the classifier starts from scratch"
     )
     return {n: t for n, t in tensors.items() if not n.startswith(heads)}
+
+
+def _named_classes(path: Path) -> list[str] | None:
+    """The classes that come with the weights at `path`, in the order of the classifier; None of a bare file."""
+    if step := checkpoint.origin_of(path):
+        return checkpoint.read_metadata(step)["classes"]
+    return label_names(path) if is_hub_folder(path) else None
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:

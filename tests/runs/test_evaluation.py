@@ -301,6 +301,21 @@ def test_a_file_of_weights_needs_a_folder_for_its_predictions(trees, capsys):
     assert "--out DIR" in capsys.readouterr().err
 
 
+def test_a_hugging_face_folder_names_its_classes(trees, tmp_path, capsys):
+    def top1(out, *more):
+        argv = command(trees, tmp_path / out)
+        argv[argv.index("--pretrained") + 1] = str(tmp_path)
+        assert main.main([*argv, *more]) == 0
+        return results_of(capsys)["rows"][0]["top1"]
+
+    shutil.copy(trees / "colour.safetensors", tmp_path / "model.safetensors")
+    known = top1("bare")
+    (tmp_path / "config.json").write_text(json.dumps({"label_names": WNIDS[::-1]}))
+    assert known == 75
+    assert top1("named") < 1
+    assert top1("listed", "--opts", "DATA.CLASS_LIST", "imagenet-1k") == known
+
+
 # --- Processes ------------------------------------------------------------------------------------
 
 

@@ -234,6 +234,21 @@ def test_other_classes_mean_a_new_head_when_training_and_an_error_when_evaluatin
     assert sorted(headless.unexpected) == ["head.fc.bias", "head.fc.weight"]
 
 
+def test_a_hugging_face_folder_brings_its_classes(tmp_path):
+    source, target = micro(3), micro(3)
+    head = target.get_classifier().weight.clone()
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "dat_micro", "pretrained_cfg": {"label_names": ["a", "b", "c"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load_pretrained(target, tmp_path, strict=False, classes=["x", "b", "c"])
+    assert torch.equal(target.get_classifier().weight, head)
+    load_pretrained(target, tmp_path, strict=False, classes=["c", "a", "b"])
+    assert torch.equal(target.get_classifier().weight, source.get_classifier().weight[[2, 0, 1]])
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="expected an object"):
+        load_pretrained(target, tmp_path, strict=False, classes=["c", "a", "b"])
+
+
 def test_a_detectors_backbone_starts_a_training_but_is_not_evaluated(tmp_path):
     tensors = micro().state_dict()
     end = [name for name in tensors if name.startswith(("norm", "head"))]

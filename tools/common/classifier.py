@@ -7,7 +7,6 @@ neither), a Hugging Face folder (--pretrained FOLDER) or timm's own weights (--m
 import argparse
 import copy
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from yacs.config import CfgNode
 import config
 from analysis import imagenet
 from engine import build, checkpoint
+from engine.hub_folder import is_hub_folder, read_hub_folder
 from engine.loop import autocast
 from engine.pretrained import load_pretrained
 from engine.weight_files import read_weights
@@ -144,9 +144,9 @@ def load_classifier(
     described = None
     if args.resume:
         cfg, model, classes, title = _load_run(Path(args.resume), args.ema, opts, device)
-    elif _is_folder_of_weights(args.pretrained):
-        file = Path(args.pretrained, "config.json")
-        cfg, model, classes, described, title = _load_folder(file, opts, device)
+    elif is_hub_folder(args.pretrained):
+        folder = Path(args.pretrained)
+        cfg, model, classes, described, title = _load_folder(folder, opts, device)
     elif args.pretrained:
         cfg, model, classes, title = _load_file(args, opts, device)
     elif args.model:
@@ -171,23 +171,18 @@ def with_weights(args: argparse.Namespace, path: Path) -> argparse.Namespace:
     one = copy.copy(args)
     if path.suffix in CONFIG_SUFFIXES:
         one.cfg = str(path)
-    elif path.is_dir() and not _is_folder_of_weights(path):
+    elif path.is_dir() and not is_hub_folder(path):
         one.resume = str(path)
     else:
         one.pretrained = str(path)
     return one
 
 
-def _is_folder_of_weights(path: str | Path) -> bool:
-    """Whether `path` is a Hugging Face folder."""
-    return bool(path) and Path(path, "config.json").is_file()
-
-
 def _refuse_unused(args: argparse.Namespace) -> None:
     """Raise ConfigError for a flag that the weights of `args` cannot use."""
     if args.ema and not args.resume:
         raise ConfigError("--ema belongs to --resume; other weights are loaded as they are")
-    if args.resume or _is_folder_of_weights(args.pretrained):
+    if args.resume or is_hub_folder(args.pretrained):
         for flag, value in (("--cfg", args.cfg), ("--model", args.model)):
             if value:
                 raise ConfigError(
@@ -303,34 +298,15 @@ def _identified_config(path: Path, opts: list[str]) -> CfgNode:
     return config.load(str(file), opts)
 
 
-def _load_folder(file: Path, opts: list[str], device: torch.device) -> tuple:
-    """A folder as timm's `save_for_hf` and the Hugging Face hub have it: config.json and weights."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        settings = content.get("pretrained_cfg", content)
-        name = content["architecture"]
-        count = content.get("num_classes", settings.get("num_classes"))
-        args = {
-            k: v for k, v in content.get("model_args", {}).items() if k not in config.OWNED_ARGS
-        }
-        classes = content.get("label_names", settings.get("label_names"))
-        described = content.get("label_descriptions", settings.get("label_descriptions"))
-    except (OSError, ValueError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{file}: no configuration of a timm model ({error!r})") from error
-    if isinstance(classes, dict):  # from index to name
-        classes = [classes[key] for key in sorted(classes, key=int)]
-    if count is None:
-        raise CheckpointError(f"{file}: does not say num_classes")
-    if classes is not None and len(classes) != count:
-        raise CheckpointError(f"{file}: {len(classes)} label_names for {count} classes")
-    cfg = _config_of(name, settings, {**args}, count, str(file), opts)
-    weights = [file.parent / n for n in ("model.safetensors", "pytorch_model.bin")]
-    weights = next((path for path in weights if path.exists()), None)
-    if weights is None:
-        raise CheckpointError(f"{file.parent} has neither model.safetensors nor pytorch_model.bin")
+def _load_folder(folder: Path, opts: list[str], device: torch.device) -> tuple:
+    found = read_hub_folder(folder)
+    count = found.num_classes
+    args = {k: v for k, v in found.model_args.items() if k not in config.OWNED_ARGS}
+    cfg = _config_of(found.name, found.settings, args, count, str(folder), opts)
     model = build.build_model(cfg, count, device)
-    load_pretrained(model, weights, strict=True)
-    return cfg, model, classes or default_classes(count), described, f"{name}, {file.parent}"
+    load_pretrained(model, folder, strict=True)
+    classes = found.classes or default_classes(count)
+    return cfg, model, classes, found.descriptions, f"{found.name}, {folder}"
 
 
 def _load_timm(name: str, opts: list[str], device: torch.device) -> tuple:

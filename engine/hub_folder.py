@@ -1,0 +1,76 @@
+"""Folders as timm's `save_for_hf` and the Hugging Face hub have them: config.json beside weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import CheckpointError
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """What a config.json says of the model beside it.
+
+    settings: timm's pretrained_cfg, how its pictures are prepared. classes: in the order of the logits, None where it
+    names none. descriptions: of some classes, in words.
+    """
+
+    name: str
+    model_args: dict
+    settings: dict
+    num_classes: int
+    classes: list[str] | None
+    descriptions: dict[str, str] | None
+
+
+def is_hub_folder(path: str | Path) -> bool:
+    """Whether `path` is a folder with a config.json."""
+    return bool(path) and Path(path, CONFIG).is_file()
+
+
+def read_hub_folder(folder: Path) -> HubFolder:
+    """What the config.json of `folder` says. Raises CheckpointError where it describes no model of timm's."""
+    file = folder / CONFIG
+    content = _read(file)
+    try:
+        settings = content.get("pretrained_cfg", content)
+        name = content["architecture"]
+        count = content.get("num_classes", settings.get("num_classes"))
+        args = dict(content.get("model_args", {}))
+        described = content.get("label_descriptions", settings.get("label_descriptions"))
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: no configuration of a timm model ({error!r})") from error
+    if count is None:
+        raise CheckpointError(f"{file}: does not say num_classes")
+    classes = label_names(folder)
+    if classes is not None and len(classes) != count:
+        raise CheckpointError(f"{file}: {len(classes)} label_names for {count} classes")
+    return HubFolder(name, args, settings, count, classes, described)
+
+
+def label_names(folder: Path) -> list[str] | None:
+    """The classes that the config.json of `folder` names, in the order of the logits; None without them.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    file = folder / CONFIG
+    content = _read(file)
+    try:
+        names = content.get("label_names", content.get("pretrained_cfg", {}).get("label_names"))
+        if isinstance(names, dict):  # from index to name
+            names = [names[key] for key in sorted(names, key=int)]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: label_names cannot be read ({error})") from error
+    return names
+
+
+def _read(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected an object in JSON, as the Hugging Face hub has it")
+    return content
