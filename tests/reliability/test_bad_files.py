@@ -167,6 +167,7 @@ def test_a_skipped_image_is_black_however_the_others_are_resized(exact, tmp_path
     assert not skipped.image.any()
 
 
+@pytest.mark.slow
 def test_a_run_on_all_of_them(every_kind, tmp_path, capfd):
     """Trained with a worker, evaluated with SKIP_BAD; every bad file is reported, and no other."""
     root, expected = every_kind

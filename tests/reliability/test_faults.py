@@ -316,6 +316,7 @@ def test_a_checkpoint_that_is_deleted_during_its_evaluation(
 # --- Workers that are asked to stop ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main_too", [False, True])
 def test_workers_that_are_ended_with_the_job_stop_the_run(
     main_too, images, unbroken, tmp_path, monkeypatch
@@ -404,6 +405,7 @@ def load_slowly(root: Path, started: multiprocessing.Event) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_pause_of_the_job_is_no_hang_of_a_worker(tmp_path):
     root = write_image_folder(tmp_path / "set", classes=2, train=2, val=1)
     started = fork.Event()

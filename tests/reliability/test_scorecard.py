@@ -59,6 +59,7 @@ def test_every_check_has_its_row():
         assert check.target(short=False)
 
 
+@pytest.mark.slow
 def test_a_cheap_check(tmp_path, capsys):
     code, card = run(tmp_path, "--only", "13")
     assert code == 0

@@ -293,6 +293,7 @@ def fill(disk: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_disk_that_was_full_for_a_while_changes_nothing(
     images, small_disk, tmp_path, monkeypatch, capsys
 ):

@@ -207,6 +207,7 @@ def test_asked_during_an_evaluation_it_is_cut_short_and_done_when_started_again(
     assert outcome(cut, model="faulty") == outcome(unbroken, model="faulty")
 
 
+@pytest.mark.slow
 def test_more_signals_change_neither_the_save_nor_the_exit_code(images, tmp_path):
     """Five signals, 20 ms apart, of which some come while the process writes and while it ends."""
     argv = [*faulty_arguments(tmp_path, images, "TRAIN.EPOCHS=10000"), "--print-freq", "1000"]
@@ -305,6 +306,7 @@ def test_a_worker_that_fails_is_named_with_its_image(fault, images, monkeypatch)
         deque(time.sleep("while" in fault) for _ in batches)
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_process(images, monkeypatch):
     """Also one that is inside of an image, and does not look whether its parent lives."""
     read, write = os.pipe()

@@ -133,6 +133,7 @@ def kill_workers(folder: Path) -> None:
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_image_once(images, unbroken, tmp_path, capsys):
     resume = ["--eval", "--resume", str(run_of(unbroken))]
     assert main.main(arguments(tmp_path, images, *resume)) == 0
@@ -388,6 +389,7 @@ def test_loss_that_is_not_a_number(images, tmp_path, capsys, monkeypatch):
     assert (status["state"], status["exit_code"]) == ("failed", 5)
 
 
+@pytest.mark.slow
 def test_throughput_needs_no_data(tmp_path, capsys, monkeypatch):
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
     monkeypatch.setattr("engine.evaluate.time", clock)  # a batch takes a second

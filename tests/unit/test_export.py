@@ -159,6 +159,7 @@ def test_timm_loads_the_hugging_face_folder(small, tmp_path, monkeypatch):
     assert model.config.stages == ["LD"]
 
 
+@pytest.mark.slow
 def test_half_precision_halves_the_file_and_is_in_the_card(small, tmp_path):
     flags = ["--half", "--license", "apache-2.0", "--note", "Trained on pictures of cats."]
     assert export.main([str(small), str(tmp_path / "out"), "--to", "hf", *flags]) == 0

@@ -225,6 +225,7 @@ def test_torchvisions_feature_extractor(drop_path_rate):
     assert all(p.grad is not None for p in extractor.parameters())
 
 
+@pytest.mark.slow
 def test_another_size_is_another_graph_of_constants_and_the_batch_is_free():
     torch._dynamo.reset()
     graphs = []
