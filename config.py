@@ -361,9 +361,9 @@ def load_values(values: dict, where: str, opts: Iterable[str] = ()) -> CfgNode:
 def _read_cfg(path: str, draft: Draft) -> None:
     """Read the file of `--cfg`; the config.yaml that a first-edition run left in its directory is translated."""
     file, values = Path(path), {}
-    if file.name == "config.yaml" and (file.parent / "checkpoints").is_dir():
-        # What is wrong with the file is named where it is read below.
-        with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+    # What is wrong with the file is named where it is read below.
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        if file.name == "config.yaml" and (file.parent / "checkpoints").is_dir():
             node = yaml.compose(file.read_text(encoding="utf-8"), Loader)
             values = to_python(node) if isinstance(node, yaml.MappingNode) else {}
     if (translated := first_edition.translate_keys(values)) == values:

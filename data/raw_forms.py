@@ -26,6 +26,9 @@ KAGGLE = "Kaggle's CLS-LOC"
 SHARDS = "timm's WebDataset shards"
 PARQUET = "Hugging Face's parquet files"
 
+# In the folder, in data/ or train/, and in the hub's branch of converted files.
+PARQUET_FILES = ("*.parquet", "*/*.parquet", "default/*/*.parquet")
+
 RAW_FORMS = (
     RawForm("ILSVRC2012_img_train.tar", ARCHIVES, "imagenet"),
     RawForm("ILSVRC2012_img_val.tar", ARCHIVES, "imagenet"),
@@ -34,8 +37,7 @@ RAW_FORMS = (
     RawForm("val/ILSVRC2012_val_*.JPEG", KAGGLE, "imagenet"),
     RawForm("imagenet1k-train-*.tar", SHARDS, "imagenet"),
     RawForm("imagenet1k-validation-*.tar", SHARDS, "imagenet"),
-    RawForm("*.parquet", PARQUET, "imagenet"),
-    RawForm("data/*.parquet", PARQUET, "imagenet"),
+    *(RawForm(pattern, PARQUET, "imagenet") for pattern in PARQUET_FILES),
     RawForm("cifar-10-python.tar.gz", "CIFAR-10's archive", "cifar10"),
     RawForm("cifar-10-batches-py", "CIFAR-10's batches", "cifar10"),
     RawForm("data_batch_1", "CIFAR-10's batches", "cifar10"),

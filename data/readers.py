@@ -74,6 +74,8 @@ class Reader:
             loose = ignored[LOOSE]
             found = f"{quantity(loose, 'image')} and no class folder" if loose else "no image"
             remedy = describe_raw_form(path.parent) if isinstance(path, Path) else None
+            if remedy is None and ignored[".tar"]:
+                remedy = "tars of classes and shards are prepared with `python tools/prepare.py imagenet DOWNLOAD OUT`"
             raise DataError(
                 f"{path}: holds {found}, expected <class>/<image>; "
                 f"{remedy or 'sort the images into one folder per class'}"
@@ -308,6 +310,9 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
     if isinstance(root, RemotePath):
         return _open_remote_split(root, split)
     root = Path(root)
+    if root.is_file():
+        remedy = describe_raw_form(root.parent) or LAYOUT
+        raise DataError(f"{root}: is a file, expected a folder; {remedy}")
     if not root.is_dir():
         raise DataError(
             f"{root}: no such folder. Name yours with --data-path, link it here (ln -s FOLDER {root}), or make one "
@@ -324,6 +329,8 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
             path = root / (name.removesuffix(suffix) + suffix)
             if exists(path):
                 return kind(path)
+            if path.is_symlink() and not path.exists():
+                raise DataError(f"{path}: is a link to {os.readlink(path)}, which does not exist")
     found = join_some(sorted(path.name for path in root.iterdir()), 8) or "nothing"
     remedy = describe_raw_form(root) or LAYOUT
     raise DataError(f"{root}: has no {split} split, found {found}; {remedy}")

@@ -16,11 +16,16 @@ from torch import Tensor, nn
 
 import models
 from engine import checkpoint
+from engine.hub_folder import is_hub_folder, read_hub_folder
 from engine.pretrained import load_pretrained
+from engine.weight_files import find_file, read_weights
 from models.dat import VARIANTS
+from models.identify import identify
 from utils.errors import CheckpointError, ConfigError
 from utils.logging import logger
 from utils.text import join_some
+
+GIVEN_ARGS = ("num_classes", "img_size", "drop_path_rate")  # of a teacher, decided here
 
 # --- Teacher --------------------------------------------------------------------------------------
 
@@ -43,7 +48,9 @@ class Teacher:
 
 
 def weights_file(path: Path) -> Path:
-    """The file of a teacher's weights: `path` itself, or that of the best checkpoint of a run, or of a checkpoint."""
+    """The file of a teacher's weights: `path`, or that of a Hugging Face folder, a checkpoint or a run's best one."""
+    if is_hub_folder(path):
+        return find_file(path)
     return checkpoint.resolve(path, best=True) / "model.safetensors" if path.is_dir() else path
 
 
@@ -57,46 +64,73 @@ def fingerprint(path: Path) -> str:
 
 
 def load_teacher(path: Path, name: str, classes: list[str], device: torch.device) -> Teacher:
-    """The teacher that a run or checkpoint of ours at `path` holds, or a file of weights of timm's model `name`.
+    """The teacher in a run, checkpoint or Hugging Face folder, or in a file of weights of timm's model `name`.
 
-    Raises CheckpointError for a teacher of other classes than `classes`, or, of a file, of another number of them, and
-    ConfigError where `name` is missing.
+    Raises CheckpointError for a teacher of other classes than `classes`, or, where it does not name them, of another
+    number of them, and ConfigError where `name` is missing or not needed.
     """
     file = weights_file(path)
-    if path.is_dir():
+    if path.is_dir() and name:
+        raise ConfigError(
+            f"DISTILL.TEACHER_MODEL {name}: {path} says which model it holds; leave it out"
+        )
+    if is_hub_folder(path):
+        found = read_hub_folder(path)
+        _require_classes(path, found.classes or classes, classes)
+        name, settings = found.name, found.settings
+        args = {k: v for k, v in found.model_args.items() if k not in GIVEN_ARGS}
+        channels, *size = settings.input_size
+        colours = Colours(settings.mean, settings.std)
+    elif path.is_dir():
         metadata = checkpoint.read_metadata(file.parent)
         _require_classes(path, metadata["classes"], classes)
         settings, sample = metadata["config"]["MODEL"], metadata["config"]["DATA"]
         name, args, size = settings["NAME"], settings["ARGS"], sample["IMG_SIZE"]
-        colours = Colours(sample["MEAN"], sample["STD"])
-        if (channels := sample.get("IN_CHANS", 3)) != 3:
-            raise ConfigError(
-                f"DISTILL.TEACHER_PATH {path}: the teacher takes images of {channels} channel, expected 3"
-            )
+        channels, colours = sample.get("IN_CHANS", 3), Colours(sample["MEAN"], sample["STD"])
     elif name:
-        settings = timm.get_pretrained_cfg(name)
+        settings = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
         if settings is None:
-            models.check(name, {})
+            _require_model(name)
             raise ConfigError(f"DISTILL.TEACHER_MODEL {name}: timm knows no image size of it")
-        args, size = {}, settings.input_size[-1]
+        args, size, channels = {}, settings.input_size[-1], settings.input_size[0]
         colours = Colours(settings.mean, settings.std)
     else:
         raise ConfigError(
             f"DISTILL.TEACHER_PATH {path} is a file of weights: name its model with DISTILL.TEACHER_MODEL"
         )
+    if channels != 3:
+        raise ConfigError(
+            f"DISTILL.TEACHER_PATH {path}: the teacher takes images of {channels} channel, expected 3"
+        )
     model = models.build(name, num_classes=len(classes), img_size=size, drop_path_rate=0, **args)
-    if path.is_dir():
+    if path.is_dir() and not is_hub_folder(path):
         checkpoint.load_strictly(model, file)
     else:
-        try:
-            load_pretrained(model, file, strict=True)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"The teacher must be a {name} of this training's {len(classes)} classes. {error}"
-            ) from error
+        _load_weights(model, file, name, len(classes))
     logger.info(f"Teacher: {name} of {file}")
     fixed = name not in VARIANTS and timm.get_pretrained_cfg(name).fixed_input_size
     return Teacher(model.to(device), colours, to_2tuple(size) if fixed else None)
+
+
+def _require_model(name: str) -> None:
+    try:
+        models.check(name, {})
+    except ConfigError as error:
+        raise ConfigError(f"DISTILL.TEACHER_MODEL: {error}") from error
+
+
+def _load_weights(model: nn.Module, file: Path, name: str, num_classes: int) -> None:
+    """Load the weights of a teacher that is no run, in full."""
+    tensors = read_weights(file)
+    try:
+        load_pretrained(model, file, strict=True, tensors=tensors)
+    except CheckpointError as error:
+        found = identify(tensors)
+        raise CheckpointError(
+            f"DISTILL.TEACHER_PATH {file}{f' is {found} and' if found else ''} does not fit the model {name} of this "
+            f"training's {num_classes} classes. Name its own model with DISTILL.TEACHER_MODEL; a teacher must know the "
+            "classes of the training, and no others"
+        ) from error
 
 
 def _require_classes(path: Path, saved: list[str], classes: list[str]) -> None:

@@ -23,7 +23,7 @@ from analysis.suite_table import markdown
 from engine import agreement, build, checkpoint, compat, suite
 from engine.compilation import explain_compile_errors
 from engine.hooks import WatchedLoader, watch_evaluation
-from engine.hub_folder import CONFIG, is_hub_folder, label_names
+from engine.hub_folder import CONFIG, is_hub_folder, label_names, read_evaluation_values
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
 from engine.sanity import class_order_warnings
@@ -128,14 +128,7 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
             file = path if path.is_file() else step / "model.safetensors"
             metadata = checkpoint.read_metadata(step)
             return Weights(file, *_saved_classes(cfg, step, given), metadata, {"model": file})
-        classes, source = build.class_list(cfg), "DATA.CLASS_LIST"
-        if classes is None and is_hub_folder(path) and (classes := label_names(path)):
-            source = str(path / CONFIG)
-            logger.info(
-                f"{source} names {quantity(len(classes), 'class')}; if your folders have other names, list them in the "
-                "same order with DATA.CLASS_LIST"
-            )
-        return Weights(path, classes, source, None, {"model": path})
+        return Weights(path, *_named_classes(cfg, path), None, {"model": path})
     raise CheckpointError(
         f"--eval needs weights, and {own} has no checkpoints. Add --pretrained FILE or --resume RUN."
     )
@@ -156,6 +149,27 @@ def _saved_classes(cfg: CfgNode, step: Path, given: frozenset[str]) -> tuple[lis
             f"({join_some(saved, 3)}), which decides the labels. Leave it out."
         )
     return saved, str(step)
+
+
+def _named_classes(cfg: CfgNode, path: Path) -> tuple[list[str] | None, str]:
+    """The class list of weights from elsewhere, and its name: DATA.CLASS_LIST, or what a Hugging Face folder names.
+
+    Raises ConfigError where both have the same classes in another order.
+    """
+    listed = build.class_list(cfg)
+    named = label_names(path) if is_hub_folder(path) else None
+    if listed is not None or named is None:
+        if named and listed != named and data.same_names(listed, named):
+            raise ConfigError(
+                f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} has the classes of {path / CONFIG} in another order; the order "
+                "of the weights counts. Leave it out."
+            )
+        return listed, "DATA.CLASS_LIST"
+    logger.info(
+        f"{path / CONFIG} names {quantity(len(named), 'class')}; if your folders have other names, list them in the "
+        "same order with DATA.CLASS_LIST"
+    )
+    return named, str(path / CONFIG)
 
 
 def report_labels(cfg: CfgNode, classes: list[str], source: str | None) -> None:
@@ -198,18 +212,22 @@ def load_weights(
 def changes_since_training(
     cfg: CfgNode, weights: Weights, val_data: str | None, size: int | None = None
 ) -> list[str]:
-    """What changes pixels or logits and differs from the run that wrote `weights`; logged, a line each.
+    """What changes pixels or logits and differs from the run or folder that `weights` are from; logged, a line each.
 
     val_data: fingerprint of the validation images, None where they are not evaluated. size: instead of DATA.IMG_SIZE.
     """
-    if weights.metadata is None:
+    saved, where = weights.metadata, "the run's own evaluation"
+    if saved is None and is_hub_folder(weights.path):
+        saved = {"config": read_evaluation_values(weights.path)}
+        where = str(weights.path / CONFIG)
+    if saved is None:
         return []
     now = {"decoder": data.decoder_fingerprint(), "config": to_dict(cfg)}
     now["config"]["DATA"]["IMG_SIZE"] = size or cfg.DATA.IMG_SIZE
     now |= {"val_data": val_data} if val_data is not None else {}
-    changes = compat.list_evaluation_changes(weights.metadata, now)
+    changes = compat.list_evaluation_changes(saved, now)
     for change in changes:
-        logger.warning(f"Differs from the run's own evaluation: {change}")
+        logger.warning(f"Differs from {where}: {change}")
     return changes
 
 

@@ -1,25 +1,28 @@
 """Folders as timm's `save_for_hf` and the Hugging Face hub have them: config.json beside weights."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+from timm.models import PretrainedCfg
 
 from utils.errors import CheckpointError
 
 CONFIG = "config.json"
+SETTINGS = {field.name for field in fields(PretrainedCfg)}
 
 
 @dataclass(frozen=True)
 class HubFolder:
     """What a config.json says of the model beside it.
 
-    settings: timm's pretrained_cfg, how its pictures are prepared. classes: in the order of the logits, None where it
-    names none. descriptions: of some classes, in words.
+    settings: how its images are prepared. classes: in the order of the logits, None where it names none. descriptions:
+    of some classes, in words.
     """
 
     name: str
     model_args: dict
-    settings: dict
+    settings: PretrainedCfg
     num_classes: int
     classes: list[str] | None
     descriptions: dict[str, str] | None
@@ -35,11 +38,12 @@ def read_hub_folder(folder: Path) -> HubFolder:
     file = folder / CONFIG
     content = _read(file)
     try:
-        settings = content.get("pretrained_cfg", content)
+        raw = content.get("pretrained_cfg", content)
+        settings = PretrainedCfg(**{k: v for k, v in raw.items() if k in SETTINGS})
         name = content["architecture"]
-        count = content.get("num_classes", settings.get("num_classes"))
+        count = content.get("num_classes", raw.get("num_classes"))
         args = dict(content.get("model_args", {}))
-        described = content.get("label_descriptions", settings.get("label_descriptions"))
+        described = content.get("label_descriptions", settings.label_descriptions)
     except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: no configuration of a timm model ({error!r})") from error
     if count is None:
@@ -48,6 +52,34 @@ def read_hub_folder(folder: Path) -> HubFolder:
     if classes is not None and len(classes) != count:
         raise CheckpointError(f"{file}: {len(classes)} label_names for {count} classes")
     return HubFolder(name, args, settings, count, classes, described)
+
+
+def evaluation_values(settings: PretrainedCfg) -> dict[str, dict]:
+    """What timm keeps about a model's images, as values of DATA and TEST in a configuration."""
+    channels, height, width = settings.input_size
+    mean, std = list(settings.mean), list(settings.std)
+    return {
+        "DATA": {
+            "IMG_SIZE": height if height == width else [height, width],
+            "IN_CHANS": channels,
+            "MEAN": mean * (3 // len(mean)),  # one value is that of grey
+            "STD": std * (3 // len(std)),
+            "INTERPOLATION": settings.interpolation or "bicubic",
+        },
+        "TEST": {
+            "CROP_MODE": settings.crop_mode or "center",
+            "CROP_PCT": settings.crop_pct or 0.875,
+        },
+    }
+
+
+def read_evaluation_values(folder: Path) -> dict[str, dict]:
+    """`evaluation_values` of the config.json of `folder`; empty where it is not timm's."""
+    return (
+        evaluation_values(read_hub_folder(folder).settings)
+        if "pretrained_cfg" in _read(folder / CONFIG)
+        else {}
+    )
 
 
 def label_names(folder: Path) -> list[str] | None:

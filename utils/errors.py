@@ -5,6 +5,7 @@ its own 1, so the code is written to the run's `status.json` too.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -44,7 +45,7 @@ class DivergedError(UserError):
 
 
 class StorageError(UserError):
-    """The output folder is read-only, full or in use by another run, or a limit of the machine is met."""
+    """The output folder is read-only, full or another run's, a path is forbidden, or a limit of the machine is met."""
 
     exit_code = 6
 
@@ -60,6 +61,14 @@ class StopRequested(UserError):
     on_all = True
 
 
+def explain_denied(error: PermissionError) -> StorageError:
+    """The error of a path that this user may not open, wherever it was met: Python's names neither user nor remedy."""
+    user = f"user {os.geteuid()}"
+    return StorageError(
+        f"{error.filename}: {error.strerror}. Allow {user} to open it and the folders above it, or name another path."
+    )
+
+
 def as_exit_code(main: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
     """A decorator for a tool's `main`: return 0, or print a UserError in one line and return its exit code.
 
@@ -71,7 +80,8 @@ def as_exit_code(main: Callable[[list[str]], None]) -> Callable[[list[str]], int
         protect_streams()
         try:
             main(arguments)
-        except UserError as error:
+        except (UserError, PermissionError) as caught:
+            error = explain_denied(caught) if isinstance(caught, PermissionError) else caught
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt:

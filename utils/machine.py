@@ -15,7 +15,7 @@ from enum import Enum
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
-from utils.errors import StorageError
+from utils.errors import StorageError, explain_denied
 
 CGROUPS = Path("/sys/fs/cgroup")
 SHARED_MEMORY = "/dev/shm"
@@ -220,9 +220,11 @@ def find_shortage(error: BaseException) -> Shortage | None:
 
 @contextmanager
 def explain_limits() -> Iterator[None]:
-    """Raise StorageError, with the remedy, for an error that means a limit of the machine."""
+    """Raise StorageError, with the remedy, for an error that means a limit of the machine, or a forbidden path."""
     try:
         yield
+    except PermissionError as error:
+        raise explain_denied(error) from error
     except (OSError, RuntimeError) as error:
         if (shortage := find_shortage(error)) is None:
             raise

@@ -273,10 +273,10 @@ def _compose_file(path: str, where: str, draft: Draft) -> yaml.MappingNode | Non
     if not path.endswith((".yaml", ".yml")):
         draft.refuse(where, f"{path}: expected a .yaml file; configurations are never run as code")
         return None
-    if Path(path).is_char_device() or Path(path).is_fifo():
-        draft.refuse(where, f"{path}: is a device, whose text may never end; expected a file")
-        return None
     try:
+        if Path(path).is_char_device() or Path(path).is_fifo():
+            draft.refuse(where, f"{path}: is a device, whose text may never end; expected a file")
+            return None
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         draft.refuse(where, f"{path}: no such file{_nearest_file(path)}")

@@ -313,7 +313,22 @@ def test_a_hugging_face_folder_names_its_classes(trees, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"label_names": WNIDS[::-1]}))
     assert known == 75
     assert top1("named") < 1
-    assert top1("listed", "--opts", "DATA.CLASS_LIST", "imagenet-1k") == known
+    argv = command(trees, tmp_path / "listed", "--opts", "DATA.CLASS_LIST", "imagenet-1k")
+    argv[argv.index("--pretrained") + 1] = str(tmp_path)
+    assert main.main(argv) == 2
+    assert "config.json in another order" in capsys.readouterr().err
+    # Names of no folder are another matter: the list says what the folders are.
+    words = [f"word {number}" for number in range(1000)]
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"architecture": "colour_reader", "num_classes": 1000, "label_names": words}
+            | {"pretrained_cfg": {"mean": [0.1, 0.5, 0.5], "input_size": [3, 32, 32]}}
+        )
+    )
+    assert main.main(argv) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/config.json: DATA.MEAN was [0.1, 0.5, 0.5], is [0.5, 0.5, 0.5]" in out
+    assert json.loads(out.strip().splitlines()[-1])["results"][0]["rows"][0]["top1"] == known
 
 
 # --- Processes ------------------------------------------------------------------------------------

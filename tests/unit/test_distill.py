@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers.states import make_optimizer
+from timm.models import save_for_hf
 
 from engine import checkpoint
 from engine.distill import Colours, Distillation, Teacher, fingerprint, load_teacher
@@ -102,6 +103,26 @@ def test_a_run_and_a_file_are_teachers(run, tmp_path):
     assert list(teacher.colours.mean) == list(vit.pretrained_cfg["mean"])
 
 
+def test_a_hugging_face_folder_is_a_teacher(tmp_path):
+    model = micro(seed=3)
+    settings = {"mean": GREY.mean, "std": GREY.std, "input_size": (3, 32, 32)}
+    config = {"label_names": CLASSES}
+    save_for_hf(
+        model,
+        tmp_path,
+        model_config=config,
+        model_args={"img_size": 32, "num_classes": 4},
+        safe_serialization=True,
+        data_config=settings,
+    )
+    teacher = load_teacher(tmp_path, "", CLASSES, CPU)
+    assert (list(teacher.colours.mean), teacher.img_size) == (list(GREY.mean), None)
+    assert torch.equal(teacher.model.head.fc.weight, model.head.fc.weight)
+    assert fingerprint(tmp_path) == fingerprint(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="in another order"):
+        load_teacher(tmp_path, "", CLASSES[::-1], CPU)
+
+
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
@@ -119,8 +140,10 @@ def test_a_run_of_other_classes_is_refused(run, classes, message):
 
 def test_a_file_of_other_classes_without_a_model_or_missing_is_refused(run, tmp_path):
     file = run / "checkpoints" / "step-2" / "model.safetensors"
-    with pytest.raises(CheckpointError, match="must be a dat_micro of this training's 3 classes"):
+    with pytest.raises(CheckpointError, match=r"is dat_micro with 4 .* does not fit .* 3 classes"):
         load_teacher(file, "dat_micro", CLASSES[:3], CPU)
+    with pytest.raises(ConfigError, match=r"DISTILL.TEACHER_MODEL dat_micro: .*; leave it out"):
+        load_teacher(run, "dat_micro", CLASSES, CPU)
     with pytest.raises(ConfigError, match=r"name its model with DISTILL.TEACHER_MODEL"):
         load_teacher(file, "", CLASSES, CPU)
     with pytest.raises(ConfigError, match="no model 'dat_mikro'; did you mean 'dat_micro'"):

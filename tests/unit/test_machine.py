@@ -22,7 +22,7 @@ from helpers.pipeline import image_dataset
 from data import ShardSampler, eval_loader
 from utils import machine
 from utils.devices import choose_device
-from utils.errors import ConfigError, StorageError
+from utils.errors import ConfigError, StorageError, as_exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,6 +149,21 @@ def test_errors_that_mean_a_limit(error, shortage):
     expected = StorageError if shortage else type(error)
     with pytest.raises(expected), machine.explain_limits():
         raise error
+
+
+def test_a_path_that_may_not_be_opened_is_named():
+    denied = PermissionError(errno.EACCES, "Permission denied", "/data/train")
+    with (
+        pytest.raises(StorageError, match="/data/train: Permission denied"),
+        machine.explain_limits(),
+    ):
+        raise denied
+
+    @as_exit_code
+    def tool(arguments):
+        raise denied
+
+    assert tool([]) == StorageError.exit_code
 
 
 def test_sockets_of_a_long_temporary_folder_are_below_tmp(tmp_path, monkeypatch):

@@ -285,17 +285,62 @@ def test_a_kill_between_record_and_move_is_repaired(photos, tmp_path):
     assert contents(out) == expected(photos)
 
 
-def test_a_source_that_has_changed_is_not_mixed_with_what_it_was(photos, tmp_path, capsys):
-    source = downloads.write_kaggle(photos, tmp_path / "source")
-    file = source / "ILSVRC/Data/CLS-LOC/train" / photos["train"][0].wnid / "extra.JPEG"
-    file.write_bytes(photos["train"][0].data)
-    fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "out")
+@each_output
+@pytest.mark.parametrize("number", [0, 4, 8])  # in the first class, the second and the last
+def test_a_part_whose_source_has_changed_is_written_again(photos, tmp_path, to, number, capsys):
+    source, out = downloads.write_kaggle(photos, tmp_path / "source"), tmp_path / "out"
+    photo = photos["train"][number]
+    folder = source / "ILSVRC/Data/CLS-LOC/train" / photo.wnid
+    missing, extra = folder / f"{photo.name}.JPEG", folder / "extra.JPEG"
+    missing.unlink()
+    extra.write_bytes(b"of an older download")
+    (folder / "more.JPEG").write_bytes(b"of an older download")
+    fails(capsys, DataError.exit_code, "imagenet", source, out, "--to", to)
+    missing.write_bytes(photo.data)
+    extra.unlink()
+    fails(capsys, DataError.exit_code, "imagenet", source, out, "--to", to)
+    (folder / "more.JPEG").unlink()
+    run("imagenet", source, out, "--to", to)
+    assert contents(out) == expected(photos)
+    fresh = tmp_path / "fresh"
+    run("imagenet", source, fresh, "--to", to)
+    files = [path.relative_to(fresh) for path in fresh.glob("train*/**/*") if path.is_file()]
+    assert all((out / file).read_bytes() == (fresh / file).read_bytes() for file in files)
+
+
+def test_a_changed_shard_that_was_written_before_an_earlier_one(photos, tmp_path, capsys):
+    source, out = downloads.write_shards(photos, tmp_path / "source"), tmp_path / "out"
+    first, last = (source / f"imagenet1k-train-000{n}.tar" for n in (0, 2))
+    kept, content = first.read_bytes(), last.read_bytes()
+    first.unlink()
+    last.write_bytes(downloads.tar_of([]))
+    fails(capsys, DataError.exit_code, "imagenet", source, out, "--to", "pack")
+    first.write_bytes(kept)
+    fails(capsys, DataError.exit_code, "imagenet", source, out, "--to", "pack")
+    second = source / "imagenet1k-train-0001.tar"
+    kept = second.read_bytes()
+    second.write_bytes(downloads.tar_of([]))
+    fails(capsys, DataError.exit_code, "imagenet", source, out, "--to", "pack")
+    second.write_bytes(kept)
+    last.write_bytes(content)
+    run("imagenet", source, out, "--to", "pack")
+    assert contents(out) == expected(photos)
+
+
+@each_output
+def test_killed_while_a_part_is_written_again(photos, tmp_path, to, capsys, monkeypatch):
+    source, out = downloads.write_kaggle(photos, tmp_path / "source"), tmp_path / "out"
+    photo = photos["train"][-1]
+    file = source / "ILSVRC/Data/CLS-LOC/train" / photo.wnid / f"{photo.name}.JPEG"
     file.unlink()
-    message = fails(capsys, ConfigError.exit_code, "imagenet", source, tmp_path / "out")
-    assert f"{photos['train'][0].wnid} has changed" in message
-    shutil.rmtree(tmp_path / "out/.prepare")
-    run("imagenet", source, tmp_path / "out")
-    assert contents(tmp_path / "out") == expected(photos)
+    fails(capsys, DataError.exit_code, "imagenet", source, out, "--to", to)
+    file.write_bytes(photo.data)
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.datasets.prepare.zlib.crc32", lambda data: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run("imagenet", source, out, "--to", to)
+    run("imagenet", source, out, "--to", to)
+    assert contents(out) == expected(photos)
 
 
 def test_a_full_disk_is_named_and_resumed(photos, tmp_path, capsys):
@@ -507,6 +552,9 @@ def test_any_count_accepts_a_subset_and_says_so(photos, tmp_path, capsys):
     run("imagenet", source, tmp_path / "out", "--any-count")
     assert "4 images of 2 classes (published: 9 of 3)" in capsys.readouterr().out
     assert contents(tmp_path / "out") == expected(few)
+    again = fails(capsys, ConfigError.exit_code, "imagenet", source, tmp_path / "out")
+    assert "train was prepared with --any-count" in again
+    run("imagenet", source, tmp_path / "out", "--any-count")
 
 
 def test_a_source_of_no_form(tmp_path, capsys):
@@ -518,6 +566,65 @@ def test_a_source_of_no_form(tmp_path, capsys):
     assert "expected cifar-10-python.tar.gz" in fails(
         capsys, DataError.exit_code, "cifar10", tmp_path, tmp_path / "out"
     )
+    absent = tmp_path / "absent"
+    for dataset in ("imagenet", "imagenette", "cifar10"):
+        message = fails(capsys, DataError.exit_code, dataset, absent, tmp_path / "out")
+        assert f"{absent}: does not exist" in message
+    (tmp_path / "ILSVRC2012_img_train.tar").touch()
+    file = tmp_path / "ILSVRC2012_img_train.tar"
+    message = fails(capsys, DataError.exit_code, "imagenet", file, tmp_path / "out")
+    assert "is a file; name the folder that it is in" in message
+
+
+def test_a_download_in_another_layout(photos, tmp_path, capsys):
+    source = downloads.write_kaggle(photos, tmp_path / "sorted")
+    val = source / "ILSVRC/Data/CLS-LOC/val"
+    (val / "n01440764").mkdir()
+    for file in val.glob("*.JPEG"):
+        file.rename(val / "n01440764" / file.name)
+    message = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "a")
+    assert f"{val}: holds no image; expected images ILSVRC2012_val_*.JPEG, not yet" in message
+    source = downloads.write_kaggle(photos, tmp_path / "named")
+    train = source / "ILSVRC/Data/CLS-LOC/train"
+    (train / "n01440764").rename(train / "tench")
+    message = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "b")
+    assert f"{train / 'tench'}: 'tench/" in message
+    assert "(expected class folders, n01440764 and 999 more)" in message
+
+
+@needs_pyarrow
+def test_parquet_files_are_sorted_by_their_folders_too(photos, tmp_path, capsys):
+    source = downloads.write_parquet(photos, tmp_path / "source")
+    for file in sorted((source / "data").glob("*.parquet")):
+        split, number, *_ = file.stem.split("-")
+        (source / "default" / split).mkdir(parents=True, exist_ok=True)
+        file.rename(source / "default" / split / f"{number[1:]}.parquet")
+    run("imagenet", source, tmp_path / "out")
+    assert contents(tmp_path / "out") == expected(photos)
+    (source / "default/train").rename(source / "default/a")
+    (source / "default/validation").rename(source / "default/b")
+    message = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "other")
+    assert "expected names of files or their folders that begin with train or val" in message
+
+
+def test_a_kill_before_the_first_record_leaves_no_obstacle(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".tmp-prepare.json-1-1").touch()
+    source = downloads.write_archives(photos, tmp_path / "source")
+    run("imagenet", source, out)
+    assert contents(out) == expected(photos)
+
+
+def test_a_file_that_may_not_be_read(photos, tmp_path, capsys, monkeypatch):
+    source = downloads.write_archives(photos, tmp_path / "source")
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(source / "file"))
+
+    monkeypatch.setattr("tools.datasets.imagenet.tarfile.open", denied)
+    message = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "out")
+    assert f"{source / 'file'}: cannot be opened (Permission denied); check access" in message
 
 
 @pytest.mark.parametrize("to", ["tree", "zip"])

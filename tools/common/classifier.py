@@ -14,13 +14,14 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import ImageNetInfo
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import config
 from analysis import imagenet
 from engine import build, checkpoint
-from engine.hub_folder import is_hub_folder, read_hub_folder
+from engine.hub_folder import evaluation_values, is_hub_folder, read_hub_folder
 from engine.loop import autocast
 from engine.pretrained import load_pretrained
 from engine.weight_files import read_weights
@@ -327,30 +328,16 @@ def _timm_config(name: str, opts: list[str]) -> CfgNode:
         raise ConfigError(
             f"--model {name}: timm does not know how its pictures are prepared; use --cfg"
         )
-    settings = settings.to_dict()
-    return _config_of(name, settings, {}, settings["num_classes"], f"--model {name}", opts)
+    return _config_of(name, settings, {}, settings.num_classes, f"--model {name}", opts)
 
 
 def _config_of(
-    name: str, settings: dict, args: dict, count: int, where: str, opts: list[str]
+    name: str, settings: PretrainedCfg, args: dict, count: int, where: str, opts: list[str]
 ) -> CfgNode:
     """A configuration from what timm keeps beside a model; `where` names it in errors."""
-    channels, height, width = settings.get("input_size", (3, 224, 224))
-    mean = list(settings.get("mean", timm.data.IMAGENET_DEFAULT_MEAN))
-    std = list(settings.get("std", timm.data.IMAGENET_DEFAULT_STD))
     values = {
         "AMP_DTYPE": "float32",
         "MODEL": {"NAME": name, "NUM_CLASSES": count, "ARGS": args},
-        "DATA": {
-            "IMG_SIZE": height if height == width else [height, width],
-            "IN_CHANS": channels,
-            "MEAN": mean * (3 // len(mean)),  # one value is that of grey
-            "STD": std * (3 // len(std)),
-            "INTERPOLATION": settings.get("interpolation") or "bicubic",
-        },
-        "TEST": {
-            "CROP_MODE": settings.get("crop_mode") or "center",
-            "CROP_PCT": settings.get("crop_pct") or 0.875,
-        },
+        **evaluation_values(settings),
     }
     return config.load_values(values, where, opts)

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from tools.datasets.download import download
-from tools.datasets.raw_dataset import Part, RawDataset, RawImage
+from tools.datasets.raw_dataset import Part, RawDataset, RawImage, require_source
 from utils.errors import DataError
 
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
@@ -78,6 +78,7 @@ class Cifar10(RawDataset):
 
 def _locate(path: Path) -> Path:
     """The archive or the folder of batches that `path` is or holds. Raises DataError."""
+    require_source(path, "; leave SOURCE out to download it")
     for candidate in (path, path / FOLDER, path / CIFAR10.filename):
         if candidate.is_file() or (candidate / "data_batch_1").is_file():
             return candidate
@@ -91,6 +92,8 @@ def _read(path: Path, name: str) -> bytes:
             return (path / name).read_bytes()
         with tarfile.open(path, "r:gz") as archive:
             return archive.extractfile(f"{FOLDER}/{name}").read()
+    except PermissionError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}); check access") from error
     except (OSError, EOFError, KeyError, AttributeError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{path}: {name} cannot be read ({error}); download it again") from error
 

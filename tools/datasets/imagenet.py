@@ -20,7 +20,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-from data.raw_forms import ARCHIVES, KAGGLE, PARQUET, SHARDS, find_raw_form
+from data.raw_forms import ARCHIVES, KAGGLE, PARQUET, PARQUET_FILES, SHARDS, find_raw_form
 from tools.datasets.raw_dataset import (
     Part,
     RawDataset,
@@ -30,6 +30,7 @@ from tools.datasets.raw_dataset import (
     is_image,
     open_file,
     read_file,
+    require_source,
     tar_files,
     tar_members,
 )
@@ -62,6 +63,9 @@ class ImageNet(RawDataset):
 
 def open_imagenet(folder: Path) -> ImageNet:
     """The download in `folder`, whichever form it has. Raises DataError if it has none."""
+    require_source(folder)
+    if folder.is_file():
+        raise DataError(f"{folder}: is a file; name the folder that it is in")
     form = find_raw_form(folder)
     if form is None or form.name not in FORMS:
         raise DataError(
@@ -88,6 +92,15 @@ class Archives(ImageNet):
         self._files = {"train": folder / TRAIN, "val": folder / VAL}
         self.splits = [split for split, file in self._files.items() if file.exists()]
         self._truth = read_devkit(folder) if "val" in self.splits else []
+
+    def place(self, split: str) -> Path:
+        """The archive."""
+        return self._files[split]
+
+    def layout(self, split: str) -> str:
+        """In words."""
+        one = "tars of the classes, n01440764.tar and 999 more"
+        return one if split == "train" else "images ILSVRC2012_val_*.JPEG"
 
     def parts(self, split: str) -> Iterator[Part]:
         """The archives of the classes; all validation images."""
@@ -140,6 +153,10 @@ def read_devkit(folder: Path) -> list[str]:
         # Fields: 0 id, 1 wnid, 2 words, 3 gloss, 4 number of children: a class has none.
         wnids = {int(row[0]): str(row[1]) for row in rows if row[4] == 0}
         ids = [int(line) for line in truth.split()]
+    except PermissionError as error:
+        raise DataError(
+            f"{error.filename}: cannot be opened ({error.strerror}); check access"
+        ) from error
     except FileNotFoundError as error:
         others = sorted(path.name for path in folder.glob("*devkit*"))
         found = f", found {join_some(others)}" if others else ""
@@ -181,6 +198,16 @@ class Kaggle(ImageNet):
         self.splits = [split for split in ("train", "val") if (self._root / split).is_dir()]
         self._val = folder_files(self._root / "val") if "val" in self.splits else []
         self._labels = self._read_labels(folder) if self._val else {}
+
+    def place(self, split: str) -> Path:
+        """The folder."""
+        return self._root / split
+
+    def layout(self, split: str) -> str:
+        """In words."""
+        if split == "train":
+            return "class folders, n01440764 and 999 more"
+        return "images ILSVRC2012_val_*.JPEG, not yet sorted into folders"
 
     def parts(self, split: str) -> Iterator[Part]:
         """The class folders; all validation images."""
@@ -263,9 +290,18 @@ class Shards(ImageNet):
 
     def __init__(self, folder: Path):
         super().__init__()
+        self._folder = folder
         patterns = {"train": "imagenet1k-train-*.tar", "val": "imagenet1k-validation-*.tar"}
         self._shards = {split: sorted(folder.glob(glob)) for split, glob in patterns.items()}
         self.splits = [split for split, shards in self._shards.items() if shards]
+
+    def place(self, split: str) -> Path:
+        """The folder of the shards."""
+        return self._folder
+
+    def layout(self, split: str) -> str:
+        """In words."""
+        return "shards of <key>.jpg and <key>.cls"
 
     def parts(self, split: str) -> Iterator[Part]:
         """The shards."""
@@ -312,18 +348,37 @@ class Parquet(ImageNet):
                 "Parquet files are read by the package pyarrow, which is not installed: "
                 "pip install pyarrow"
             )
-        files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
-        prefixes = {"train": ("train",), "val": ("val",)}
+        self._folder = folder
+        files = sorted(file for pattern in PARQUET_FILES for file in folder.glob(pattern))
         self._files = {
-            split: [file for file in files if file.name.startswith(prefix)]
-            for split, prefix in prefixes.items()
+            split: [file for file in files if _is_of(split, file.relative_to(folder))]
+            for split in ("train", "val")
         }
         self.splits = [split for split, found in self._files.items() if found]
+        if not self.splits:
+            raise DataError(
+                f"{folder}: holds {join_some((str(f.relative_to(folder)) for f in files), 3)}; expected names of "
+                "files or their folders that begin with train or val, as the hub has them"
+            )
+
+    def place(self, split: str) -> Path:
+        """The folder of the files."""
+        return self._folder
+
+    def layout(self, split: str) -> str:
+        """In words."""
+        return "rows of an image and a label"
 
     def parts(self, split: str) -> Iterator[Part]:
         """The files of a split."""
         for path in self._files[split]:
-            yield Part(path.name, path.stat().st_size, _rows(path))
+            name = str(path.relative_to(self._folder))
+            yield Part(name, path.stat().st_size, _rows(path))
+
+
+def _is_of(split: str, path: Path) -> bool:
+    """Whether the parquet file at `path`, relative to the download, is of `split`, by its own or its folders' names."""
+    return any(part.startswith(split) for part in path.parts)
 
 
 def _rows(path: Path) -> Iterator[RawImage]:
@@ -331,7 +386,7 @@ def _rows(path: Path) -> Iterator[RawImage]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
+        with open_file(path) as opened, ParquetFile(opened) as file:
             _check_schema({field.name: field.type for field in file.schema_arrow}, path)
             batches = file.iter_batches(ROWS, columns=["image", "label"])
             rows = (row for batch in batches for row in batch.to_pylist())

@@ -17,6 +17,7 @@ from tools.datasets.raw_dataset import (
     folder_parts,
     is_image,
     open_file,
+    require_source,
     tar_files,
 )
 from utils.errors import DataError
@@ -49,6 +50,15 @@ class Imagenette(RawDataset):
         self._size = size
         self.settings = {} if path else {"size": size}
 
+    def place(self, split: str) -> Path:
+        """The archive or the folder of the split."""
+        path = self._path or self._downloads
+        return path / split if path.is_dir() else path
+
+    def layout(self, split: str) -> str:
+        """In words."""
+        return f"{split}/<class>/<image>"
+
     def parts(self, split: str) -> Iterator[Part]:
         """The class folders of a split; all of an archive's as one."""
         if self._path is None:
@@ -70,6 +80,7 @@ class Imagenette(RawDataset):
 
 def _locate(path: Path) -> Path:
     """The archive or the folder of splits that `path` is or holds. Raises DataError."""
+    require_source(path, "; leave SOURCE out to download it")
     if path.is_file() or (path / "train").is_dir():
         return path
     found = [folder.parent for folder in path.glob("imagenette2*/train")]

@@ -8,14 +8,14 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from data.pack import shard_name, write_index
 from tools.datasets.raw_dataset import Part
 from tools.pack import SHARD_BYTES, open_dataset
-from utils.errors import ConfigError, StorageError
+from utils.errors import StorageError
 
 
 class TreeOutput:
@@ -38,6 +38,11 @@ class TreeOutput:
             file.write_bytes(data)
         return self.position
 
+    def remove(self, names: list[str]) -> None:
+        """Remove files that are written."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
     def sync(self) -> None:
         """Nothing: `verify` in tools/datasets/prepare.py compares the sizes of all files."""
 
@@ -59,6 +64,9 @@ class _Appended:
             )
         self.file.truncate(end)
         self.file.seek(end)
+
+    def remove(self, names: list[str]) -> None:
+        """Nothing: an output that is opened at an earlier position is cut off there."""
 
     def sync(self) -> None:
         """Bring what is written to the disk."""
@@ -153,22 +161,28 @@ def fingerprint(root: Path, split: str) -> str:
 OUTPUTS = {"tree": TreeOutput, "zip": ZipOutput, "pack": PackOutput}
 
 
+FORGOTTEN = -1  # the size in the record of a part that is to be written again
+
+
+class _Written(NamedTuple):
+    """What `Progress` knows of a part."""
+
+    size: int
+    position: tuple[int, int]
+    names: list[bytes]
+    where: np.ndarray
+    unreadable: list[str]
+
+
 class Progress:
     """The parts of a split that are written, and where their images lie: a line of JSON a part.
 
-    names: bytes, `<class>/<file>` in the order of writing.
-    where: int64 [N, 4]: size, shard, offset, CRC-32, as in a pack's index.
-    unreadable: `<class>/<file>: <reason>` of files that cannot be opened as an image.
-    position: of the output after the last part.
+    Where a part is to be written again, so are those that follow it in the output, which has no gaps.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.names: list[bytes] = []
-        self.unreadable: list[str] = []
-        self.position = (0, 0)
-        self._where = [np.empty((0, 4), np.int64)]
-        self._sizes: dict[str, int] = {}
+        self._parts: dict[str, _Written] = {}
         complete = 0
         if path.exists():
             with path.open("rb") as lines:
@@ -179,18 +193,44 @@ class Progress:
             os.truncate(path, complete)
 
     @property
+    def position(self) -> tuple[int, int]:
+        """The end of the last part in the output."""
+        return next(reversed(self._parts.values())).position if self._parts else (0, 0)
+
+    @property
+    def names(self) -> list[bytes]:
+        """`<class>/<file>` of every image, in the order of writing."""
+        return [name for part in self._parts.values() for name in part.names]
+
+    @property
     def where(self) -> np.ndarray:
-        """Where the images lie."""
-        return np.concatenate(self._where)
+        """Where the images lie, int64 [N, 4]: size, shard, offset, CRC-32, as in a pack's index."""
+        return np.concatenate(
+            [np.empty((0, 4), np.int64), *(p.where for p in self._parts.values())]
+        )
+
+    @property
+    def unreadable(self) -> list[str]:
+        """`<class>/<file>: <reason>` of files that cannot be opened as an image."""
+        return [line for part in self._parts.values() for line in part.unreadable]
 
     def has(self, part: Part) -> bool:
-        """Whether `part` is written. Raises ConfigError if its size has changed since."""
-        if (size := self._sizes.get(part.name, part.size)) != part.size:
-            raise ConfigError(
-                f"{part.name} has changed since it was written (size {size}, now {part.size}); "
-                f"remove {self.path.parent} to start again"
-            )
-        return part.name in self._sizes
+        """Whether `part` is written, from what it is read from now."""
+        return part.name in self._parts and self._parts[part.name].size == part.size
+
+    def has_changed(self, part: Part) -> bool:
+        """Whether `part` is written, from another source than it has now."""
+        return part.name in self._parts and not self.has(part)
+
+    def from_part(self, part: Part) -> list[str]:
+        """The names of the images of `part` and of the parts written after it."""
+        parts = list(self._parts)
+        later = parts[parts.index(part.name) :]
+        return [name.decode() for one in later for name in self._parts[one].names]
+
+    def forget(self, part: Part) -> None:
+        """Record that `part` and the parts written after it are to be written again."""
+        self.add(part._replace(size=FORGOTTEN), [], [], self.position)
 
     def add(
         self, part: Part, images: list[tuple], unreadable: list[str], position: tuple[int, int]
@@ -205,9 +245,15 @@ class Progress:
         self._take(record)
 
     def _take(self, record: dict) -> None:
-        self._sizes[record["part"]] = record["size"]
-        self.position = tuple(record["position"])
-        self.names += [name.encode() for name, *_ in record["images"]]
+        if record["size"] == FORGOTTEN:
+            while record["part"] in self._parts:
+                self._parts.popitem()
+            return
         rows = [row for _, *row in record["images"]]
-        self._where.append(np.array(rows, np.int64).reshape(-1, 4))
-        self.unreadable += record["unreadable"]
+        self._parts[record["part"]] = _Written(
+            size=record["size"],
+            position=tuple(record["position"]),
+            names=[name.encode() for name, *_ in record["images"]],
+            where=np.array(rows, np.int64).reshape(-1, 4),
+            unreadable=record["unreadable"],
+        )

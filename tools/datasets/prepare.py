@@ -47,6 +47,11 @@ def prepare(
                 if split not in record["splits"]:
                     record["splits"][split] = _write_split(raw, out, split, to, any_count)
                     write_atomically(out / RECORD, json.dumps(record, indent=1))
+                elif not (any_count or _is_published(raw, split, record["splits"][split])):
+                    raise ConfigError(
+                        f"{out / split} was prepared with --any-count and is a part of the data; "
+                        "repeat that flag, or name another folder for all of them"
+                    )
                 _publish(out, split + OUTPUTS[to].suffix)
                 _report(raw, out, split, record["splits"][split])
             shutil.rmtree(out / WORK)
@@ -57,8 +62,11 @@ def _begin(out: Path, plan: dict) -> dict:
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
         begun = record["plan"]
+        record["splits"] = dict(record["splits"])
     except FileNotFoundError:
-        if out.exists() and (found := sorted(os.listdir(out))):
+        # A kill may leave the temporary file of the record.
+        found = sorted(os.listdir(out)) if out.exists() else []
+        if found := [name for name in found if not name.startswith(f".tmp-{RECORD}")]:
             raise ConfigError(
                 f"{out} is not empty (found {join_some(found, SHOWN)}) and was not written by this "
                 "command; empty it, or name another folder"
@@ -88,23 +96,36 @@ def _write_split(raw: RawDataset, out: Path, split: str, to: str, any_count: boo
         raise ConfigError(f"{out / name} exists already; remove it, or name another folder")
     progress = Progress(out / WORK / f"{split}.jsonl")
     output = OUTPUTS[to](out / WORK / name, progress.position)
-    seen, classes = {name.decode() for name in progress.names}, frozenset(raw.classes)
+    seen = {name.decode() for name in progress.names}
     with tqdm(
         total=raw.counts[split], initial=len(seen), unit=" images", desc=name, disable=None
     ) as bar:
-        for part in raw.parts(split):
-            if progress.has(part):
-                continue
-            images, unreadable = [], []
-            for image in part.images:
-                path = _checked_name(image, part, classes, seen)
-                if reason := _problem(image.data):
-                    unreadable.append(f"{path}: {reason}")
-                crc = zlib.crc32(image.data)
-                images.append((path, len(image.data), *output.write(path, image.data, crc), crc))
-                bar.update()
-            output.sync()
-            progress.add(part, images, unreadable, output.position)
+        complete = False
+        while not complete:
+            complete = True
+            for part in raw.parts(split):
+                if progress.has(part):
+                    continue
+                if progress.has_changed(part):
+                    old = progress.from_part(part)
+                    output.remove(old)
+                    progress.forget(part)
+                    output = OUTPUTS[to](out / WORK / name, progress.position)
+                    seen.difference_update(old)
+                    complete = False  # parts before this one may have been written after it
+                images, unreadable = [], []
+                for image in part.images:
+                    path = _checked_name(image, raw, split, part, seen)
+                    if reason := _problem(image.data):
+                        unreadable.append(f"{path}: {reason}")
+                    crc = zlib.crc32(image.data)
+                    where = output.write(path, image.data, crc)
+                    images.append((path, len(image.data), *where, crc))
+                    bar.update()
+                output.sync()
+                progress.add(part, images, unreadable, output.position)
+    if not progress.names:
+        raise DataError(f"{raw.place(split)}: holds no image; expected {raw.layout(split)}")
     order = np.argsort(np.array(progress.names, np.bytes_))
     names, where = np.array(progress.names, np.bytes_)[order], progress.where[order]
     _check_counts(raw, out, split, names, any_count)
@@ -112,20 +133,23 @@ def _write_split(raw: RawDataset, out: Path, split: str, to: str, any_count: boo
     return _verify(out, split, names, where) | {"unreadable": progress.unreadable}
 
 
-def _checked_name(image: RawImage, part: Part, classes: frozenset[str], seen: set[str]) -> str:
+def _checked_name(image: RawImage, raw: RawDataset, split: str, part: Part, seen: set[str]) -> str:
     """`<class>/<file>` of an image, added to `seen`. Raises DataError for a name it cannot have."""
     path = f"{image.class_name}/{image.file_name}"
-    if image.class_name not in classes:
+    place = raw.place(split)
+    where = place if place.name == part.name else place / part.name
+    if image.class_name not in raw.known:
         raise DataError(
-            f"{part.name}: {path!r} is of a class that is not one of the {len(classes)}; remove it"
+            f"{where}: {path!r} is of a class that is not one of the {len(raw.classes)} "
+            f"(expected {raw.layout(split)}); remove it"
         )
     if not FILE_NAME.fullmatch(image.file_name):
         raise DataError(
-            f"{part.name}: {image.file_name!r} is no plain file name; expected letters, digits, "
-            "'_', '-' and '.' only"
+            f"{where}: {image.file_name!r} is no plain file name; expected letters, digits, '_', "
+            "'-' and '.' only"
         )
     if path in seen:
-        raise DataError(f"{part.name}: {path} was found before; remove one of the two")
+        raise DataError(f"{where}: {path} was found before; remove one of the two")
     seen.add(path)
     return path
 
@@ -186,10 +210,16 @@ def _publish(out: Path, name: str) -> None:
         )
 
 
+def _is_published(raw: RawDataset, split: str, summary: dict) -> bool:
+    """Whether the numbers of images and classes of a complete split are the published ones."""
+    return (summary["images"], summary["classes"]) == (raw.counts[split], len(raw.classes))
+
+
 def _report(raw: RawDataset, out: Path, split: str, summary: dict) -> None:
     expected = raw.counts[split], len(raw.classes)
-    published = (summary["images"], summary["classes"]) == expected
-    verdict = "as published" if published else "published: {:,} of {:,}".format(*expected)
+    verdict = "published: {:,} of {:,}".format(*expected)
+    if _is_published(raw, split, summary):
+        verdict = "as published"
     print(
         f"{out / split}: {summary['images']:,} images of {summary['classes']:,} classes "
         f"({verdict}), {summary['bytes']:,} bytes"

@@ -3,8 +3,10 @@
 Downloads are streamed: at most one image, batch or row group is in memory.
 """
 
+import functools
 import os
 import re
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.readers import MAX_BYTES
 from utils.errors import DataError
+from utils.text import join_some
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # stays inside its folder, is not hidden
 
@@ -62,11 +65,35 @@ class RawDataset:
         """The parts of a split, always in the same order. Raises DataError."""
         raise NotImplementedError
 
+    @functools.cached_property
+    def known(self) -> frozenset[str]:
+        """The class names, to look one up."""
+        return frozenset(self.classes)
+
+    def place(self, split: str) -> Path:
+        """The file or folder with the images of a split, for messages."""
+        return Path(split)
+
+    def layout(self, split: str) -> str:
+        """How the images lie in there, for messages."""
+        return f"images of {join_some(self.classes, 3)}"
+
 
 def is_image(name: str) -> bool:
     """Whether a file name has an image's extension and is not hidden."""
     base = name.rpartition("/")[2]
     return not base.startswith(".") and base.lower().endswith(IMG_EXTENSIONS)
+
+
+def require_source(path: Path, remedy: str = "") -> None:
+    """Raise DataError unless there is something at `path` that may be read; `remedy` is for where there is nothing."""
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            os.listdir(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: does not exist{remedy}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}); check access") from error
 
 
 # --- Folders --------------------------------------------------------------------------------------
