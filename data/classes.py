@@ -104,7 +104,7 @@ def match_folders(reader: Reader, classes: list[str], allow_missing: bool) -> di
     if unknown := set(found.values()) - known:
         raise DataError(
             f"{path}: {_some(unknown)} not in the class list of {len(known)} ({_some(known)}); use the data that the "
-            f"list is from, or remove the folders{_other_case(unknown, known)}{level_below(reader)}"
+            f"list is from, or rename or remove the folders{_other_case(unknown, known)}{level_below(reader)}"
         )
     if len(set(found.values())) < len(found):
         repeated = Counter(found.values()).most_common(1)[0][0]

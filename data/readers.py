@@ -312,7 +312,7 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
     root = Path(root)
     if root.is_file():
         remedy = describe_raw_form(root.parent) or LAYOUT
-        raise DataError(f"{root}: is a file, expected a folder; {remedy}")
+        raise DataError(f"{root}: is a file, not a folder; {remedy}")
     if not root.is_dir():
         raise DataError(
             f"{root}: no such folder. Name yours with --data-path, link it here (ln -s FOLDER {root}), or make one "

@@ -80,7 +80,7 @@ def learning_rate_scales(
     layers of `model.group_matcher`; 1: none.
     scales: (pattern, factor), which multiply.
 
-    Raises ConfigError for a pattern that matches nothing.
+    Raises ConfigError for a pattern that matches nothing, or nothing that is trained.
     """
     factors = {name: 1.0 for name, _ in model.named_parameters()}
     if layer_decay < 1:
@@ -88,6 +88,11 @@ def learning_rate_scales(
         for group in param_groups_layer_decay(model, layer_decay=layer_decay):
             factors |= {names[p]: group["lr_scale"] for p in group["params"]}
     for pattern, scale in scales:
-        for name in _match_some(model, pattern, "TRAIN.LR_SCALES"):
+        found = _match_some(model, pattern, "TRAIN.LR_SCALES")
+        if not any(model.get_parameter(name).requires_grad for name in found):
+            raise ConfigError(
+                f"TRAIN.LR_SCALES: all that {pattern!r} matches is frozen by TRAIN.FREEZE; remove one of the two"
+            )
+        for name in found:
             factors[name] *= scale
     return factors

@@ -49,6 +49,10 @@ class Report:
         return sum(sizes[n] for n in getattr(self, word)) / sum(sizes[n] for n in self._model)
 
     def __str__(self) -> str:
+        return self.describe(10)
+
+    def describe(self, shown: int) -> str:
+        """The numbers, and the first `shown` names of each list."""
         parts = [f"{len(self.matched)} tensors matched ({self.share('matched'):.2%} of parameters)"]
         for word in ("resized", "adapted", "missing", "unexpected", "misshapen", "new"):
             names = getattr(self, word)
@@ -58,7 +62,7 @@ class Report:
                 shapes = {n: [list(t[n].shape) for t in (self._file, self._model)] for n in names}
                 names = [f"{n} is {file} instead of {model}" for n, (file, model) in shapes.items()]
             if names:
-                parts.append(f"{shares}: {join_some(names)}")
+                parts.append(f"{shares}: {join_some(names, shown)}")
         return "; ".join(parts)
 
 
@@ -107,7 +111,9 @@ def load_pretrained(
     misnamed = found and _asked(model) not in found.variants
     if refused or (strict and misnamed):
         remedy = _remedy(found, model, fitted, refused)
-        raise CheckpointError(f"{path} does not fit {_asked(model)}. {remedy} In numbers: {report}")
+        raise CheckpointError(
+            f"{path} does not fit {_asked(model)}. {remedy} In numbers: {report.describe(2)}"
+        )
     loaded = {name: fitted[name] for name in report.matched + report.resized + report.adapted}
     refuse_nonfinite(path, loaded)
     model.load_state_dict(own | loaded)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint
+from engine.hub_folder import is_hub_folder
 from engine.pretrained import refuse_nonfinite
 from engine.weight_files import read_weights
 from models.convert import derived_buffers, to_official, to_ours
@@ -69,6 +70,10 @@ def inspect(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     """Compare every file of one checkpoint, or of all of a run, with its SHA-256; exit code 4 if one is damaged."""
+    if args.path.is_file() or is_hub_folder(args.path):
+        raise CheckpointError(
+            f"{args.path} is no run or checkpoint of this project, whose manifest.json has the SHA-256s to compare"
+        )
     folder = args.path / "checkpoints"
     steps = checkpoint.list_checkpoints(folder) if folder.is_dir() else [args.path]
     damaged = 0

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from engine import build, checkpoint, compat
 from engine.pretrained import refuse_nonfinite
+from engine.weight_files import hash_weights
 from tools.common.classifier import (
     CONFIG_SUFFIXES,
     Classifier,
@@ -173,6 +174,7 @@ def export(classifier: Classifier, args: argparse.Namespace, folder: Path) -> di
         record["files"][name] = {
             "file": file.name,
             "bytes": file.stat().st_size,
+            "sha256": hash_weights(file),
             "differences": compared.differences,
             "milliseconds": compared.milliseconds,
         }

@@ -40,6 +40,13 @@ def open_raw(args: argparse.Namespace) -> RawDataset:
             return Digits()
 
 
+def quality(text: str) -> int:
+    """The quality of a JPEG."""
+    if not (text.isdigit() and 1 <= int(text) <= 100):
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 to 100")
+    return int(text)
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -76,8 +83,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     cifar10.add_argument(
         "--quality",
-        type=int,
-        choices=range(1, 101),
+        type=quality,
         metavar="1…100",
         help="write JPEGs of this quality; without it lossless PNGs, which take longer to decode",
     )

@@ -387,9 +387,33 @@ def bzip2(root):
     return {}
 
 
+def tars_of_classes(root):
+    (root / "val").rename(root / "old")
+    (root / "val").mkdir()
+    write_tar(root / "old", root / "val" / "n01440764.tar")
+    write_tar(root / "val", root / "val.tar")
+    shutil.rmtree(root / "val")
+    return {}
+
+
+def dangling(root):
+    (root / "val").rename(root / "old")
+    (root / "val").symlink_to("/nowhere")
+    return {}
+
+
+def a_file(root):
+    shutil.rmtree(root)
+    root.touch()
+    return {}
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
+        (tars_of_classes, "prepared with `python tools/prepare.py imagenet DOWNLOAD OUT`"),
+        (dangling, "val: is a link to /nowhere, which does not exist"),
+        (a_file, "set: is a file, not a folder; expected <root>/train and"),
         (empty_class, "val: no image in class_9; expected at least one"),
         (linked_class, "val: no image in class_9; expected at least one"),
         (unknown_class, "val: class_x not in the class list of 3 (class_0, class_1, class_2); use"),

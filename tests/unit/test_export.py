@@ -4,6 +4,7 @@ pytest tests/unit/test_export.py                            # one ONNX file and 
 pytest tests/unit/test_export.py -m "slow or not slow"      # every format; needs onnx, onnxscript, onnxruntime and g++
 """
 
+import hashlib
 import json
 import math
 import os
@@ -159,7 +160,6 @@ def test_timm_loads_the_hugging_face_folder(small, tmp_path, monkeypatch):
     assert model.config.stages == ["LD"]
 
 
-@pytest.mark.slow
 def test_half_precision_halves_the_file_and_is_in_the_card(small, tmp_path):
     flags = ["--half", "--license", "apache-2.0", "--note", "Trained on pictures of cats."]
     assert export.main([str(small), str(tmp_path / "out"), "--to", "hf", *flags]) == 0
@@ -171,6 +171,8 @@ def test_half_precision_halves_the_file_and_is_in_the_card(small, tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     assert "license: apache-2.0" in text
     assert "rounded to float16" in text
+    shipped = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
+    assert f"{shipped}  model.safetensors" in text
     assert "## Note\n\nTrained on pictures of cats.\n" in text
     assert "--license" not in text
 

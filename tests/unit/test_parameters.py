@@ -144,3 +144,8 @@ def test_scales_by_name_multiply_and_reach_the_optimizer():
     assert learning_rate_scales(model, 1.0, [])["stem.0.weight"] == 1.0
     with pytest.raises(ConfigError, match=r"LR_SCALES: no parameter of the model matches 'off"):
         learning_rate_scales(model, 1.0, [("offsets", 0.1)])
+    freeze(model, "*,!head")
+    with pytest.raises(
+        ConfigError, match=r"all that 'stages\.3' matches is frozen by TRAIN\.FREEZE"
+    ):
+        learning_rate_scales(model, 1.0, [("stages.3", 0.1)])

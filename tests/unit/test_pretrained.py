@@ -411,6 +411,12 @@ def test_inspect_shows_what_a_run_and_a_file_hold(tmp_path, capsys):
     assert "not a DAT variant" in capsys.readouterr().out
 
 
+def test_verify_is_of_checkpoints(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert tool(["verify", str(tmp_path)]) == 4
+    assert "is no run or checkpoint of this project" in capsys.readouterr().err
+
+
 def test_verify_names_the_damaged_ones(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     older, newer = (run / "checkpoints" / f"step-{step}" for step in (3, 5))

@@ -79,7 +79,7 @@ def make_card(classifier: Classifier, origin: Origin, record: dict) -> str:
         "Images are prepared by": _preprocessing(classifier),
         "Mean, standard deviation": f"{images['mean']}, {images['std']} of values from 0 to 1{inside}",
         "Weights": f"{origin.name}, {KINDS[origin.kind]}{rounded}",
-        **({"SHA-256 of the weights": origin.sha256} if origin.sha256 else {}),
+        **({"SHA-256 of that file": origin.sha256} if origin.sha256 else {}),
         **(describe_training(origin.metadata) if origin.metadata else {}),
         "Exported with": f"code {environment['revision']}, torch {environment['versions']['torch']}",
     }
@@ -215,9 +215,10 @@ def describe_files(files: dict[str, dict]) -> str:
         for name, row in files.items()
     ]
     table = "\n".join(suite_table.format_table(header, body))
+    hashes = "\n".join(f"{row['sha256']}  {row['file']}" for row in files.values())
     return (
-        f"{table}\n\nEach file was loaded in a new process and compared with the model in PyTorch, on images of random "
-        "pixels."
+        f"{table}\n\nSHA-256, for `sha256sum --check`:\n\n```\n{hashes}\n```\n\n"
+        "Each file was loaded in a new process and compared with the model in PyTorch, on images of random pixels."
     )
 
 
