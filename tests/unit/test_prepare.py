@@ -614,6 +614,7 @@ def test_a_kill_before_the_first_record_leaves_no_obstacle(photos, tmp_path, cap
     source = downloads.write_archives(photos, tmp_path / "source")
     run("imagenet", source, out)
     assert contents(out) == expected(photos)
+    assert sorted(os.listdir(out)) == ["prepare.json", "train", "val"]
 
 
 def test_a_file_that_may_not_be_read(photos, tmp_path, capsys, monkeypatch):

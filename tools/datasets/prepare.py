@@ -54,6 +54,8 @@ def prepare(
                     )
                 _publish(out, split + OUTPUTS[to].suffix)
                 _report(raw, out, split, record["splits"][split])
+            for left in out.glob(f".tmp-{RECORD}-*"):  # by a kill
+                left.unlink()
             shutil.rmtree(out / WORK)
 
 
