@@ -1,6 +1,6 @@
 # make demo        train and evaluate a small DAT on handwritten digits, from nothing
 # make test-fast   the unit tests; a minute on 2 cores
-# make test        also training runs, faults, and parity with the released code; six and a half minutes
+# make test        also training runs, faults, and parity with the released code; four minutes
 # make test-all    also the slow tests; quarter of an hour
 # make scorecard   what a run survives, in its short form; ten minutes
 # make lint        style
