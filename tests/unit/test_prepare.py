@@ -583,7 +583,8 @@ def test_a_download_in_another_layout(photos, tmp_path, capsys):
     for file in val.glob("*.JPEG"):
         file.rename(val / "n01440764" / file.name)
     message = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "a")
-    assert f"{val}: holds no image; expected images ILSVRC2012_val_*.JPEG, not yet" in message
+    assert f"{val}: holds no image; expected images ILSVRC2012_val_*.JPEG; sorted" in message
+    assert f"name {val.parent} with --data-path" in message
     source = downloads.write_kaggle(photos, tmp_path / "named")
     train = source / "ILSVRC/Data/CLS-LOC/train"
     (train / "n01440764").rename(train / "tench")

@@ -207,7 +207,10 @@ class Kaggle(ImageNet):
         """In words."""
         if split == "train":
             return "class folders, n01440764 and 999 more"
-        return "images ILSVRC2012_val_*.JPEG, not yet sorted into folders"
+        return (
+            "images ILSVRC2012_val_*.JPEG; sorted into class folders already, they need no preparation: "
+            f"name {self._root} with --data-path"
+        )
 
     def parts(self, split: str) -> Iterator[Part]:
         """The class folders; all validation images."""
