@@ -3,7 +3,6 @@
 Touvron et al. 2021 (DeiT, arXiv 2012.12877), formulas 2 and 3.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import models
 from engine import checkpoint
 from engine.hub_folder import is_hub_folder, read_hub_folder
 from engine.pretrained import load_pretrained
-from engine.weight_files import find_file, read_weights
+from engine.weight_files import find_file, hash_weights, read_weights
 from models.dat import VARIANTS
 from models.identify import identify
 from utils.errors import CheckpointError, ConfigError
@@ -57,8 +56,7 @@ def weights_file(path: Path) -> Path:
 def fingerprint(path: Path) -> str:
     """SHA-256 of a teacher's weights. Raises CheckpointError where there are none."""
     try:
-        with weights_file(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_weights(weights_file(path))
     except OSError as error:
         raise CheckpointError(f"DISTILL.TEACHER_PATH {path}: {error.strerror}") from error
 

@@ -158,12 +158,12 @@ def _named_classes(cfg: CfgNode, path: Path) -> tuple[list[str] | None, str]:
     """
     listed = build.class_list(cfg)
     named = label_names(path) if is_hub_folder(path) else None
+    if listed and named and listed != named and data.same_names(listed, named):
+        raise ConfigError(
+            f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} has the classes of {path / CONFIG} in another order; the order of "
+            "the weights counts. Leave it out."
+        )
     if listed is not None or named is None:
-        if named and listed != named and data.same_names(listed, named):
-            raise ConfigError(
-                f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} has the classes of {path / CONFIG} in another order; the order "
-                "of the weights counts. Leave it out."
-            )
         return listed, "DATA.CLASS_LIST"
     logger.info(
         f"{path / CONFIG} names {quantity(len(named), 'class')}; if your folders have other names, list them in the "

@@ -48,7 +48,7 @@ def read_hub_folder(folder: Path) -> HubFolder:
         raise CheckpointError(f"{file}: no configuration of a timm model ({error!r})") from error
     if count is None:
         raise CheckpointError(f"{file}: does not say num_classes")
-    classes = label_names(folder)
+    classes = _label_names(content, file)
     if classes is not None and len(classes) != count:
         raise CheckpointError(f"{file}: {len(classes)} label_names for {count} classes")
     return HubFolder(name, args, settings, count, classes, described)
@@ -75,11 +75,9 @@ def evaluation_values(settings: PretrainedCfg) -> dict[str, dict]:
 
 def read_evaluation_values(folder: Path) -> dict[str, dict]:
     """`evaluation_values` of the config.json of `folder`; empty where it is not timm's."""
-    return (
-        evaluation_values(read_hub_folder(folder).settings)
-        if "pretrained_cfg" in _read(folder / CONFIG)
-        else {}
-    )
+    if "pretrained_cfg" not in _read(folder / CONFIG):
+        return {}
+    return evaluation_values(read_hub_folder(folder).settings)
 
 
 def label_names(folder: Path) -> list[str] | None:
@@ -88,7 +86,10 @@ def label_names(folder: Path) -> list[str] | None:
     Raises CheckpointError where it cannot be read.
     """
     file = folder / CONFIG
-    content = _read(file)
+    return _label_names(_read(file), file)
+
+
+def _label_names(content: dict, file: Path) -> list[str] | None:
     try:
         names = content.get("label_names", content.get("pretrained_cfg", {}).get("label_names"))
         if isinstance(names, dict):  # from index to name
