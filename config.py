@@ -539,11 +539,20 @@ def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
             )
     scale = train.GLOBAL_BATCH_SIZE / train.LR_BASE_SIZE
     if train.OPTIMIZER.NAME == "adamw" and scale > 1 and train.BASE_LR * scale > 0.02:
-        message = (
-            f"per {train.LR_BASE_SIZE} images, a rate of {train.BASE_LR * scale:g}, which AdamW does not survive; "
-            f"if it was scaled already, write {train.BASE_LR / scale:g}"
+        scaled = train.BASE_LR <= 0.02
+        advice = (
+            f"if it was scaled already, write {train.BASE_LR / scale:g}" if scaled else "lower it"
         )
+        message = f"per {train.LR_BASE_SIZE} images, a rate of {train.BASE_LR * scale:g}, which AdamW does not survive"
+        message += f"; {advice}"
         yield "TRAIN.BASE_LR TRAIN.GLOBAL_BATCH_SIZE", message
+    name = train.OPTIMIZER.NAME
+    if (
+        name in ("adamw", "lamb", "lion")
+        and KEYS["TRAIN.OPTIMIZER.MOMENTUM"].default != train.OPTIMIZER.MOMENTUM
+    ):
+        message = f"{name} does not use it; set TRAIN.ADAM_BETAS"
+        yield "TRAIN.OPTIMIZER.MOMENTUM TRAIN.OPTIMIZER.NAME", message
 
 
 def _teacher_conflicts(distill: CfgNode) -> Iterator[Conflict]:
@@ -572,7 +581,7 @@ def _augmentation_conflicts(aug: CfgNode, data: CfgNode, batch: int) -> Iterator
     if min(min(s) if isinstance(s, list) else s for s in sizes) < 2 * aug.PADDING:
         message = "more border than image; the usual padding of CIFAR is 4 for 32 pixels"
         yield "AUG.PADDING DATA.IMG_SIZE DATA.IMG_SIZE_SCHEDULE", message
-    if aug.ON_DEVICE and not aug.AUTO_AUGMENT.startswith("rand-"):
+    if aug.ON_DEVICE and aug.AUTO_AUGMENT.partition("-")[0] != "rand":
         message = "only RandAugment runs on the device; set AUG.AUTO_AUGMENT to rand-…, or AUG.ON_DEVICE to False"
         yield "AUG.ON_DEVICE AUG.AUTO_AUGMENT", message
     if aug.ON_DEVICE and data.INTERPOLATION not in ("bilinear", "bicubic"):

@@ -20,10 +20,11 @@ from yacs.config import CfgNode
 import data
 import models
 from analysis import imagenet
-from engine import agreement, compat, suite
+from engine import agreement, checkpoint, compat, suite
 from engine.compilation import compile_model
 from engine.distill import Colours, Distillation, fingerprint, load_teacher
 from engine.grad_sync import DDPSync, DeterministicSync, GradSync, wrap_in_ddp
+from engine.hub_folder import hub_folder_of, read_evaluation_values
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
 from engine.parameters import freeze, learning_rate_scales
@@ -404,6 +405,7 @@ def build_state(
     if fresh and cfg.CHECKPOINT.PRETRAINED:
         path = download(cfg.CHECKPOINT.PRETRAINED)
         load_pretrained(model, path, strict=False, classes=classes)
+        warn_of_other_colours(cfg, path)
     freeze_some(cfg.TRAIN, model)
     optimizer = build_optimizer(cfg.TRAIN, model)
     ema = build_ema(cfg.TRAIN, model) if cfg.TRAIN.EMA_DECAY else None
@@ -417,13 +419,26 @@ def build_state(
     )
 
 
+def warn_of_other_colours(cfg: CfgNode, path: Path) -> None:
+    """Warn where the weights at `path` say that they were trained on images normalised otherwise than this run's."""
+    if step := checkpoint.origin_of(path):
+        saved = checkpoint.read_metadata(step)
+    elif folder := hub_folder_of(path):
+        saved = {"config": read_evaluation_values(folder)}
+    else:
+        return
+    names = ("DATA.MEAN", "DATA.STD")
+    for change in compat.list_evaluation_changes(saved, {"config": to_dict(cfg)}, names):
+        logger.warning(f"The weights of {path} were trained with other colours: {change}")
+
+
 def freeze_some(train: CfgNode, model: nn.Module) -> None:
     """Freeze the parameters of `model` that TRAIN.FREEZE names."""
     if train.FREEZE:
         freeze(model, train.FREEZE)
-        sizes = [(p.numel() / 1e6, p.requires_grad) for p in model.parameters()]
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         trained, total = sum(n for n, needed in sizes if needed), sum(n for n, _ in sizes)
-        logger.info(f"Trained: {trained:.2f} M of {total:.2f} M parameters; the others are frozen")
+        logger.info(f"Trained: {trained:,} of {total:,} parameters; the others are frozen")
 
 
 def build_ema(train: CfgNode, model: nn.Module) -> ModelEmaV3:

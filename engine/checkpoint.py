@@ -21,7 +21,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from engine.optim import STATE
+from analysis.runs import flatten
+from engine.optim import OPTIMIZERS, STATE
 from engine.state import TrainState
 from utils import first_edition
 from utils.errors import CheckpointError, StopRequested, StorageError
@@ -405,16 +406,25 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def restore(path: Path, state: TrainState) -> None:
     """Load the checkpoint at `path`, which has been verified, into `state`: all of it or a CheckpointError.
 
-    Hyper-parameters are not loaded: they come from the configuration.
+    Hyper-parameters are not loaded: they come from the configuration. After another optimizer, this one starts without
+    a state.
     """
+    metadata = read_metadata(path)
     load_strictly(state.model, path / "model.safetensors")
     if state.ema is not None:
         file = path / "ema.safetensors"
         if not file.exists():
             logger.warning(f"{path} has no EMA: it starts from the checkpoint's weights")
         load_strictly(state.ema.module, file if file.exists() else path / "model.safetensors")
-    _restore_optimizer(path / "optimizer.safetensors", state)
-    state.load_counters(read_metadata(path))
+    settings = first_edition.LATER_KEYS | flatten(metadata.get("config", {}))
+    name = settings["TRAIN.OPTIMIZER.NAME"]
+    if OPTIMIZERS.get(name) is type(state.optimizer):
+        _restore_optimizer(path / "optimizer.safetensors", state)
+    else:
+        optimizer = type(state.optimizer).__name__
+        logger.warning(f"{path} has the optimizer state of {name}: {optimizer} starts without one")
+        state.set_optimizer_tensors({})
+    state.load_counters(metadata)
 
 
 def load_strictly(model: nn.Module, file: Path) -> None:
@@ -436,7 +446,8 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], file: Path)
     if problems:
         raise CheckpointError(
             f"{file} is of another model: {join_some(problems)}. "
-            "Set MODEL.NAME and MODEL.ARGS as in the checkpoint's state.json."
+            "Set MODEL.NAME, MODEL.ARGS, DATA.IMG_SIZE and DATA.IN_CHANS as in the checkpoint's state.json. To fit the "
+            "weights to another size, evaluate with --sizes or start a new run with --pretrained."
         )
     model.load_state_dict(tensors)
 

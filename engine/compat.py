@@ -22,6 +22,7 @@ from utils import first_edition
 from utils.distributed import Process
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.logging import logger
+from utils.text import compare_names
 from utils.version import __version__
 
 # A position counts steps of one model on one class list: with others it would mean something else.
@@ -30,6 +31,9 @@ REQUIRED = {
     "classes": "point --data-path to the data it was trained on",
     "steps_per_epoch": "restore the training images and TRAIN.GLOBAL_BATCH_SIZE",
 }
+
+# What may change the shapes of weights.
+SHAPES = ("MODEL.ARGS", "DATA.IMG_SIZE", "DATA.IN_CHANS")
 
 # What changes no weight and no accuracy: paths, frequencies of printing, and settings whose effect another name shows.
 # Everything else has to be accepted, new keys too.
@@ -77,10 +81,14 @@ def check_resume(path: Path, metadata: dict, accept: str) -> None:
     saved = checkpoint.read_metadata(path)
     for name, remedy in REQUIRED.items():
         if saved[name] != metadata[name]:
-            before, now = _shorten(saved[name]), _shorten(metadata[name])
+            before, now = saved[name], metadata[name]
+            if name == "classes":
+                difference = f"its classes differ from this run's; it {compare_names(before, now)}"
+            else:
+                difference = f"its {name} is {before}, this run's is {now}"
             raise CheckpointError(
-                f"{path} cannot be resumed: its {name} is {before}, this run's is {now}. "
-                f"Either {remedy}, or start a new run from its weights: --pretrained {path} --tag NAME."
+                f"{path} cannot be resumed: {difference}. Either {remedy}, or start a new run from its weights: "
+                f"--pretrained {path} --tag NAME."
             )
     before, now = first_edition.LATER_KEYS | _by_name(saved), _by_name(metadata)
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
@@ -100,9 +108,12 @@ def check_resume(path: Path, metadata: dict, accept: str) -> None:
     if refused:
         kind = DataError if {"data", "val_data"}.intersection(refused) else CheckpointError
         changes = "\n  ".join(_describe_change(name, before, now) for name in refused)
+        remedy = f"Undo the change, or if it is intended add --accept {','.join(refused)}"
+        if any(name.startswith(SHAPES) for name in refused):
+            remedy += f". If the weights do not fit then, start a new run from them: --pretrained {path} --tag NAME"
         raise kind(
             f"{path} was written with different settings; resuming would change the result:\n  {changes}\n"
-            f"Undo the change, or if it is intended add --accept {','.join(refused)}"
+            f"{remedy}"
         )
 
 

@@ -17,12 +17,12 @@ import models
 from engine import checkpoint
 from engine.hub_folder import is_hub_folder, read_hub_folder
 from engine.pretrained import load_pretrained
-from engine.weight_files import find_file, hash_weights, read_weights
+from engine.weight_files import find_file, hash_weights, read_weights, warn_if_average_is_better
 from models.dat import VARIANTS
 from models.identify import identify
 from utils.errors import CheckpointError, ConfigError
 from utils.logging import logger
-from utils.text import join_some
+from utils.text import compare_names
 
 GIVEN_ARGS = ("num_classes", "img_size", "drop_path_rate")  # of a teacher, decided here
 
@@ -81,6 +81,7 @@ def load_teacher(path: Path, name: str, classes: list[str], device: torch.device
         colours = Colours(settings.mean, settings.std)
     elif path.is_dir():
         metadata = checkpoint.read_metadata(file.parent)
+        warn_if_average_is_better(file.parent)
         _require_classes(path, metadata["classes"], classes)
         settings, sample = metadata["config"]["MODEL"], metadata["config"]["DATA"]
         name, args, size = settings["NAME"], settings["ARGS"], sample["IMG_SIZE"]
@@ -134,14 +135,13 @@ def _load_weights(model: nn.Module, file: Path, name: str, num_classes: int) -> 
 def _require_classes(path: Path, saved: list[str], classes: list[str]) -> None:
     if saved == classes:
         return
+    remedy = ""
     if sorted(saved) == sorted(classes):
-        found = "in another order; name that order with DATA.CLASS_LIST"
-    else:
-        known, own = set(saved), set(classes)
-        found = f"{len(saved)} classes, this training {len(classes)}"
-        for what, names in (("lacks", own - known), ("has besides", known - own)):
-            found += f"; it {what} {join_some(sorted(names), 5)}" if names else ""
-    raise CheckpointError(f"DISTILL.TEACHER_PATH {path}: the teacher has {found}")
+        remedy = ". Name that order with DATA.CLASS_LIST"
+    difference = compare_names(saved, classes)
+    raise CheckpointError(
+        f"DISTILL.TEACHER_PATH {path}: its classes differ from this training's; the teacher {difference}{remedy}"
+    )
 
 
 # --- Loss -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from analysis.suite_table import markdown
 from engine import agreement, build, checkpoint, compat, suite
 from engine.compilation import explain_compile_errors
 from engine.hooks import WatchedLoader, watch_evaluation
-from engine.hub_folder import CONFIG, is_hub_folder, label_names, read_evaluation_values
+from engine.hub_folder import CONFIG, hub_folder_of, label_names, read_evaluation_values
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
 from engine.sanity import class_order_warnings
@@ -157,19 +157,20 @@ def _named_classes(cfg: CfgNode, path: Path) -> tuple[list[str] | None, str]:
     Raises ConfigError where both have the same classes in another order.
     """
     listed = build.class_list(cfg)
-    named = label_names(path) if is_hub_folder(path) else None
+    folder = hub_folder_of(path)
+    named = label_names(folder) if folder else None
     if listed and named and listed != named and data.same_names(listed, named):
         raise ConfigError(
-            f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} has the classes of {path / CONFIG} in another order; the order of "
-            "the weights counts. Leave it out."
+            f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} has the classes of {folder / CONFIG} in another order; the order "
+            "of the weights counts. Leave it out."
         )
     if listed is not None or named is None:
         return listed, "DATA.CLASS_LIST"
     logger.info(
-        f"{path / CONFIG} names {quantity(len(named), 'class')}; if your folders have other names, list them in the "
+        f"{folder / CONFIG} names {quantity(len(named), 'class')}; if your folders have other names, list them in the "
         "same order with DATA.CLASS_LIST"
     )
-    return named, str(path / CONFIG)
+    return named, str(folder / CONFIG)
 
 
 def report_labels(cfg: CfgNode, classes: list[str], source: str | None) -> None:
@@ -217,9 +218,9 @@ def changes_since_training(
     val_data: fingerprint of the validation images, None where they are not evaluated. size: instead of DATA.IMG_SIZE.
     """
     saved, where = weights.metadata, "the run's own evaluation"
-    if saved is None and is_hub_folder(weights.path):
-        saved = {"config": read_evaluation_values(weights.path)}
-        where = str(weights.path / CONFIG)
+    if saved is None and (folder := hub_folder_of(weights.path)):
+        saved = {"config": read_evaluation_values(folder)}
+        where = str(folder / CONFIG)
     if saved is None:
         return []
     now = {"decoder": data.decoder_fingerprint(), "config": to_dict(cfg)}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from timm.models import PretrainedCfg
 
+from engine.weight_files import HUB_FILES
 from utils.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -31,6 +32,13 @@ class HubFolder:
 def is_hub_folder(path: str | Path) -> bool:
     """Whether `path` is a folder with a config.json."""
     return bool(path) and Path(path, CONFIG).is_file()
+
+
+def hub_folder_of(path: Path) -> Path | None:
+    """The folder with a config.json that weights at `path` are from: `path`, or the one with this file of weights."""
+    named = path.name.removesuffix(".index.json") in HUB_FILES
+    folder = path.parent if named else path
+    return folder if is_hub_folder(folder) else None
 
 
 def read_hub_folder(folder: Path) -> HubFolder:

@@ -8,6 +8,13 @@ import torch
 from timm.optim import Lamb, Lion, Muon, create_optimizer_v2
 from torch import Tensor, nn
 
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "lamb": Lamb,
+    "lion": Lion,
+    "muon": Muon,
+}
 # What an optimizer keeps of a parameter; Muon keeps the second set of those that it leaves to AdamW.
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 STATE = {

@@ -7,7 +7,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from engine import checkpoint
-from engine.hub_folder import is_hub_folder, label_names
+from engine.hub_folder import hub_folder_of, label_names
 from engine.weight_files import read_weights
 from models.convert import to_ours
 from models.dat import DAT
@@ -171,7 +171,8 @@ def _named_classes(path: Path) -> list[str] | None:
     """The classes that come with the weights at `path`, in the order of the classifier; None of a bare file."""
     if step := checkpoint.origin_of(path):
         return checkpoint.read_metadata(step)["classes"]
-    return label_names(path) if is_hub_folder(path) else None
+    folder = hub_folder_of(path)
+    return label_names(folder) if folder else None
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:

@@ -194,19 +194,20 @@ def validate_epoch(
 ) -> bool:
     """Evaluate the model and its EMA and record the accuracies; whether the higher one is the run's best so far."""
     weights = {"val": state.model} | ({"val_ema": state.ema.module} if state.ema else {})
-    values, best = {"epoch": state.epoch + 1}, 0.0
+    values, accuracies = {"epoch": state.epoch + 1}, {}
     for name, model in weights.items():
         result = score(cfg, loader, model, process)
         log_accuracy(result, name)
         values |= {f"{name}/{key}": getattr(result, key) for key in ("acc1", "acc5", "loss")}
-        best = max(best, result.acc1)
+        accuracies[name] = result.acc1
     if process.is_main:
         numbers, pictures = probe_offsets(cfg, loader, state.model, process)
         writer.metrics(state.step, values | numbers)
         writer.pictures(state.step, pictures)
-    improved = best > state.best["acc1"]
+    best = max(accuracies, key=accuracies.get)
+    improved = accuracies[best] > state.best["acc1"]
     if improved:
-        state.best = {"acc1": best, "step": state.step}
+        state.best = {"acc1": accuracies[best], "step": state.step, "ema": best == "val_ema"}
     logger.info(f"Max accuracy: {state.best['acc1']:.2f}%")
     return improved
 

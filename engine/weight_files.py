@@ -221,6 +221,8 @@ def read_weights(path: Path, *, ema: bool = False, key: str | None = None) -> di
         file = step / ("ema.safetensors" if ema else "model.safetensors")
         if not file.exists():
             raise CheckpointError(f"{step} has no EMA: its run had TRAIN.EMA_DECAY 0")
+        if not ema:
+            warn_if_average_is_better(step)
         return checkpoint.read_tensors(file)
     if path.is_dir():
         path = find_file(path)
@@ -229,6 +231,17 @@ def read_weights(path: Path, *, ema: bool = False, key: str | None = None) -> di
     if removed:
         logger.info(f"{path}: removed {', '.join(removed)}")
     return tensors
+
+
+def warn_if_average_is_better(path: Path) -> None:
+    """Warn who takes the weights of the checkpoint at `path` where its average made it the run's best."""
+    metadata = checkpoint.read_metadata(path)
+    best = metadata["best"]
+    if best.get("ema") and best["step"] == metadata["step"]:
+        logger.warning(
+            f"{path} is its run's best by the average (EMA) of its weights, {best['acc1']:.2f} % top-1. That average "
+            f"is not taken: `tools/checkpoint.py strip {path} FILE.safetensors --ema` writes it"
+        )
 
 
 def hash_weights(path: Path) -> str:
@@ -245,9 +258,12 @@ def _hash_file(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
 def find_file(folder: Path) -> Path:
     """The file of weights in a `folder`, as the Hugging Face hub and people have them. Raises CheckpointError."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in HUB_FILES:
         for file in (folder / name, folder / f"{name}.index.json"):
             if file.is_file():
                 return file

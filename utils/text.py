@@ -19,6 +19,17 @@ def quantity(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'es' if noun.endswith(('s', 'x', 'tch', 'sh')) else 's'}"
 
 
+def compare_names(names: Sequence[str], others: Sequence[str]) -> str:
+    """How `names` differ from `others`: "lacks eel and has besides cat, dog", or "has them in another order"."""
+    lacking, more = set(others) - set(names), set(names) - set(others)
+    parts = [
+        f"{verb} {join_some(sorted(some), 5)}"
+        for verb, some in (("lacks", lacking), ("has besides", more))
+        if some
+    ]
+    return " and ".join(parts) or "has them in another order"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a message: the entry of `known` most like `word`; empty if none is."""
     match = difflib.get_close_matches(word, known, n=1)

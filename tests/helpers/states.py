@@ -8,7 +8,7 @@ from torch import nn
 
 from engine import checkpoint
 from engine.checkpoint import TrainState
-from engine.optim import create_optimizer
+from engine.optim import OPTIMIZERS, create_optimizer
 
 
 def make_optimizer(model: nn.Module, name: str = "adamw", weight_decay: float = 0.01):
@@ -39,8 +39,10 @@ def make_state(
 
 
 def save_state(folder: Path, state: TrainState, metadata: dict | None = None) -> Path:
-    """Write `state` as a checkpoint in `folder`; its path."""
-    files = checkpoint.snapshot(state, metadata or {})
+    """Write `state` as a checkpoint in `folder`; its path. metadata: beside the name of the optimizer."""
+    (name,) = (name for name, kind in OPTIMIZERS.items() if kind is type(state.optimizer))
+    settings = {"config": {"TRAIN": {"OPTIMIZER": {"NAME": name}}}}
+    files = checkpoint.snapshot(state, settings | (metadata or {}))
     return checkpoint.write(folder, f"step-{state.step}", files)
 
 

@@ -302,10 +302,10 @@ def test_a_file_of_weights_needs_a_folder_for_its_predictions(trees, capsys):
 
 
 def test_a_hugging_face_folder_names_its_classes(trees, tmp_path, capsys):
-    def top1(out, *more):
+    def top1(out, name=""):
         argv = command(trees, tmp_path / out)
-        argv[argv.index("--pretrained") + 1] = str(tmp_path)
-        assert main.main([*argv, *more]) == 0
+        argv[argv.index("--pretrained") + 1] = str(tmp_path / name)
+        assert main.main(argv) == 0
         return results_of(capsys)["rows"][0]["top1"]
 
     shutil.copy(trees / "colour.safetensors", tmp_path / "model.safetensors")
@@ -313,6 +313,7 @@ def test_a_hugging_face_folder_names_its_classes(trees, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"label_names": WNIDS[::-1]}))
     assert known == 75
     assert top1("named") < 1
+    assert top1("file", "model.safetensors") < 1
     argv = command(trees, tmp_path / "listed", "--opts", "DATA.CLASS_LIST", "imagenet-1k")
     argv[argv.index("--pretrained") + 1] = str(tmp_path)
     assert main.main(argv) == 2

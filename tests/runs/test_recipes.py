@@ -83,7 +83,7 @@ def test_a_run_whose_teacher_knows_other_classes_does_not_start(images, unbroken
     other = write_image_folder(tmp_path / "other", classes=3, train=13)
     teacher = "--opts", f"DISTILL.TEACHER_PATH={unbroken / 'dat_micro/run'}"
     assert main.main(arguments(tmp_path, other, *teacher)) == 4
-    assert "has 4 classes, this training 3; it has besides class_3" in capsys.readouterr().err
+    assert "differ from this training's; the teacher has besides class_3" in capsys.readouterr().err
 
 
 def test_wrong_names_of_parameters_are_refused_before_the_data_are_opened(tmp_path, capsys):

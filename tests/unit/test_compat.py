@@ -78,6 +78,13 @@ def changed(name: str, value: object) -> dict:
     return metadata
 
 
+def test_other_shapes_and_other_classes_are_refused_with_what_helps(saved):
+    with pytest.raises(CheckpointError, match=f"do not fit then, .*--pretrained {saved} --tag"):
+        compat.check_resume(saved, changed("MODEL.ARGS", {"dims": [9, 9]}), "")
+    with pytest.raises(CheckpointError, match=r"it lacks eel and has besides dog.*--pretrained"):
+        compat.check_resume(saved, changed("classes", ["cat", "eel"]), "")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
@@ -97,7 +104,7 @@ def changed(name: str, value: object) -> dict:
     ],
 )
 def test_what_changes_bits_has_to_be_accepted(name, value, error, saved, warnings):
-    with pytest.raises(error, match=f"(?s){name} was .*, is .*--accept {name}$"):
+    with pytest.raises(error, match=f"(?s){name} was .*, is .*--accept {name}\\b"):
         compat.check_resume(saved, changed(name, value), "")
     assert warnings == []
     compat.check_resume(saved, changed(name, value), f"TRAIN.EPOCHS,{name}")
@@ -229,7 +236,7 @@ def test_a_changed_value_under_a_renamed_key_is_noticed(name, value, old):
     compat.check_resume(FIRST_EDITION, metadata, "")
     *groups, last = name.split(".")
     functools.reduce(dict.__getitem__, groups, metadata["config"])[last] = value
-    with pytest.raises(CheckpointError, match=f"(?s){name} was .*, is .*--accept {name}$"):
+    with pytest.raises(CheckpointError, match=f"(?s){name} was .*, is .*--accept {name}\\b"):
         compat.check_resume(FIRST_EDITION, metadata, "")
 
 

@@ -126,9 +126,9 @@ def test_a_hugging_face_folder_is_a_teacher(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (["ant", "bee"], "has 4 classes, this training 2; it has besides cat, dog"),
-        ([*CLASSES[:3], "eel"], "4 classes, this training 4; it lacks eel; it has besides dog"),
-        (CLASSES[::-1], "in another order; name that order with DATA.CLASS_LIST"),
+        (["ant", "bee"], "the teacher has besides cat, dog"),
+        ([*CLASSES[:3], "eel"], "the teacher lacks eel and has besides dog"),
+        (CLASSES[::-1], "has them in another order. Name that order with DATA.CLASS_LIST"),
     ],
 )
 def test_a_run_of_other_classes_is_refused(run, classes, message):

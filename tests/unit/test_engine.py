@@ -276,8 +276,24 @@ def test_other_folders_beside_checkpoints_are_none(tmp_path):
     assert checkpoint.list_checkpoints(tmp_path) == [path] == [checkpoint.latest(tmp_path)]
 
 
-def test_the_state_of_another_optimizer_is_refused(tmp_path):
-    path = save_state(tmp_path, make_state(optimizer="lion"))
+@pytest.mark.parametrize("before", ["sgd", "lamb", "muon"])
+@EACH_OPTIMIZER
+def test_another_optimizer_starts_without_a_state(optimizer, before, tmp_path, logged_warnings):
+    old = make_state(optimizer=before)
+    train_a_little(old)
+    state = make_state(optimizer=optimizer)
+    checkpoint.restore(save_state(tmp_path, old), state)
+    assert bits(state) == bits(old)
+    if before != optimizer:
+        assert state.optimizer_tensors() == {}
+        assert f"has the optimizer state of {before}: " in logged_warnings[-1]
+    train_a_little(state)
+    checkpoint.restore(save_state(tmp_path, state), make_state(optimizer=optimizer))
+
+
+def test_an_optimizer_state_of_other_tensors_is_refused(tmp_path):
+    adamw = {"config": {"TRAIN": {"OPTIMIZER": {"NAME": "adamw"}}}}
+    path = save_state(tmp_path, make_state(optimizer="lion"), adamw)
     with pytest.raises(CheckpointError, match=r"state of AdamW .* has exp_avg instead of exp_avg,"):
         checkpoint.restore(path, make_state())
 

@@ -75,10 +75,10 @@ def test_files_of_weights_and_hugging_face_folders_predict_the_same(run, tmp_pat
         safe_serialization=True,
         data_config={"crop_mode": "squash", "crop_pct": 1.0, "input_size": (3, 32, 32)},
     )
-    flags = ("--pretrained", tmp_path / "hf", "--batch-size", "4")
-    text = predictions(tmp_path, images / "val", *flags)
-    assert read_csv(text) == expected
-    assert {row["name1"] for row in csv.DictReader(io.StringIO(text))} <= {*names, "a cat"}
+    for path in (tmp_path / "hf", tmp_path / "hf" / "model.safetensors"):
+        text = predictions(tmp_path, images / "val", "--pretrained", path, "--batch-size", "4")
+        assert read_csv(text) == expected
+        assert {row["name1"] for row in csv.DictReader(io.StringIO(text))} <= {*names, "a cat"}
 
 
 def test_the_ema_is_another_model(run, tmp_path):

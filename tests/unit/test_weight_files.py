@@ -514,6 +514,16 @@ def test_the_manifest_decides_what_a_checkpoint_is(tmp_path, capsys):
     assert "problem" in capsys.readouterr().out
 
 
+def test_weights_whose_average_was_the_runs_best_are_named(tmp_path, logged_warnings):
+    for ema in (False, True):
+        state = make_state(3)
+        state.best = {"acc1": 70.0, "step": 3, "ema": ema}
+        (tmp_path / str(ema)).mkdir()
+        read_weights(save_state(tmp_path / str(ema), state))
+        assert len(logged_warnings) == ema
+    assert "best by the average (EMA) of its weights, 70.00 % top-1" in logged_warnings[0]
+
+
 # --- Channels and remedies ------------------------------------------------------------------------
 
 

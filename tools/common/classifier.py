@@ -21,7 +21,13 @@ from yacs.config import CfgNode
 import config
 from analysis import imagenet
 from engine import build, checkpoint
-from engine.hub_folder import evaluation_values, is_hub_folder, read_hub_folder
+from engine.hub_folder import (
+    evaluation_values,
+    hub_folder_of,
+    is_hub_folder,
+    label_names,
+    read_hub_folder,
+)
 from engine.loop import autocast
 from engine.pretrained import load_pretrained
 from engine.weight_files import read_weights
@@ -142,11 +148,12 @@ def load_classifier(
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind)
-    described = None
+    described = folder = None
+    if args.pretrained and not (args.cfg or args.model):
+        folder = hub_folder_of(Path(args.pretrained))
     if args.resume:
         cfg, model, classes, title = _load_run(Path(args.resume), args.ema, opts, device)
-    elif is_hub_folder(args.pretrained):
-        folder = Path(args.pretrained)
+    elif folder:
         cfg, model, classes, described, title = _load_folder(folder, opts, device)
     elif args.pretrained:
         cfg, model, classes, title = _load_file(args, opts, device)
@@ -279,9 +286,13 @@ def _load_file(args: argparse.Namespace, opts: list[str], device: torch.device) 
         cfg = _timm_config(args.model, opts)
     else:
         cfg = _identified_config(path, opts)
-    step = checkpoint.origin_of(path)
-    saved = checkpoint.read_metadata(step)["classes"] if step else build.class_list(cfg)
-    classes = saved or default_classes(cfg.MODEL.NUM_CLASSES or 1000)
+    if step := checkpoint.origin_of(path):
+        named = checkpoint.read_metadata(step)["classes"]
+    elif folder := hub_folder_of(path):
+        named = label_names(folder)
+    else:
+        named = build.class_list(cfg)
+    classes = named or default_classes(cfg.MODEL.NUM_CLASSES or 1000)
     model = build.build_model(cfg, len(classes), device)
     load_pretrained(model, path, strict=True)
     return cfg, model, classes, f"{cfg.MODEL.NAME}, {path}"

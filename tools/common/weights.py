@@ -109,7 +109,8 @@ def describe_training(step: Path) -> dict[str, object]:
         "step": f"{metadata['step']}, after {metadata['epoch']} complete epochs",
     }
     if best["step"]:
-        rows["best"] = f"{best['acc1']:.3f} % top-1 so far, at step {best['step']}"
+        whose = " of the average" if best.get("ema") else ""
+        rows["best"] = f"{best['acc1']:.3f} % top-1{whose} so far, at step {best['step']}"
     if arguments := metadata["config"]["MODEL"]["ARGS"]:
         rows["MODEL.ARGS"] = arguments
     folder = step.resolve().parent
