@@ -2,7 +2,7 @@
 
 The index is used as long as no folder has changed. A folder's change time moves when a file or folder in it is added,
 removed or renamed, and unlike its modification time no copy keeps it. A file overwritten in place changes nothing but
-itself: the index still has its old size, and its new content is read all the same.
+itself: the index still has its old size. Its new content is read if it has that size, and refused otherwise.
 """
 
 import contextlib
@@ -176,6 +176,11 @@ def save_listing(split: Path, listing: Listing) -> None:
             with replace_atomically(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, **listing._asdict())
             return
+
+
+def find_indices(split: Path) -> list[Path]:
+    """The files that keep a listing of `split`."""
+    return [path for path in _index_paths(split) if path.exists()]
 
 
 def _sorted(names: list[np.ndarray], sizes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from data.listing import (
     HEAD_BYTES,
     HIDDEN,
     LOOSE,
+    find_indices,
     is_hidden,
     is_image,
     load_listing,
@@ -33,7 +34,7 @@ from data.listing import (
 )
 from data.names import Names
 from data.pack import INFO, read_index, shard_name
-from data.ranges import File, LocalFile, open_files
+from data.ranges import File, LocalFile, open_files, status_of
 from data.raw_forms import describe_raw_form
 from data.remote import RemotePath
 from utils.errors import DataError
@@ -95,6 +96,13 @@ class Reader:
         """The bytes of image `index`; OSError, EOFError, ValueError or zlib.error if damaged."""
         raise NotImplementedError
 
+    def state(self, index: int) -> list[int | str]:
+        """Of the file that image `index` is or lies in: size and times of change, or its server's version.
+
+        Where it is the same as before, nobody has changed the image. Raises OSError.
+        """
+        raise NotImplementedError
+
     def prefetch(self, indices: Iterable[int]) -> None:
         """Request the bytes of images that are read soon from their server; does nothing for those on a disk."""
 
@@ -107,6 +115,14 @@ class Reader:
     def class_ranges(self) -> dict[str, tuple[int, int]]:
         """The positions of each class's first image and of the one after its last, for classes that have any."""
         return _class_ranges(self.names)
+
+
+class StaleListingError(ValueError):
+    """A file has another size than when it was listed; `remedy` says what to do if that is meant."""
+
+    def __init__(self, size: int, listed: int, remedy: str):
+        super().__init__(f"has {size} bytes, had {listed} when it was listed; {remedy}")
+        self.remedy = remedy
 
 
 class FolderReader(Reader):
@@ -130,8 +146,11 @@ class FolderReader(Reader):
             save_listing(path, listing)
 
     def read(self, index: int) -> bytes:
-        """The bytes of image `index`; OSError or ValueError if it is no file that can be read."""
-        path = os.path.join(self.path, os.fsdecode(self.names[index]))
+        """The bytes of image `index`; OSError or ValueError if it is no file that can be read.
+
+        The ValueError is a StaleListingError for a file that was overwritten by one of another size.
+        """
+        path = self._file(index)
         # Without O_NONBLOCK, to open a named pipe would wait for somebody to write into it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
@@ -139,13 +158,19 @@ class FolderReader(Reader):
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("a pipe or device instead of a file")
             if status.st_size != listed:
-                raise ValueError(
-                    f"has {status.st_size} bytes, had {listed} when it was listed; "
-                    "touch its folder if that is meant"
-                )
+                deletions = [f"delete {path}" for path in find_indices(Path(self.path))]
+                remedy = f"if that is meant, {' and '.join([*deletions, 'start again'])}"
+                raise StaleListingError(status.st_size, listed, remedy)
             if status.st_size > MAX_BYTES:
                 raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
             return file.read(status.st_size)
+
+    def state(self, index: int) -> list[int | str]:
+        """What `status_of` says of the file. Raises OSError."""
+        return status_of(self._file(index))
+
+    def _file(self, index: int) -> str:
+        return os.path.join(self.path, os.fsdecode(self.names[index]))
 
 
 class CheckedReader(Reader):
@@ -179,6 +204,10 @@ class PackReader(CheckedReader):
         for index in indices:
             size, shard, offset, _ = self.where[index].tolist()
             self.shards[shard].prefetch(size, offset)
+
+    def state(self, index: int) -> list[int | str]:
+        """The state of the shard. Raises OSError."""
+        return self.shards[self.where[index, 1]].state()
 
     def read_checked(self, index: int, *, fresh: bool) -> bytes:
         """The bytes of image `index`, `fresh` as in `RemoteFile.read`."""
@@ -239,6 +268,10 @@ class ZipReader(CheckedReader):
             _, header, packed, *_ = self.where[index].tolist()
             self.file.prefetch(packed + LOCAL_HEADER, header)
 
+    def state(self, index: int) -> list[int | str]:
+        """The state of the archive. Raises OSError."""
+        return self.file.state()
+
     def read_checked(self, index: int, *, fresh: bool) -> bytes:
         """The bytes of member `index`, `fresh` as in `RemoteFile.read`."""
         size, *_, crc = where = self.where[index].tolist()
@@ -293,6 +326,10 @@ class TarReader(Reader):
         """The bytes of member `index`; EOFError if the archive ends before it does."""
         where = self.where[index].tolist()
         return _read_tar_member(self.file, where, where[0])
+
+    def state(self, index: int) -> list[int | str]:
+        """The state of the archive. Raises OSError."""
+        return self.file.state()
 
 
 def _read_tar_member(file: File, where: Sequence[int], count: int) -> bytes:

@@ -1,6 +1,7 @@
 """The index of a folder's listing: used while nothing has changed, and never needed."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,12 +97,16 @@ def test_every_change_is_noticed(split, monkeypatch, change):
     assert found == content(FolderReader(split))
 
 
-def test_a_file_overwritten_in_place_is_noticed_until_its_folder_is_touched(split):
-    FolderReader(split)
+def test_a_file_overwritten_in_place_is_noticed_until_the_index_is_deleted(split):
+    before = FolderReader(split)
     (split / "class_0/000.jpg").write_bytes(b"new")
-    with pytest.raises(ValueError, match="touch its folder if that is meant"):
+    index = split.parent / ".train.index.npz"
+    remedy = re.escape(f"if that is meant, delete {index} and start again")
+    with pytest.raises(ValueError, match=f"^has 3 bytes, had [0-9]+ when it was listed; {remedy}$"):
         FolderReader(split).read(0)
-    (split / "class_0").touch()
+    index.unlink()
+    with pytest.raises(ValueError, match=r"; if that is meant, start again$"):
+        before.read(0)
     assert FolderReader(split).read(0) == b"new"
 
 
