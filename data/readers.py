@@ -28,6 +28,7 @@ from data.listing import (
     is_hidden,
     is_image,
     load_listing,
+    require_target,
     save_listing,
     scan_folder,
     suffix_of,
@@ -366,8 +367,7 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
             path = root / (name.removesuffix(suffix) + suffix)
             if exists(path):
                 return kind(path)
-            if path.is_symlink() and not path.exists():
-                raise DataError(f"{path}: is a link to {os.readlink(path)}, which does not exist")
+            require_target(path)
     found = join_some(sorted(path.name for path in root.iterdir()), 8) or "nothing"
     remedy = describe_raw_form(root) or LAYOUT
     raise DataError(f"{root}: has no {split} split, found {found}; {remedy}")
