@@ -60,6 +60,7 @@ class Reader:
     where: int64 [N, k], column 0 the size in bytes.
     folders: the class folders, empty ones included.
     ignored: how many files were ignored, by their suffix or another reason.
+    beside: the split's other forms in the same folder, which are not read.
 
     Raises DataError if there is no class folder.
     """
@@ -87,6 +88,7 @@ class Reader:
         self.where = where
         self.folders = folders
         self.ignored = ignored
+        self.beside: list[str] = []
 
     @property
     def sizes(self) -> np.ndarray:
@@ -106,6 +108,13 @@ class Reader:
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Request the bytes of images that are read soon from their server; does nothing for those on a disk."""
+
+    def describe_unread(self) -> str:
+        """A warning of the split's other forms, which are not read; empty without any."""
+        if not self.beside:
+            return ""
+        verb = "is" if len(self.beside) == 1 else "are"
+        return f"{self.path} is read; {' and '.join(self.beside)} beside it {verb} not"
 
     def subset(self, indices: range | np.ndarray) -> "Reader":
         """A reader of the images at `indices` alone, positions in order or a mask."""
@@ -342,7 +351,8 @@ def _read_tar_member(file: File, where: Sequence[int], count: int) -> bytes:
 def open_split(root: str | Path | RemotePath, split: str) -> Reader:
     """The reader of `split` below `root`: a pack, else a folder, a zip or a tar; on a server a pack, else a zip.
 
-    With its suffix, such as "val.zip", `split` is that file. `val` may also be called `validation`. Raises DataError
+    With its suffix, such as "val.zip", `split` is that file. `val` may also be called `validation`, which is read if
+    there is no `val` in any form. The forms that are left unread on a disk are the reader's `beside`. Raises DataError
     when there is none, when it cannot be listed or when it has no class folders.
     """
     if isinstance(root, RemotePath):
@@ -352,6 +362,7 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
         remedy = describe_raw_form(root.parent) or LAYOUT
         raise DataError(f"{root}: is a file, not a folder; {remedy}")
     if not root.is_dir():
+        require_target(root)
         raise DataError(
             f"{root}: no such folder. Name yours with --data-path, link it here (ln -s FOLDER {root}), or make one "
             f"from downloaded files with tools/prepare.py (docs/data.md); {LAYOUT}"
@@ -362,14 +373,24 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
         (".zip", ZipReader, Path.is_file),
         (".tar", TarReader, Path.is_file),
     )
+    forms: list[tuple[Path, type[Reader]]] = []
     for name in _split_names(split):
         for suffix, kind, exists in kinds:
             path = root / (name.removesuffix(suffix) + suffix)
             if exists(path):
-                return kind(path)
-            require_target(path)
-    found = join_some(sorted(path.name for path in root.iterdir()), 8) or "nothing"
+                forms.append((path, kind))
+            elif not forms:
+                require_target(path)
+    if forms:
+        (path, kind), *others = forms
+        reader = kind(path)
+        reader.beside = [other.name for other, _ in others]
+        return reader
+    names = [path.name for path in root.iterdir() if not is_hidden(os.fsencode(path.name))]
+    found = join_some(sorted(names), 8) or "nothing"
     remedy = describe_raw_form(root) or LAYOUT
+    if split == "val" and any(exists(root / f"train{suffix}") for suffix, _, exists in kinds):
+        remedy += "; or validate on a tenth of train with DATA.HOLDOUT=0.1"
     raise DataError(f"{root}: has no {split} split, found {found}; {remedy}")
 
 

@@ -274,6 +274,20 @@ def test_validation_is_another_name_of_val(root):
     assert contents(dataset(root, "val")) == expected
 
 
+def test_other_forms_of_a_split_are_reported(root):
+    assert open_split(root, "val").describe_unread() == ""
+    write_zip(root / "val", root / "validation.zip")
+    reader = open_split(root, "val")
+    assert reader.describe_unread() == f"{root}/val is read; validation.zip beside it is not"
+    write_tar(root / "val", root / "val.tar")
+    reader = open_split(root, "val").subset(range(2))
+    assert (
+        reader.describe_unread()
+        == f"{root}/val is read; val.tar and validation.zip beside it are not"
+    )
+    assert open_split(root, "val.tar").describe_unread() == ""
+
+
 def test_what_is_no_image_is_ignored_and_counted(root, tmp_path):
     expected = contents(dataset(root))
     folder = root / "train/class_1"
@@ -346,6 +360,13 @@ def flat(root):
 
 def no_split(root):
     (root / "val").rename(root / "test")
+    (root / ".train.index.npz").touch()
+    return {}
+
+
+def lost_root(root):
+    root.rename(root.with_name("elsewhere"))
+    root.symlink_to("/unmounted/disk")
     return {}
 
 
@@ -449,6 +470,8 @@ def a_file(root):
         (flat, "val: holds 6 images and no class folder, expected <class>/<image>; sort"),
         (no_images, "val: holds no image, expected <class>/<image>; sort"),
         (no_split, "set: has no val split, found test, train; expected <root>/train and"),
+        (no_split, ".zip or .tar; or validate on a tenth of train with DATA.HOLDOUT=0.1"),
+        (lost_root, "set: is a link to /unmounted/disk, which does not exist"),
         (no_root, "set: no such folder. Name yours with --data-path, link it here"),
         (archive("val.zip", b"PK nothing"), "val.zip: not a readable zip file"),
         (archive("val.tar", b"nothing" * 99), "val.tar: not a readable uncompressed tar file"),

@@ -311,6 +311,13 @@ def test_links(examine, root, tmp_path):
     assert "OK links 1 link in" in examine()[1]
 
 
+def test_two_forms_of_a_split(examine, root):
+    write_zip(root / "train", root / "train.zip")
+    code, text = examine()
+    assert code == 0
+    assert f"WARN train {root}/train is read; train.zip beside it is not" in text
+
+
 def test_a_missing_split(examine, root):
     shutil.rmtree(root / "train")
     code, text = examine()
