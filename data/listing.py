@@ -2,10 +2,11 @@
 
 The index is used as long as no folder has changed. A folder's change time moves when a file or folder in it is added,
 removed or renamed, and unlike its modification time no copy keeps it. A file overwritten in place changes nothing but
-itself: the index still has its old size, and its new content is read all the same.
+itself: the index still has its old size. Its new content is read if it has that size, and refused otherwise.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -31,6 +32,8 @@ EXTENSIONS = (
 # What those files begin with: a file without a suffix is an image if it does, too.
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 HEAD_BYTES = 16
+# Raised when other files of these names are listed than before, so that older indices are ignored.
+EDITION = b"2"
 
 # What operating systems, file managers and disk stations leave beside data, in addition to names with a dot in front.
 SYSTEM_NAMES = frozenset({
@@ -55,7 +58,7 @@ class Listing(NamedTuple):
     reasons, ignored: bytes and int64, how many files were ignored for each reason.
     folders: bytes, every folder that was listed, relative to the split.
     times: int64, when each was last changed, in ns.
-    rules: bytes, the names that decide which files are images.
+    rules: bytes, the names that decide which files are images, and the edition of the code that does.
     """
 
     names: np.ndarray
@@ -91,11 +94,15 @@ def suffix_of(name: bytes) -> str:
 
 
 def scan_folder(split: Path) -> Listing:
-    """List `split`: links are followed, never into a folder seen before. Raises DataError."""
+    """List `split`: links are followed, never into a folder seen before.
+
+    Raises DataError for a folder that cannot be listed, for two class folders that are the same, and for a link without
+    a target that is no image in a class folder: it may lead to a class.
+    """
     classes: list[bytes] = []
     ignored: Counter[str] = Counter()
     names, sizes, times = [], [], {}
-    seen, pending = {_identity(os.fsencode(split))}, [b""]
+    seen, pending = {_identity(os.fsencode(split)): os.fsencode(split.name)}, [b""]
     while pending:
         prefix = pending.pop()
         folder = os.path.join(os.fsencode(split), prefix)
@@ -109,6 +116,11 @@ def scan_folder(split: Path) -> Listing:
                     mode, size = status.st_mode, status.st_size
                 except OSError:  # a link to nowhere or in a circle
                     mode = size = 0
+                    image = prefix and name.lower().endswith(EXTENSIONS)
+                    if not image and not is_hidden(name):
+                        path = Path(os.fsdecode(os.path.join(folder, name)))
+                        if (status := require_target(path)) is not None:  # it is back
+                            mode, size = status.st_mode, status.st_size
                 regular = stat.S_ISREG(mode)
                 if prefix and regular and name[0] != DOT and name.lower().endswith(EXTENSIONS):
                     found_names.append(prefix + name)  # of a million files, nearly all
@@ -125,10 +137,14 @@ def scan_folder(split: Path) -> Listing:
                     found_names.append(prefix + name)
                     found_sizes.append(size if regular else 0)
         for name in subfolders:
+            identity = _identity(os.path.join(folder, name))
             if not prefix:
                 classes.append(name)
-            if (identity := _identity(os.path.join(folder, name))) not in seen:
-                seen.add(identity)
+                if identity in seen:
+                    twins = f"{os.fsdecode(seen[identity])} and {os.fsdecode(name)}"
+                    raise DataError(f"{split}: {twins} are the same folder; remove the link")
+            if identity not in seen:
+                seen[identity] = prefix + name
                 pending.append(prefix + name + b"/")
         if found_names:  # an array takes a quarter of the memory of a list of names
             names.append(np.array(found_names, np.bytes_))
@@ -142,6 +158,23 @@ def scan_folder(split: Path) -> Listing:
         np.array(list(times.values()), np.int64),
         _rules(),
     )
+
+
+def require_target(path: Path) -> os.stat_result | None:
+    """The status of `path`, None if there is nothing of that name.
+
+    Raises DataError for a link to what does not exist, and for what cannot be opened.
+    """
+    try:
+        return path.stat()
+    except OSError as error:
+        absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+        problem = "does not exist" if absent else f"cannot be opened ({error.strerror})"
+        if path.is_symlink():
+            raise DataError(f"{path}: is a link to {os.readlink(path)}, which {problem}") from error
+        if not absent:
+            raise DataError(f"{path}: {problem}; check access") from error
+        return None
 
 
 def change_time(split: Path, folder: bytes) -> int:
@@ -178,6 +211,11 @@ def save_listing(split: Path, listing: Listing) -> None:
             return
 
 
+def find_indices(split: Path) -> list[Path]:
+    """The files that keep a listing of `split`."""
+    return [path for path in _index_paths(split) if path.exists()]
+
+
 def _sorted(names: list[np.ndarray], sizes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The files of all folders, sorted by name."""
     if not names:
@@ -192,7 +230,7 @@ def _sorted(names: list[np.ndarray], sizes: list[np.ndarray]) -> tuple[np.ndarra
 
 
 def _rules() -> np.ndarray:
-    return np.array([*EXTENSIONS, *SIGNATURES, *sorted(SYSTEM_NAMES)], np.bytes_)
+    return np.array([EDITION, *EXTENSIONS, *SIGNATURES, *sorted(SYSTEM_NAMES)], np.bytes_)
 
 
 def _identity(path: bytes) -> tuple[int, int]:

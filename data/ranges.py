@@ -3,10 +3,11 @@
 This is the one place that tells an address from a path.
 """
 
+import contextlib
 import functools
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,14 +23,16 @@ class LocalFile:
 
     def read(self, length: int, offset: int, *, fresh: bool = False) -> bytes:
         """`length` bytes from `offset`, `fresh` or not. Raises OSError, or EOFError if the file ends before."""
-        try:
-            data = os.pread(_handle(self.path, os.getpid()).fileno(), length, offset)
-        except OSError:
-            _handle.cache_clear()  # what a server has forgotten (ESTALE) has to be opened again
-            raise
+        with _opened(self.path) as descriptor:
+            data = os.pread(descriptor, length, offset)
         if len(data) != length:
             raise EOFError(f"the archive ends inside the file: {len(data)} of {length} bytes")
         return data
+
+    def state(self) -> list[int]:
+        """Of the file that is read: what `status_of` says. Raises OSError."""
+        with _opened(self.path) as descriptor:
+            return status_of(descriptor)
 
     def prefetch(self, length: int, offset: int) -> None:
         """Do nothing: disks read ahead by themselves."""
@@ -47,6 +50,22 @@ def open_files(paths: Sequence[Path | RemotePath]) -> list[File]:
     if any(isinstance(path, RemotePath) for path in paths):
         return open_remote_files(paths)
     return [LocalFile(path) for path in paths]
+
+
+def status_of(file: str | int) -> list[int]:
+    """Size of a file, and when its content and anything of it was last changed, in ns. Raises OSError."""
+    status = os.stat(file)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """The descriptor of an archive, which stays open."""
+    try:
+        yield _handle(path, os.getpid()).fileno()
+    except OSError:
+        _handle.cache_clear()  # what a server has forgotten (ESTALE) has to be opened again
+        raise
 
 
 @functools.lru_cache(maxsize=16)

@@ -24,16 +24,18 @@ from data.listing import (
     HEAD_BYTES,
     HIDDEN,
     LOOSE,
+    find_indices,
     is_hidden,
     is_image,
     load_listing,
+    require_target,
     save_listing,
     scan_folder,
     suffix_of,
 )
 from data.names import Names
 from data.pack import INFO, read_index, shard_name
-from data.ranges import File, LocalFile, open_files
+from data.ranges import File, LocalFile, open_files, status_of
 from data.raw_forms import describe_raw_form
 from data.remote import RemotePath
 from utils.errors import DataError
@@ -58,6 +60,7 @@ class Reader:
     where: int64 [N, k], column 0 the size in bytes.
     folders: the class folders, empty ones included.
     ignored: how many files were ignored, by their suffix or another reason.
+    beside: the split's other forms in the same folder, which are not read.
 
     Raises DataError if there is no class folder.
     """
@@ -85,6 +88,7 @@ class Reader:
         self.where = where
         self.folders = folders
         self.ignored = ignored
+        self.beside: list[str] = []
 
     @property
     def sizes(self) -> np.ndarray:
@@ -95,8 +99,22 @@ class Reader:
         """The bytes of image `index`; OSError, EOFError, ValueError or zlib.error if damaged."""
         raise NotImplementedError
 
+    def state(self, index: int) -> list[int | str]:
+        """Of the file that image `index` is or lies in: size and times of change, or its server's version.
+
+        Where it is the same as before, nobody has changed the image. Raises OSError.
+        """
+        raise NotImplementedError
+
     def prefetch(self, indices: Iterable[int]) -> None:
         """Request the bytes of images that are read soon from their server; does nothing for those on a disk."""
+
+    def describe_unread(self) -> str:
+        """A warning of the split's other forms, which are not read; empty without any."""
+        if not self.beside:
+            return ""
+        verb = "is" if len(self.beside) == 1 else "are"
+        return f"{self.path} is read; {' and '.join(self.beside)} beside it {verb} not"
 
     def subset(self, indices: range | np.ndarray) -> "Reader":
         """A reader of the images at `indices` alone, positions in order or a mask."""
@@ -107,6 +125,14 @@ class Reader:
     def class_ranges(self) -> dict[str, tuple[int, int]]:
         """The positions of each class's first image and of the one after its last, for classes that have any."""
         return _class_ranges(self.names)
+
+
+class StaleListingError(ValueError):
+    """A file has another size than when it was listed; `remedy` says what to do if that is meant."""
+
+    def __init__(self, size: int, listed: int, remedy: str):
+        super().__init__(f"has {size} bytes, had {listed} when it was listed; {remedy}")
+        self.remedy = remedy
 
 
 class FolderReader(Reader):
@@ -130,8 +156,11 @@ class FolderReader(Reader):
             save_listing(path, listing)
 
     def read(self, index: int) -> bytes:
-        """The bytes of image `index`; OSError or ValueError if it is no file that can be read."""
-        path = os.path.join(self.path, os.fsdecode(self.names[index]))
+        """The bytes of image `index`; OSError or ValueError if it is no file that can be read.
+
+        The ValueError is a StaleListingError for a file that was overwritten by one of another size.
+        """
+        path = self._file(index)
         # Without O_NONBLOCK, to open a named pipe would wait for somebody to write into it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
@@ -139,13 +168,19 @@ class FolderReader(Reader):
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("a pipe or device instead of a file")
             if status.st_size != listed:
-                raise ValueError(
-                    f"has {status.st_size} bytes, had {listed} when it was listed; "
-                    "touch its folder if that is meant"
-                )
+                deletions = [f"delete {path}" for path in find_indices(Path(self.path))]
+                remedy = f"if that is meant, {' and '.join([*deletions, 'start again'])}"
+                raise StaleListingError(status.st_size, listed, remedy)
             if status.st_size > MAX_BYTES:
                 raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
             return file.read(status.st_size)
+
+    def state(self, index: int) -> list[int | str]:
+        """What `status_of` says of the file. Raises OSError."""
+        return status_of(self._file(index))
+
+    def _file(self, index: int) -> str:
+        return os.path.join(self.path, os.fsdecode(self.names[index]))
 
 
 class CheckedReader(Reader):
@@ -179,6 +214,10 @@ class PackReader(CheckedReader):
         for index in indices:
             size, shard, offset, _ = self.where[index].tolist()
             self.shards[shard].prefetch(size, offset)
+
+    def state(self, index: int) -> list[int | str]:
+        """The state of the shard. Raises OSError."""
+        return self.shards[self.where[index, 1]].state()
 
     def read_checked(self, index: int, *, fresh: bool) -> bytes:
         """The bytes of image `index`, `fresh` as in `RemoteFile.read`."""
@@ -239,6 +278,10 @@ class ZipReader(CheckedReader):
             _, header, packed, *_ = self.where[index].tolist()
             self.file.prefetch(packed + LOCAL_HEADER, header)
 
+    def state(self, index: int) -> list[int | str]:
+        """The state of the archive. Raises OSError."""
+        return self.file.state()
+
     def read_checked(self, index: int, *, fresh: bool) -> bytes:
         """The bytes of member `index`, `fresh` as in `RemoteFile.read`."""
         size, *_, crc = where = self.where[index].tolist()
@@ -294,6 +337,10 @@ class TarReader(Reader):
         where = self.where[index].tolist()
         return _read_tar_member(self.file, where, where[0])
 
+    def state(self, index: int) -> list[int | str]:
+        """The state of the archive. Raises OSError."""
+        return self.file.state()
+
 
 def _read_tar_member(file: File, where: Sequence[int], count: int) -> bytes:
     """The first `count` bytes of a member."""
@@ -304,7 +351,8 @@ def _read_tar_member(file: File, where: Sequence[int], count: int) -> bytes:
 def open_split(root: str | Path | RemotePath, split: str) -> Reader:
     """The reader of `split` below `root`: a pack, else a folder, a zip or a tar; on a server a pack, else a zip.
 
-    With its suffix, such as "val.zip", `split` is that file. `val` may also be called `validation`. Raises DataError
+    With its suffix, such as "val.zip", `split` is that file. `val` may also be called `validation`, which is read if
+    there is no `val` in any form. The forms that are left unread on a disk are the reader's `beside`. Raises DataError
     when there is none, when it cannot be listed or when it has no class folders.
     """
     if isinstance(root, RemotePath):
@@ -314,6 +362,7 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
         remedy = describe_raw_form(root.parent) or LAYOUT
         raise DataError(f"{root}: is a file, not a folder; {remedy}")
     if not root.is_dir():
+        require_target(root)
         raise DataError(
             f"{root}: no such folder. Name yours with --data-path, link it here (ln -s FOLDER {root}), or make one "
             f"from downloaded files with tools/prepare.py (docs/data.md); {LAYOUT}"
@@ -324,15 +373,24 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
         (".zip", ZipReader, Path.is_file),
         (".tar", TarReader, Path.is_file),
     )
+    forms: list[tuple[Path, type[Reader]]] = []
     for name in _split_names(split):
         for suffix, kind, exists in kinds:
             path = root / (name.removesuffix(suffix) + suffix)
             if exists(path):
-                return kind(path)
-            if path.is_symlink() and not path.exists():
-                raise DataError(f"{path}: is a link to {os.readlink(path)}, which does not exist")
-    found = join_some(sorted(path.name for path in root.iterdir()), 8) or "nothing"
+                forms.append((path, kind))
+            elif not forms:
+                require_target(path)
+    if forms:
+        (path, kind), *others = forms
+        reader = kind(path)
+        reader.beside = [other.name for other, _ in others]
+        return reader
+    names = [path.name for path in root.iterdir() if not is_hidden(os.fsencode(path.name))]
+    found = join_some(sorted(names), 8) or "nothing"
     remedy = describe_raw_form(root) or LAYOUT
+    if split == "val" and any(exists(root / f"train{suffix}") for suffix, _, exists in kinds):
+        remedy += "; or validate on a tenth of train with DATA.HOLDOUT=0.1"
     raise DataError(f"{root}: has no {split} split, found {found}; {remedy}")
 
 

@@ -145,6 +145,10 @@ class RemoteFile:
         start = offset - numbers[0] * BLOCK
         return data[start : start + length]
 
+    def state(self) -> list[int | str]:
+        """Size and version."""
+        return [self.size, self.version]
+
     def prefetch(self, length: int, offset: int) -> None:
         """Request what is not kept of `length` bytes from `offset`, to be read soon."""
         client = _client_of(self.path)

@@ -34,7 +34,7 @@ from engine.sanity import schedule_warnings
 from engine.state import TrainState
 from models.dat import VARIANTS
 from utils.devices import explain_no_gpu
-from utils.distributed import Process, init_distributed, share_errors
+from utils.distributed import Process, init_distributed, is_main, share_errors
 from utils.download import download
 from utils.errors import ConfigError
 from utils.logging import logger, start_logging
@@ -163,7 +163,7 @@ def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Imag
         transform, part = eval_transform(cfg, "own"), "holdout"
     else:
         transform, part = train_transform(cfg, cfg.DATA.IMG_SIZE), "train"
-    return data.ImageDataset(
+    dataset = data.ImageDataset(
         root,
         "train",
         transform=transform,
@@ -176,6 +176,8 @@ def open_split(cfg: CfgNode, split: str, classes: list[str] | None) -> data.Imag
         checksums=cfg.DATA.VERIFY or None,
         **_image_arguments(cfg),
     )
+    _report_unread(dataset)
+    return dataset
 
 
 def open_set(
@@ -187,7 +189,7 @@ def open_set(
     allow_missing: bool,
 ) -> data.ImageDataset:
     """The images of `split` below `root`, resized and cropped; `crop` is a key of `suite.CROPS`."""
-    return data.ImageDataset(
+    dataset = data.ImageDataset(
         root,
         split,
         transform=eval_transform(cfg, crop),
@@ -198,6 +200,20 @@ def open_set(
         checksums=(cfg.DATA.VERIFY or None) if split == "val" else None,
         **_image_arguments(cfg),
     )
+    _report_unread(dataset)
+    return dataset
+
+
+def _report_unread(dataset: data.ImageDataset) -> None:
+    """Log, on the main process, which other forms of a split are left unread."""
+    if is_main() and (warning := dataset.reader.describe_unread()):
+        _warn_once(warning)
+
+
+@functools.cache
+def _warn_once(warning: str) -> None:
+    """Log a warning once, however often a split is opened."""
+    logger.warning(warning)
 
 
 def _image_arguments(cfg: CfgNode) -> dict[str, object]:

@@ -274,6 +274,20 @@ def test_validation_is_another_name_of_val(root):
     assert contents(dataset(root, "val")) == expected
 
 
+def test_other_forms_of_a_split_are_reported(root):
+    assert open_split(root, "val").describe_unread() == ""
+    write_zip(root / "val", root / "validation.zip")
+    reader = open_split(root, "val")
+    assert reader.describe_unread() == f"{root}/val is read; validation.zip beside it is not"
+    write_tar(root / "val", root / "val.tar")
+    reader = open_split(root, "val").subset(range(2))
+    assert (
+        reader.describe_unread()
+        == f"{root}/val is read; val.tar and validation.zip beside it are not"
+    )
+    assert open_split(root, "val.tar").describe_unread() == ""
+
+
 def test_what_is_no_image_is_ignored_and_counted(root, tmp_path):
     expected = contents(dataset(root))
     folder = root / "train/class_1"
@@ -346,6 +360,13 @@ def flat(root):
 
 def no_split(root):
     (root / "val").rename(root / "test")
+    (root / ".train.index.npz").touch()
+    return {}
+
+
+def lost_root(root):
+    root.rename(root.with_name("elsewhere"))
+    root.symlink_to("/unmounted/disk")
     return {}
 
 
@@ -362,6 +383,21 @@ def no_images(root):
 
 def linked_class(root):
     (root / "val/class_9").symlink_to(root / "val/class_0")
+    return {}
+
+
+def link_to_the_split(root):
+    (root / "val/class_9").symlink_to(root / "val")
+    return {}
+
+
+def lost_class(root):
+    (root / "val/class_9").symlink_to("/nowhere")
+    return {}
+
+
+def lost_file(root):
+    (root / "val/class_0/more").symlink_to("more")  # in a circle
     return {}
 
 
@@ -415,7 +451,10 @@ def a_file(root):
         (dangling, "val: is a link to /nowhere, which does not exist"),
         (a_file, "set: is a file, not a folder; expected <root>/train and"),
         (empty_class, "val: no image in class_9; expected at least one"),
-        (linked_class, "val: no image in class_9; expected at least one"),
+        (linked_class, "val: class_0 and class_9 are the same folder; remove the link"),
+        (link_to_the_split, "val: val and class_9 are the same folder; remove the link"),
+        (lost_class, "val/class_9: is a link to /nowhere, which does not exist"),
+        (lost_file, "val/class_0/more: is a link to more, which does not exist"),
         (unknown_class, "val: class_x not in the class list of 3 (class_0, class_1, class_2); use"),
         (missing_class, "val: no folder for class_3 of the 4 classes; complete"),
         (level_too_many, "val: images not in the class list of 3 (class_0, class_1, class_2)"),
@@ -431,6 +470,8 @@ def a_file(root):
         (flat, "val: holds 6 images and no class folder, expected <class>/<image>; sort"),
         (no_images, "val: holds no image, expected <class>/<image>; sort"),
         (no_split, "set: has no val split, found test, train; expected <root>/train and"),
+        (no_split, ".zip or .tar; or validate on a tenth of train with DATA.HOLDOUT=0.1"),
+        (lost_root, "set: is a link to /unmounted/disk, which does not exist"),
         (no_root, "set: no such folder. Name yours with --data-path, link it here"),
         (archive("val.zip", b"PK nothing"), "val.zip: not a readable zip file"),
         (archive("val.tar", b"nothing" * 99), "val.tar: not a readable uncompressed tar file"),

@@ -8,19 +8,21 @@ import os
 import re
 import resource
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
-from helpers.images import write_image_folder, write_zip
+from helpers.images import write_image_folder, write_tar, write_zip
 from helpers.pipeline import image_dataset
 from helpers.runs import arguments
 from reliability.bad_files import ANY, BAD, make_bad_images
 
 import config
 import main
+from data import listing
 from engine.build import build_model
-from tools import doctor
+from tools import doctor, pack
 from tools.checks import forecast, images, machine, report
 from utils.errors import DataError
 
@@ -149,6 +151,66 @@ def test_a_repaired_file_is_looked_at_again(examine, root, tmp_path):
     assert (code, "unreadable" in text, len(records(tmp_path))) == (0, False, 36)
 
 
+def keep_times(file, content):
+    """Overwrite `file`; of its times, only that of any change shows it."""
+    before = file.stat()
+    time.sleep(0.02)  # longer than the clock tick of the file system
+    with file.open("r+b") as opened:
+        opened.write(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_files_that_are_unchanged_since_are_not_read_again(examine, root, tmp_path):
+    assert "checked before" not in examine("--pixels", "--sha")[1]
+    index, before = index_in(tmp_path), records(tmp_path)
+    text = examine("--pixels", "--sha")[1]
+    assert "36 JPEG RGB; 36 of 36 checked before, unchanged since; index" in text
+    assert records(tmp_path) == before
+    for file in (root / "train/class_1").iterdir():
+        keep_times(file, bytes(file.stat().st_size))
+    text = examine("--pixels", "--sha")[1]
+    assert "WARN unreadable 8 of 24 train images" in text
+    assert "28 JPEG RGB; 28 of 36 checked before" in text
+    lines = [{key: r[key] for key in r if key != "state"} for r in before]  # as once written
+    index.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "checked before" not in examine("--pixels", "--sha")[1]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "pack"])
+def test_a_changed_archive_is_read_again(examine, root, kind):
+    content, archive = root.with_name("elsewhere"), root / f"train.{kind}"
+    if kind == "pack":
+        assert pack.main([str(root), str(root)]) == 0
+        archive /= "shard-00000.bin"
+    else:
+        {"zip": write_zip, "tar": write_tar}[kind](root / "train", archive)
+    (root / "train").rename(content)
+    examine("--pixels")
+    assert "36 of 36 checked before" in examine("--pixels")[1]
+    damaged = bytearray(archive.read_bytes())
+    picture = (content / "class_1/003.jpg").read_bytes()
+    start = damaged.index(picture)
+    damaged[start : start + len(picture)] = bytes(len(picture))
+    keep_times(archive, damaged)
+    text = examine("--pixels")[1]
+    assert "WARN unreadable 1 of 24 train images" in text
+    assert "12 of 36 checked before" in text
+
+
+def test_an_outdated_listing_is_a_failure(examine, root, monkeypatch):
+    monkeypatch.setattr(listing, "SETTLED", 0)
+    assert examine()[0] == 0
+    for file in (root / "train/class_1").iterdir():
+        file.write_bytes(b"<html")
+    code, text = examine()
+    assert code == 3
+    assert "FAIL listing 8 files of another size than when they were listed" in text
+    index = root / ".train.index.npz"
+    assert f"→ if that is meant, delete {index} and start again" in text
+    index.unlink()
+    assert "WARN unreadable 8 of 24 train images" in examine()[1]
+
+
 def test_its_index_shows_a_flipped_byte_to_the_run(examine, root, tmp_path):
     """Nobody else would see it: most flipped bytes of a JPEG decode, to another picture."""
     assert examine("--sha")[0] == 0
@@ -247,6 +309,13 @@ def test_links(examine, root, tmp_path):
     (root / "train/class_0/back").unlink()
     (root / "train/class_1/out.jpg").unlink()
     assert "OK links 1 link in" in examine()[1]
+
+
+def test_two_forms_of_a_split(examine, root):
+    write_zip(root / "train", root / "train.zip")
+    code, text = examine()
+    assert code == 0
+    assert f"WARN train {root}/train is read; train.zip beside it is not" in text
 
 
 def test_a_missing_split(examine, root):

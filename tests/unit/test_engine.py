@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from helpers.images import write_image_folder, write_zip
+from helpers.runs import arguments
 from helpers.states import make_optimizer, make_state, save_state, save_steps
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -75,6 +77,20 @@ def train_a_little(state: TrainState, steps: int = 3) -> None:
 def bits(state: TrainState) -> dict:
     tensors = {**state.model.state_dict(), "ema": state.ema.module[0].weight}
     return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def test_the_main_process_logs_once_which_forms_of_a_split_are_not_read(tmp_path, monkeypatch):
+    root = write_image_folder(tmp_path / "set", classes=2, train=2, val=2)
+    write_zip(root / "val", root / "val.zip")
+    cfg = config.parse(arguments(tmp_path, root)).cfg
+    logged = []
+    monkeypatch.setattr(build.logger, "warning", logged.append)
+    for main in (False, True, True):
+        monkeypatch.setattr(build, "is_main", lambda main=main: main)
+        build.open_split(cfg, "train", None)
+        build.open_split(cfg, "val", None)
+        assert len(logged) == main
+    assert logged == [f"{root}/val is read; val.zip beside it is not"]
 
 
 def test_remaining_time_knows_that_later_epochs_have_larger_images(monkeypatch, caplog):

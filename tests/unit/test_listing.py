@@ -1,6 +1,7 @@
 """The index of a folder's listing: used while nothing has changed, and never needed."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from helpers.images import write_image_folder
 
 import data.listing
 from data.readers import FolderReader
+from utils.errors import DataError
 
 
 @pytest.fixture
@@ -96,13 +98,30 @@ def test_every_change_is_noticed(split, monkeypatch, change):
     assert found == content(FolderReader(split))
 
 
-def test_a_file_overwritten_in_place_is_noticed_until_its_folder_is_touched(split):
-    FolderReader(split)
+def test_a_file_overwritten_in_place_is_noticed_until_the_index_is_deleted(split):
+    before = FolderReader(split)
     (split / "class_0/000.jpg").write_bytes(b"new")
-    with pytest.raises(ValueError, match="touch its folder if that is meant"):
+    index = split.parent / ".train.index.npz"
+    remedy = re.escape(f"if that is meant, delete {index} and start again")
+    with pytest.raises(ValueError, match=f"^has 3 bytes, had [0-9]+ when it was listed; {remedy}$"):
         FolderReader(split).read(0)
-    (split / "class_0").touch()
+    index.unlink()
+    with pytest.raises(ValueError, match=r"; if that is meant, start again$"):
+        before.read(0)
     assert FolderReader(split).read(0) == b"new"
+
+
+def test_a_class_on_a_disk_that_is_away_is_neither_left_out_nor_forgotten(split):
+    disk = split.parent / "disk"
+    shutil.move(split / "class_1", disk)
+    (split / "class_1").symlink_to(disk)
+    (split / ".link").symlink_to("nowhere")  # a hidden one is never data
+    expected = content(FolderReader(split))
+    disk.rename(split.parent / "away")
+    with pytest.raises(DataError, match=r"class_1: is a link to .*/disk, which does not exist"):
+        FolderReader(split)
+    (split.parent / "away").rename(disk)
+    assert content(FolderReader(split)) == expected
 
 
 @pytest.mark.parametrize("harm", [b"", b"PK\3\4 no zip", "flipped", "cut", "flag of encryption"])
@@ -147,7 +166,7 @@ def test_folders_without_a_time_are_listed_every_time(split, monkeypatch):
 
 
 def test_an_index_made_under_other_rules_is_ignored(split, monkeypatch):
-    """As one written before .gif was read, or by a Pillow that reads more formats."""
+    """As one written before .gif was read, by a Pillow that reads more formats, or by other code."""
     (split / "class_0/000.jpg").rename(split / "class_0/000.gif")
     with monkeypatch.context() as patch:
         patch.setattr(data.listing, "EXTENSIONS", (b".jpg",))
@@ -156,6 +175,8 @@ def test_an_index_made_under_other_rules_is_ignored(split, monkeypatch):
     (names, *_), was_listed = listed(split, monkeypatch)
     assert was_listed
     assert names[0] == b"class_0/000.gif"
+    monkeypatch.setattr(data.listing, "EDITION", b"1000")
+    assert listed(split, monkeypatch)[1]
 
 
 def test_files_of_all_levels_are_sorted_by_path(split):

@@ -88,6 +88,13 @@ def test_a_zip_on_a_server_equals_the_zip_on_the_disk(server, opened, tmp_path):
     assert contents(there) == contents(here)
 
 
+def test_the_state_of_an_image_is_the_version_of_its_file(server, opened):
+    before = opened().reader.state(0)
+    assert opened().reader.state(0) == before
+    os.utime(server.folder / SHARD[1:], ns=(0, 0))
+    assert opened().reader.state(0) != before
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loaders_give_the_same_batches(num_workers, opened, packed):
     def batches(dataset):

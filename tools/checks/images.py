@@ -1,5 +1,6 @@
 """Image checks: every file of a dataset, recorded in an index so that an interrupted check continues."""
 
+import functools
 import hashlib
 import json
 import os
@@ -15,9 +16,10 @@ from tqdm import tqdm
 
 from data import ImageDataset
 from data.decode import EXIF_TRANSPOSES, UNREADABLE, decode, open_image, orientation
+from data.readers import Reader, StaleListingError
 from tools.checks.report import Finding
 from utils.errors import ConfigError
-from utils.files import write_atomically
+from utils.files import read_again, write_atomically
 from utils.text import quantity
 
 CHUNK = 64  # files examined between two writes of the index
@@ -57,6 +59,8 @@ class Examination(Dataset):
         name = os.fsdecode(dataset.reader.names[index])
         record = {"split": split, "name": name, "size": int(dataset.reader.sizes[index])}
         try:
+            # Before the content: what changes meanwhile is examined again the next time.
+            record["state"] = read_again(functools.partial(dataset.reader.state, index))
             data = dataset.read(index)
             if self.sha:
                 record["sha256"] = hashlib.sha256(data).hexdigest()
@@ -67,6 +71,8 @@ class Examination(Dataset):
             if self.pixels:
                 decode(data)
                 record["decoded"] = True
+        except StaleListingError as error:
+            record |= {"problem": str(error), "stale": error.remedy}
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
             record["problem"] = f"{type(error).__name__}: {reason}, {record['size']} bytes"
@@ -85,6 +91,7 @@ class Tally:
     """Counts of the examined files, and lists of those that need attention."""
 
     count: Counter = field(default_factory=Counter)  # by split
+    reused: int = 0  # examined before, and not changed since
     kinds: Counter = field(default_factory=Counter)  # by format and mode
     misnamed: int = 0
     rotated: int = 0
@@ -92,6 +99,7 @@ class Tally:
     odd: list[str] = field(default_factory=list)
     huge: list[str] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)  # by split
+    stale: dict[str, list[str]] = field(default_factory=dict)  # of another size, by what to do
     owners: dict[str, list[str]] = field(default_factory=dict)  # by SHA-256, "split/name"
 
     def add(self, record: dict) -> None:
@@ -100,6 +108,9 @@ class Tally:
         self.count[split] += 1
         if "sha256" in record:
             self.owners.setdefault(record["sha256"], []).append(path)
+        if "stale" in record:
+            self.stale.setdefault(record["stale"], []).append(path)
+            return
         if "problem" in record:
             self.problems.setdefault(split, []).append(f"{path} ({record['problem']})")
             return
@@ -122,7 +133,8 @@ def examine(
 ) -> Tally:
     """Examine every image that is not in `index` yet, and add its record.
 
-    Files that had a problem or another size are examined again. Raises ConfigError if `index` cannot be written.
+    Files that had a problem, and files or archives of another size or time of change than at their examination, are
+    examined again. Raises ConfigError if `index` cannot be written.
     """
     tally = Tally()
     try:
@@ -161,12 +173,10 @@ def _keep_valid(
     known: set[tuple[str, str]] = set()
     if not index.exists():
         return known
-    sizes = {
-        (split, os.fsdecode(name)): file_size
+    positions = {
+        (split, os.fsdecode(name)): position
         for split, dataset in datasets.items()
-        for name, file_size in zip(
-            dataset.reader.names.tolist(), dataset.reader.sizes.tolist(), strict=True
-        )
+        for position, name in enumerate(dataset.reader.names.tolist())
     }
     lines = []
     try:
@@ -175,8 +185,9 @@ def _keep_valid(
                 break
             record = json.loads(line)
             name = record["split"], record["name"]
-            complete = ("decoded" in record or not pixels) and ("sha256" in record or not sha)
-            if complete and "problem" not in record and sizes.get(name) == record["size"]:
+            wanted = {"state"} | ({"decoded"} if pixels else set()) | ({"sha256"} if sha else set())
+            valid = wanted <= record.keys() and "problem" not in record and name in positions
+            if valid and _is_unchanged(record, datasets[name[0]].reader, positions[name]):
                 known.add(name)
                 tally.add(record)
                 lines.append(line)
@@ -185,7 +196,17 @@ def _keep_valid(
             f"{index}: not an index of images; name another file with --index"
         ) from error
     write_atomically(index, "".join(lines))
+    tally.reused = len(known)
     return known
+
+
+def _is_unchanged(record: dict, reader: Reader, position: int) -> bool:
+    """Whether an image has the listed size, and its file or archive the state, of its examination."""
+    try:
+        state = reader.state(position)
+        return record["state"] == state and record["size"] == reader.sizes[position]
+    except OSError:
+        return False
 
 
 def judge_images(
@@ -195,12 +216,17 @@ def judge_images(
 
     skip_bad: TEST.SKIP_BAD, with which unreadable images of val count as wrong.
     """
-    read = (
-        f"{quantity(sum(tally.count.values()), 'file')}, {'decoded' if pixels else 'headers read'}"
-    )
+    total = sum(tally.count.values())
+    read = f"{quantity(total, 'file')}, {'decoded' if pixels else 'headers read'}"
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in tally.kinds.most_common())
+    parts = [f"{read}: {kinds or 'none valid'}"]
+    if tally.reused:
+        parts.append(f"{tally.reused:,} of {total:,} checked before, unchanged since")
     advice = "" if pixels else "--pixels decodes them too, which finds truncated images"
-    yield Finding("OK", "files", f"{read}: {kinds or 'none valid'}; index {index}", advice)
+    yield Finding("OK", "files", "; ".join([*parts, f"index {index}"]), advice)
+    for remedy, files in tally.stale.items():
+        text = f"{quantity(len(files), 'file')} of another size than when they were listed"
+        yield Finding("FAIL", "listing", text, remedy, files)
     for split, problems in tally.problems.items():
         replaced = split == "train" and len(problems) <= allowed
         counted = split == "val" and skip_bad

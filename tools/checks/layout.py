@@ -53,6 +53,9 @@ def open_splits(
         classes = dataset.classes
         total = dataset.reader.sizes.sum()
         findings.append(Finding("OK", split, f"{dataset}, {format_bytes(total)}"))
+        if unread := dataset.reader.describe_unread():
+            remedy = "remove or rename what is not meant"
+            findings.append(Finding("WARN", split, unread, remedy))
         others = sum(n for reason, n in dataset.reader.ignored.items() if reason != HIDDEN)
         if others > MANY_IGNORED * len(dataset):
             text = f"{quantity(others, 'file')} beside {quantity(len(dataset), 'image')} ignored"
