@@ -18,7 +18,7 @@ from data.decode import decode
 from data.raw_forms import describe_raw_form
 from data.readers import open_split
 from tools import prepare
-from tools.datasets import cifar10, imagenet, imagenette
+from tools.datasets import cifar10, imagenet, imagenette, raw_dataset
 from utils.errors import ConfigError, DataError, StorageError
 
 HAS_PYARROW = imagenet.find_spec("pyarrow") is not None
@@ -555,6 +555,40 @@ def test_any_count_accepts_a_subset_and_says_so(photos, tmp_path, capsys):
     again = fails(capsys, ConfigError.exit_code, "imagenet", source, tmp_path / "out")
     assert "train was prepared with --any-count" in again
     run("imagenet", source, tmp_path / "out", "--any-count")
+
+
+@pytest.mark.parametrize("change", ["image added", "class removed", "class added"])
+def test_a_download_that_changed_after_its_preparation(photos, tmp_path, capsys, change):
+    few = dict(photos, train=photos["train"][:4])
+    source, out = downloads.write_kaggle(few, tmp_path / "source"), tmp_path / "out"
+    run("imagenet", source, out, "--any-count")
+    train, (wnid, name, data) = source / "ILSVRC/Data/CLS-LOC/train", photos["train"][-1]
+    if change == "image added":
+        wnid = photos["train"][3].wnid
+    (train / wnid).mkdir(exist_ok=True)
+    (train / wnid / f"{name}.JPEG").write_bytes(data)
+    if change == "class removed":
+        wnid = photos["train"][0].wnid
+        shutil.rmtree(train / wnid)
+    for flags in ([], ["--any-count"]):
+        message = fails(capsys, ConfigError.exit_code, "imagenet", source, out, *flags)
+        assert f"{train} has changed since {out / 'train'} was written: {wnid}" in message
+        assert f"name another folder, or delete {out}" in message
+    assert contents(out) == expected(few)
+
+
+@each_form
+def test_a_complete_preparation_needs_no_image_again(photos, tmp_path, form, monkeypatch):
+    source, out = FORMS[form](photos, tmp_path / "source"), tmp_path / "out"
+    run("imagenet", source, out)
+    monkeypatch.setattr(raw_dataset, "RawImage", None)
+    monkeypatch.setattr(imagenet, "RawImage", None)
+    run("imagenet", source, out)
+    record = json.loads((out / "prepare.json").read_text())
+    for summary in record["splits"].values():  # of a folder that was prepared before
+        del summary["parts"]
+    (out / "prepare.json").write_text(json.dumps(record))
+    run("imagenet", source, out)
 
 
 def test_a_source_of_no_form(tmp_path, capsys):
