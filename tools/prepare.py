@@ -55,8 +55,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
     imagenet = commands.add_parser(
         "imagenet",
-        help="the original archives with the devkit, Kaggle's CLS-LOC, timm's WebDataset shards or "
-        "Hugging Face's parquet files",
+        help="the original archives with the devkit, also unpacked, Kaggle's CLS-LOC, timm's "
+        "WebDataset shards or Hugging Face's parquet files",
     )
     imagenet.add_argument("source", type=Path, metavar="SOURCE", help="folder of the download")
     imagenette = commands.add_parser("imagenette", help="ten classes of ImageNet")
