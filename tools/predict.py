@@ -40,8 +40,8 @@ from tools.common.classifier import (
     log_to_stderr,
 )
 from utils.distributed import Process
-from utils.errors import ConfigError, DataError, StorageError, as_exit_code
-from utils.files import write_atomically
+from utils.errors import ConfigError, DataError, as_exit_code
+from utils.files import require_folder_of, write_atomically
 from utils.logging import logger
 
 SUFFIXES = (".csv", ".jsonl")
@@ -155,8 +155,6 @@ def write(path: Path, rows: list[dict]) -> None:
         for row in rows:
             numbers = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
             writer.writerow(row | numbers)
-    if not path.parent.is_dir():
-        raise StorageError(f"{path.parent}: no such folder for --out")
     write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
 
 
@@ -189,8 +187,10 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--out", type=Path, help="write .csv or .jsonl instead of printing")
     args = parser.parse_args(arguments)
-    if args.out is not None and args.out.suffix not in SUFFIXES:
-        raise ConfigError(f"--out {args.out}: expected a name that ends in .csv or .jsonl")
+    if args.out is not None:
+        if args.out.suffix not in SUFFIXES:
+            raise ConfigError(f"--out {args.out}: expected a name that ends in .csv or .jsonl")
+        require_folder_of(args.out)
     log_to_stderr()
     files = list_pictures(args.paths)
     classifier = load_classifier(args, args.names)

@@ -230,9 +230,12 @@ def test_wordnet_names_need_no_network():
     assert classifier.choose_names(["cat"], None, "lemma") == ["cat"]
 
 
-def test_places_that_cannot_be_written_are_refused_before_the_work(run, tmp_path, capsys):
+def test_places_that_cannot_be_written_are_refused_before_the_work(
+    run, tmp_path, capsys, monkeypatch
+):
     path, images, _ = run
     argv = [str(images / "val"), "--resume", str(path)]
+    monkeypatch.delattr(predict, "predict")
     assert predict.main([*argv, "--out", str(tmp_path / "x.txt")]) == 2
     assert predict.main([*argv, "--out", str(tmp_path / "absent" / "x.csv")]) == 6
     shutil.copy(images / "val" / "class_0" / "000.jpg", tmp_path / "file.csv")
