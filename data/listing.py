@@ -67,6 +67,11 @@ class Listing(NamedTuple):
     times: np.ndarray
     rules: np.ndarray
 
+    def count_ignored(self) -> Counter[str]:
+        """How many files were ignored, by reason."""
+        reasons = map(os.fsdecode, self.reasons.tolist())
+        return Counter(dict(zip(reasons, self.ignored.tolist(), strict=True)))
+
 
 def is_image(name: bytes, read_head: Callable[..., bytes], *where: object) -> bool:
     """Whether a file of this name is an image; without a suffix, its first bytes decide, from `read_head(*where)`."""
@@ -90,8 +95,11 @@ def suffix_of(name: bytes) -> str:
     return os.path.splitext(os.fsdecode(name))[1].lower() or "no suffix"
 
 
-def scan_folder(split: Path) -> Listing:
-    """List `split`: links are followed, never into a folder seen before. Raises DataError."""
+def scan_folder(split: Path, *, loose: bool = False) -> Listing:
+    """List `split`: links are followed, never into a folder seen before. Raises DataError.
+
+    loose: list images in no class folder, too.
+    """
     classes: list[bytes] = []
     ignored: Counter[str] = Counter()
     names, sizes, times = [], [], {}
@@ -110,7 +118,12 @@ def scan_folder(split: Path) -> Listing:
                 except OSError:  # a link to nowhere or in a circle
                     mode = size = 0
                 regular = stat.S_ISREG(mode)
-                if prefix and regular and name[0] != DOT and name.lower().endswith(EXTENSIONS):
+                if (
+                    (prefix or loose)
+                    and regular
+                    and name[0] != DOT
+                    and name.lower().endswith(EXTENSIONS)
+                ):
                     found_names.append(prefix + name)  # of a million files, nearly all
                     found_sizes.append(size)
                 elif is_hidden(name):
@@ -119,7 +132,7 @@ def scan_folder(split: Path) -> Listing:
                     subfolders.append(name)
                 elif not is_image(name, _read_head, folder, name):
                     ignored[suffix_of(name)] += 1
-                elif not prefix:
+                elif not (prefix or loose):
                     ignored[LOOSE] += 1
                 else:  # a pipe, a device or a dangling link counts as a damaged image
                     found_names.append(prefix + name)

@@ -28,9 +28,10 @@ from tqdm import tqdm
 import data
 from analysis.collector import Collector, View
 from analysis.predictions import TOP, Predictions
+from data.classes import describe_ignored
 from data.dataset import EvalSample, LoadedDataset
 from data.decode import SAMPLE, UNREADABLE, decode_pixels
-from data.listing import EXTENSIONS, is_hidden
+from data.listing import EXTENSIONS, scan_folder
 from engine import build
 from tools.common.classifier import (
     Classifier,
@@ -43,6 +44,7 @@ from utils.distributed import Process
 from utils.errors import ConfigError, DataError, as_exit_code
 from utils.files import require_folder_of, write_atomically
 from utils.logging import logger
+from utils.text import quantity
 
 SUFFIXES = (".csv", ".jsonl")
 
@@ -79,22 +81,20 @@ class Pictures(LoadedDataset):
 def list_pictures(paths: Iterable[str]) -> list[str]:
     """The image files that `paths` mean: files, folders with all below them, globs, and "-" for a list on stdin.
 
-    In the order of `paths`, sorted inside each, none twice. Raises ConfigError where there is none.
+    Folders are listed as those of a training set are, and what is ignored in them is logged. In the order of `paths`,
+    sorted inside each, none twice. Raises ConfigError where there is none, DataError if a folder cannot be listed.
     """
     found: dict[str, None] = {}
     for path in paths:
         if path == "-":
             found |= dict.fromkeys(line.rstrip("\n") for line in sys.stdin if line.strip())
         elif Path(path).is_dir():
-            names = (
-                p for p in Path(path).rglob("*") if os.fsencode(p).lower().endswith(EXTENSIONS)
-            )
-            visible = (
-                p
-                for p in names
-                if not any(map(is_hidden, os.fsencode(p.relative_to(path)).split(b"/")))
-            )
-            found |= dict.fromkeys(sorted(map(str, visible)))
+            listing = scan_folder(Path(path), loose=True)
+            names = map(os.fsdecode, listing.names.tolist())
+            found |= dict.fromkeys(str(Path(path, name)) for name in names)
+            if ignored := listing.count_ignored():
+                pictures = quantity(len(listing.names), "picture")
+                logger.info(f"{path}: {pictures}{describe_ignored(ignored)}")
         elif glob.has_magic(path) and not Path(path).exists():
             found |= dict.fromkeys(sorted(glob.glob(path, recursive=True)))
         else:

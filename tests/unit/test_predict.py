@@ -153,6 +153,25 @@ def test_pictures_come_from_files_folders_globs_and_stdin(tmp_path, monkeypatch)
     assert names("-", tmp_path / "b.png") == ["deep/c.JPEG", "x y.png", "b.png"]
 
 
+def test_linked_folders_are_followed_and_what_is_ignored_is_counted(tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pictures" / "deep").mkdir(parents=True)
+    folder = tmp_path / "pictures"
+    Image.new("RGB", (8, 8)).save(folder / "deep" / "photo", "PNG")
+    for file in (folder / "a.png", tmp_path / "elsewhere" / "b.png", folder / "deep" / "c.png"):
+        file.touch()
+    for name in ("notes.txt", "more.TXT", "readme", ".hidden"):
+        (folder / name).touch()
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "deep" / "loop").symlink_to(folder)
+    classifier.log_to_stderr()
+    files = predict.list_pictures([str(folder)])
+    names = ["a.png", "deep/c.png", "deep/photo", "link/b.png"]
+    assert files == [str(folder / name) for name in names]
+    ignored = "4 other files ignored (.txt 2, hidden or system 1, no suffix 1)"
+    assert f"{folder}: 4 pictures, {ignored}" in capsys.readouterr().err
+
+
 def test_no_picture_is_an_error(tmp_path, capsys):
     assert predict.main([str(tmp_path), "--model", "test_resnet"]) == 2
     assert "no picture in" in capsys.readouterr().err
