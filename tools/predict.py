@@ -30,7 +30,14 @@ from analysis.collector import Collector, View
 from analysis.predictions import TOP, Predictions
 from data.classes import describe_ignored
 from data.dataset import EvalSample, LoadedDataset
-from data.decode import SAMPLE, UNREADABLE, decode_pixels
+from data.decode import (
+    EXIF_TRANSPOSES,
+    SAMPLE,
+    UNREADABLE,
+    decode_pixels,
+    open_image,
+    orientation,
+)
 from data.listing import EXTENSIONS, scan_folder
 from engine import build
 from tools.common.classifier import (
@@ -50,12 +57,17 @@ SUFFIXES = (".csv", ".jsonl")
 
 
 class Pictures(LoadedDataset):
-    """Image files in the order of `files`; one that cannot be read is black and `bad`."""
+    """Image files in the order of `files`; one that cannot be read is black and `bad`.
+
+    unturned: bool [N], whether the EXIF data of a picture asks for a rotation that is ignored; complete when all
+    pictures are read, in any process.
+    """
 
     def __init__(self, files: list[str], classifier: Classifier):
         self.files = files
         self.transform = classifier.transform
         self.apply_exif = classifier.apply_exif
+        self.unturned = torch.zeros(len(files), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -65,12 +77,15 @@ class Pictures(LoadedDataset):
         try:
             if path.exists() and not path.is_file():
                 raise ValueError("not a file")  # reading a pipe could wait for ever
-            pixels = decode_pixels(path.read_bytes(), apply_exif=self.apply_exif)
+            content = path.read_bytes()
+            pixels = decode_pixels(content, apply_exif=self.apply_exif)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
             black = torch.zeros_like(self.transform(decode_pixels(SAMPLE)))
             bad = data.BadFile(str(path), reason, None, index)
             return EvalSample(black, data.NO_LABEL, index, [bad])
+        if not self.apply_exif:
+            self.unturned[index] = orientation(open_image(content)) in EXIF_TRANSPOSES
         return EvalSample(self.transform(pixels), 0, index, [])
 
     def path(self, index: int) -> str:
@@ -125,6 +140,11 @@ def predict(classifier: Classifier, files: list[str]) -> Predictions:
                 logits = classifier.model(normalize(images)).float()
             collector.add(logits, (marks != data.NO_LABEL).to(device), indices.to(device))
             progress.update(len(images))
+    if unturned := int(pictures.unturned.sum()):
+        logger.info(
+            f"EXIF rotations are ignored, as in training, in {unturned} of {quantity(len(files), 'picture')}: "
+            "`--opts DATA.EXIF apply` turns them"
+        )
     return collector.gather(files)[0]
 
 

@@ -11,7 +11,7 @@ import timm
 import torch
 from helpers.images import write_image_folder
 from helpers.runs import arguments
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.models import save_for_hf
 
 import main
@@ -170,6 +170,23 @@ def test_linked_folders_are_followed_and_what_is_ignored_is_counted(tmp_path, ca
     assert files == [str(folder / name) for name in names]
     ignored = "4 other files ignored (.txt 2, hidden or system 1, no suffix 1)"
     assert f"{folder}: 4 pictures, {ignored}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_exif_rotations_that_are_ignored_are_counted(run, tmp_path, capsys, workers):
+    exif = Image.Exif()
+    for number in range(1, 9):
+        exif[ExifTags.Base.Orientation] = number
+        Image.new("RGB", (8, 6)).save(tmp_path / f"{number}.jpg", exif=exif)
+    Image.new("RGB", (8, 6)).save(tmp_path / "none.png")
+    argv = [str(tmp_path), "--resume", str(run[0]), "--workers", str(workers)]
+    assert predict.main(argv) == 0
+    hint = (
+        "EXIF rotations are ignored, as in training, in 7 of 9 pictures: `--opts DATA.EXIF apply`"
+    )
+    assert hint in capsys.readouterr().err
+    assert predict.main([*argv, "--opts", "DATA.EXIF", "apply"]) == 0
+    assert "EXIF" not in capsys.readouterr().err
 
 
 def test_no_picture_is_an_error(tmp_path, capsys):
