@@ -113,7 +113,7 @@ def match_folders(reader: Reader, classes: list[str], allow_missing: bool) -> di
     if empty := folders - set(reader.class_ranges()):
         raise DataError(
             f"{path}: no image in {_some(empty)}; expected at least one per class folder, "
-            f"fill or remove it{describe_ignored(reader)}"
+            f"fill or remove it{describe_ignored(reader.ignored)}"
         )
     if (missing := known - set(found.values())) and not allow_missing:
         raise DataError(
@@ -156,13 +156,13 @@ def level_below(reader: Reader) -> str:
     )
 
 
-def describe_ignored(reader: Reader) -> str:
+def describe_ignored(ignored: Counter[str]) -> str:
     """The end of a message: how many files are no images, by suffix."""
-    if not reader.ignored:
+    if not ignored:
         return ""
-    reasons = sorted(reader.ignored.items(), key=lambda item: (-item[1], item[0]))
+    reasons = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
     kinds = join_some((f"{reason} {number:,}" for reason, number in reasons), 5)
-    return f", {quantity(reader.ignored.total(), 'other file')} ignored ({kinds})"
+    return f", {quantity(ignored.total(), 'other file')} ignored ({kinds})"
 
 
 def _some(names: Iterable[str]) -> str:

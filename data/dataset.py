@@ -139,7 +139,7 @@ class ImageDataset(LoadedDataset):
 
     def __str__(self) -> str:
         text = f"{self.reader.path}: {quantity(len(self), 'image')}, {quantity(len(self.classes), 'class')}{self._part}"
-        return text + describe_ignored(self.reader)
+        return text + describe_ignored(self.reader.ignored)
 
     def prefetch(self, items: Iterable[int | tuple[int, int, int]]) -> None:
         """Request the files of samples that are read soon, if they are on a server."""

@@ -70,6 +70,11 @@ class Listing(NamedTuple):
     times: np.ndarray
     rules: np.ndarray
 
+    def count_ignored(self) -> Counter[str]:
+        """How many files were ignored, by reason."""
+        reasons = map(os.fsdecode, self.reasons.tolist())
+        return Counter(dict(zip(reasons, self.ignored.tolist(), strict=True)))
+
 
 def is_image(name: bytes, read_head: Callable[..., bytes], *where: object) -> bool:
     """Whether a file of this name is an image; without a suffix, its first bytes decide, from `read_head(*where)`."""
@@ -93,11 +98,13 @@ def suffix_of(name: bytes) -> str:
     return os.path.splitext(os.fsdecode(name))[1].lower() or "no suffix"
 
 
-def scan_folder(split: Path) -> Listing:
+def scan_folder(split: Path, *, loose: bool = False) -> Listing:
     """List `split`: links are followed, never into a folder seen before.
 
-    Raises DataError for a folder that cannot be listed, for two class folders that are the same, and for a link without
-    a target that is no image in a class folder: it may lead to a class.
+    loose: `split` is any folder of images: those in no class folder are listed, too, and links may lead anywhere.
+
+    Raises DataError for a folder that cannot be listed and, unless `loose`, for two class folders that are the same and
+    for a link without a target that is no image in a class folder: it may lead to a class.
     """
     classes: list[bytes] = []
     ignored: Counter[str] = Counter()
@@ -117,12 +124,17 @@ def scan_folder(split: Path) -> Listing:
                 except OSError:  # a link to nowhere or in a circle
                     mode = size = 0
                     image = prefix and name.lower().endswith(EXTENSIONS)
-                    if not image and not is_hidden(name):
+                    if not (image or loose or is_hidden(name)):
                         path = Path(os.fsdecode(os.path.join(folder, name)))
                         if (status := require_target(path)) is not None:  # it is back
                             mode, size = status.st_mode, status.st_size
                 regular = stat.S_ISREG(mode)
-                if prefix and regular and name[0] != DOT and name.lower().endswith(EXTENSIONS):
+                if (
+                    (prefix or loose)
+                    and regular
+                    and name[0] != DOT
+                    and name.lower().endswith(EXTENSIONS)
+                ):
                     found_names.append(prefix + name)  # of a million files, nearly all
                     found_sizes.append(size)
                 elif is_hidden(name):
@@ -131,7 +143,7 @@ def scan_folder(split: Path) -> Listing:
                     subfolders.append(name)
                 elif not is_image(name, _read_head, folder, name):
                     ignored[suffix_of(name)] += 1
-                elif not prefix:
+                elif not (prefix or loose):
                     ignored[LOOSE] += 1
                 else:  # a pipe, a device or a dangling link counts as a damaged image
                     found_names.append(prefix + name)
@@ -140,7 +152,7 @@ def scan_folder(split: Path) -> Listing:
             identity = _identity(os.path.join(folder, name))
             if not prefix:
                 classes.append(name)
-                if identity in seen:
+                if identity in seen and not loose:
                     twins = f"{os.fsdecode(seen[identity])} and {os.fsdecode(name)}"
                     raise DataError(f"{split}: {twins} are the same folder; remove the link")
             if identity not in seen:

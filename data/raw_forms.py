@@ -22,10 +22,13 @@ class RawForm(NamedTuple):
 
 
 ARCHIVES = "ImageNet's original archives"
+CLASS_TARS = "the tars of ImageNet's classes"
 KAGGLE = "Kaggle's CLS-LOC"
+FLAT_VAL = "ImageNet's validation images without class folders"
 SHARDS = "timm's WebDataset shards"
 PARQUET = "Hugging Face's parquet files"
 
+CLASS_TAR = f"n{8 * '[0-9]'}.tar"
 # In the folder, in data/ or train/, and in the hub's branch of converted files.
 PARQUET_FILES = ("*.parquet", "*/*.parquet", "default/*/*.parquet")
 
@@ -34,7 +37,9 @@ RAW_FORMS = (
     RawForm("ILSVRC2012_img_val.tar", ARCHIVES, "imagenet"),
     RawForm("ILSVRC/Data/CLS-LOC", KAGGLE, "imagenet"),
     RawForm("Data/CLS-LOC", KAGGLE, "imagenet"),
-    RawForm("val/ILSVRC2012_val_*.JPEG", KAGGLE, "imagenet"),
+    RawForm(f"train/{CLASS_TAR}", CLASS_TARS, "imagenet"),
+    RawForm(CLASS_TAR, CLASS_TARS, "imagenet"),
+    RawForm("val/ILSVRC2012_val_*.JPEG", FLAT_VAL, "imagenet"),
     RawForm("imagenet1k-train-*.tar", SHARDS, "imagenet"),
     RawForm("imagenet1k-validation-*.tar", SHARDS, "imagenet"),
     *(RawForm(pattern, PARQUET, "imagenet") for pattern in PARQUET_FILES),

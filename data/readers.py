@@ -144,13 +144,12 @@ class FolderReader(Reader):
     def __init__(self, path: Path):
         known = load_listing(path)
         listing = known or scan_folder(path)
-        reasons = map(os.fsdecode, listing.reasons.tolist())
         super().__init__(
             path,
             listing.names,
             listing.sizes[:, None],
             set(map(os.fsdecode, listing.classes.tolist())),
-            Counter(dict(zip(reasons, listing.ignored.tolist(), strict=True))),
+            listing.count_ignored(),
         )
         if known is None:
             save_listing(path, listing)

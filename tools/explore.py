@@ -26,8 +26,8 @@ from analysis.recording import record
 from engine import build
 from tools.common.classifier import Classifier, add_arguments, log_to_stderr, with_weights
 from tools.common.pictures import load_recordable, parse_point, read_pixels
-from utils.errors import ConfigError, StorageError, as_exit_code
-from utils.files import write_atomically
+from utils.errors import ConfigError, as_exit_code
+from utils.files import require_folder_of, write_atomically
 from utils.logging import logger
 
 SHOWN = 448  # pixels of the pictures for people, at least
@@ -137,8 +137,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Run the command line."""
     args = parse(arguments)
-    if not args.out.parent.is_dir():
-        raise StorageError(f"{args.out.parent}: no such folder for --out")
+    require_folder_of(args.out)
     log_to_stderr()
     page = make_page(args)
     write_atomically(args.out, page)

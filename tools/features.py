@@ -42,8 +42,8 @@ from tools.common.classifier import (
 )
 from tools.predict import Pictures, list_pictures
 from utils.distributed import Process
-from utils.errors import ConfigError, DataError, StorageError, as_exit_code
-from utils.files import replace_atomically
+from utils.errors import ConfigError, DataError, as_exit_code
+from utils.files import replace_atomically, require_folder_of
 from utils.logging import logger
 from utils.text import join_some, quantity
 
@@ -137,8 +137,6 @@ def pooled_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def write(found: Features, path: Path) -> None:
     """Write .npz or .parquet. Raises StorageError, ConfigError without pyarrow."""
-    if not path.parent.is_dir():
-        raise StorageError(f"{path.parent}: no such folder for --out")
     if path.suffix == ".parquet":
         pyarrow, parquet = import_pyarrow()
         names = [found.classes[label] if label >= 0 else None for label in found.labels]
@@ -261,6 +259,7 @@ def run_extract(args: argparse.Namespace) -> None:
         raise ConfigError(f"--out {args.out}: expected a name that ends in .npz or .parquet")
     if args.out.suffix == ".parquet":
         import_pyarrow()
+    require_folder_of(args.out)
     if not args.path.exists():
         raise DataError(f"{args.path}: no such folder or archive")
     found = extract(load_classifier(args), args.path)

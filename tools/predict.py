@@ -28,9 +28,17 @@ from tqdm import tqdm
 import data
 from analysis.collector import Collector, View
 from analysis.predictions import TOP, Predictions
+from data.classes import describe_ignored
 from data.dataset import EvalSample, LoadedDataset
-from data.decode import SAMPLE, UNREADABLE, decode_pixels
-from data.listing import EXTENSIONS, is_hidden
+from data.decode import (
+    EXIF_TRANSPOSES,
+    SAMPLE,
+    UNREADABLE,
+    decode_pixels,
+    open_image,
+    orientation,
+)
+from data.listing import EXTENSIONS, scan_folder
 from engine import build
 from tools.common.classifier import (
     Classifier,
@@ -40,20 +48,26 @@ from tools.common.classifier import (
     log_to_stderr,
 )
 from utils.distributed import Process
-from utils.errors import ConfigError, DataError, StorageError, as_exit_code
-from utils.files import write_atomically
+from utils.errors import ConfigError, DataError, as_exit_code
+from utils.files import require_folder_of, write_atomically
 from utils.logging import logger
+from utils.text import quantity
 
 SUFFIXES = (".csv", ".jsonl")
 
 
 class Pictures(LoadedDataset):
-    """Image files in the order of `files`; one that cannot be read is black and `bad`."""
+    """Image files in the order of `files`; one that cannot be read is black and `bad`.
+
+    unturned: bool [N], whether the EXIF data of a picture asks for a rotation that is ignored; complete when all
+    pictures are read, in any process.
+    """
 
     def __init__(self, files: list[str], classifier: Classifier):
         self.files = files
         self.transform = classifier.transform
         self.apply_exif = classifier.apply_exif
+        self.unturned = torch.zeros(len(files), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -63,12 +77,15 @@ class Pictures(LoadedDataset):
         try:
             if path.exists() and not path.is_file():
                 raise ValueError("not a file")  # reading a pipe could wait for ever
-            pixels = decode_pixels(path.read_bytes(), apply_exif=self.apply_exif)
+            content = path.read_bytes()
+            pixels = decode_pixels(content, apply_exif=self.apply_exif)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error)
             black = torch.zeros_like(self.transform(decode_pixels(SAMPLE)))
             bad = data.BadFile(str(path), reason, None, index)
             return EvalSample(black, data.NO_LABEL, index, [bad])
+        if not self.apply_exif:
+            self.unturned[index] = orientation(open_image(content)) in EXIF_TRANSPOSES
         return EvalSample(self.transform(pixels), 0, index, [])
 
     def path(self, index: int) -> str:
@@ -79,22 +96,20 @@ class Pictures(LoadedDataset):
 def list_pictures(paths: Iterable[str]) -> list[str]:
     """The image files that `paths` mean: files, folders with all below them, globs, and "-" for a list on stdin.
 
-    In the order of `paths`, sorted inside each, none twice. Raises ConfigError where there is none.
+    Folders are listed as those of a training set are, and what is ignored in them is logged. In the order of `paths`,
+    sorted inside each, none twice. Raises ConfigError where there is none, DataError if a folder cannot be listed.
     """
     found: dict[str, None] = {}
     for path in paths:
         if path == "-":
             found |= dict.fromkeys(line.rstrip("\n") for line in sys.stdin if line.strip())
         elif Path(path).is_dir():
-            names = (
-                p for p in Path(path).rglob("*") if os.fsencode(p).lower().endswith(EXTENSIONS)
-            )
-            visible = (
-                p
-                for p in names
-                if not any(map(is_hidden, os.fsencode(p.relative_to(path)).split(b"/")))
-            )
-            found |= dict.fromkeys(sorted(map(str, visible)))
+            listing = scan_folder(Path(path), loose=True)
+            names = map(os.fsdecode, listing.names.tolist())
+            found |= dict.fromkeys(str(Path(path, name)) for name in names)
+            if ignored := listing.count_ignored():
+                pictures = quantity(len(listing.names), "picture")
+                logger.info(f"{path}: {pictures}{describe_ignored(ignored)}")
         elif glob.has_magic(path) and not Path(path).exists():
             found |= dict.fromkeys(sorted(glob.glob(path, recursive=True)))
         else:
@@ -125,6 +140,11 @@ def predict(classifier: Classifier, files: list[str]) -> Predictions:
                 logits = classifier.model(normalize(images)).float()
             collector.add(logits, (marks != data.NO_LABEL).to(device), indices.to(device))
             progress.update(len(images))
+    if unturned := int(pictures.unturned.sum()):
+        logger.info(
+            f"EXIF rotations are ignored, as in training, in {unturned} of {quantity(len(files), 'picture')}: "
+            "`--opts DATA.EXIF apply` turns them"
+        )
     return collector.gather(files)[0]
 
 
@@ -155,8 +175,6 @@ def write(path: Path, rows: list[dict]) -> None:
         for row in rows:
             numbers = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
             writer.writerow(row | numbers)
-    if not path.parent.is_dir():
-        raise StorageError(f"{path.parent}: no such folder for --out")
     write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
 
 
@@ -189,8 +207,10 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--out", type=Path, help="write .csv or .jsonl instead of printing")
     args = parser.parse_args(arguments)
-    if args.out is not None and args.out.suffix not in SUFFIXES:
-        raise ConfigError(f"--out {args.out}: expected a name that ends in .csv or .jsonl")
+    if args.out is not None:
+        if args.out.suffix not in SUFFIXES:
+            raise ConfigError(f"--out {args.out}: expected a name that ends in .csv or .jsonl")
+        require_folder_of(args.out)
     log_to_stderr()
     files = list_pictures(args.paths)
     classifier = load_classifier(args, args.names)

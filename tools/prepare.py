@@ -22,7 +22,7 @@ from tools.datasets.digits import Digits
 from tools.datasets.imagenet import open_imagenet
 from tools.datasets.imagenette import ARCHIVES, Imagenette
 from tools.datasets.output import OUTPUTS
-from tools.datasets.prepare import WORK, prepare
+from tools.datasets.prepare import PUBLISHED, WORK, prepare
 from tools.datasets.raw_dataset import RawDataset
 from utils.errors import as_exit_code
 
@@ -55,8 +55,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
     imagenet = commands.add_parser(
         "imagenet",
-        help="the original archives with the devkit, Kaggle's CLS-LOC, timm's WebDataset shards or "
-        "Hugging Face's parquet files",
+        help="the original archives with the devkit, also unpacked, Kaggle's CLS-LOC, timm's "
+        "WebDataset shards or Hugging Face's parquet files",
     )
     imagenet.add_argument("source", type=Path, metavar="SOURCE", help="folder of the download")
     imagenette = commands.add_parser("imagenette", help="ten classes of ImageNet")
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> None:
     where = getattr(args, "source", None)
     plan = {
         "dataset": args.dataset,
-        "source": str(where.resolve()) if where else "published",
+        "source": str(where.resolve()) if where else PUBLISHED,
         "to": args.to,
         **raw.settings,
     }

@@ -27,7 +27,7 @@ from analysis.runs import flatten, read_run
 from data.decode import UNREADABLE, decode
 from data.readers import Reader, open_split
 from utils.errors import ConfigError, DataError, as_exit_code
-from utils.files import write_atomically
+from utils.files import require_folder_of, write_atomically
 from utils.yaml_nodes import to_dict
 
 SIDE = 144  # pixels of a misclassified picture
@@ -129,13 +129,12 @@ def main(arguments: list[str]) -> None:
     if len({run.resolve() for run in args.runs}) < len(args.runs):
         raise ConfigError("a run is named twice")
     runs = [read_run(run) for run in args.runs]
+    out = args.out or (args.runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    require_folder_of(out)
     thumbnails = Thumbnails(
         **({"picture": Mistakes(args.data_path)} if args.data_path else {}),
         explored=explore_pictures(args.runs[0], args.pictures) if args.pictures else [],
     )
-    out = args.out or (args.runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    if not out.parent.is_dir():
-        raise DataError(f"{out.parent}: no such folder for --out")
     page = make_report(
         runs, recipes(several=len(runs) > 1), evaluations=args.eval, thumbnails=thumbnails
     )

@@ -35,6 +35,7 @@ from engine import build
 from tools.common.classifier import add_arguments, log_to_stderr
 from tools.common.pictures import load_recordable, parse_point, read_pixels
 from utils.errors import ConfigError, StorageError, as_exit_code
+from utils.files import require_folder_of
 from utils.logging import logger
 from utils.text import quantity
 
@@ -321,6 +322,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="picture to write")
     args = parser.parse_args(arguments)
+    require_folder_of(args.out)
     log_to_stderr()
     figure = make_picture(args)
     try:

@@ -68,6 +68,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def require_folder_of(out: Path) -> None:
+    """Raise StorageError if there is no folder to write the file `out` to: before the work, which would be lost."""
+    if not out.parent.is_dir():
+        raise StorageError(f"{out.parent}: no such folder for --out")
+
+
 def sync(path: Path) -> None:
     """Bring the content of a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -94,6 +94,32 @@ def write_archives(images: dict[str, list[Photo]], root: Path) -> Path:
     return root
 
 
+def unpack_train(root: Path) -> Path:
+    """`write_archives` after the first `tar xf`: a tar per class in `train`."""
+    (root / "train").mkdir()
+    with tarfile.open(root / "ILSVRC2012_img_train.tar") as archive:
+        archive.extractall(root / "train", filter="data")
+    (root / "ILSVRC2012_img_train.tar").unlink()
+    return root
+
+
+def unpack_classes(root: Path) -> Path:
+    """`unpack_train` after the second: class folders in `train`."""
+    for path in (root / "train").glob("*.tar"):
+        with tarfile.open(path) as archive:
+            archive.extractall(path.with_suffix(""), filter="data")
+        path.unlink()
+    return root
+
+
+def unpack_val(root: Path) -> Path:
+    """`write_archives` with flat images in `val`."""
+    with tarfile.open(root / "ILSVRC2012_img_val.tar") as archive:
+        archive.extractall(root / "val", filter="data")
+    (root / "ILSVRC2012_img_val.tar").unlink()
+    return root
+
+
 def write_devkit(
     root: Path, classes: list[str], labels: list[str], name: str = "ILSVRC2012_devkit_t12"
 ) -> None:

@@ -74,6 +74,14 @@ def test_damaged_images_are_named_and_left_out(trees, tmp_path, capsys):
     assert "class_0/000.jpg cannot be read" in capsys.readouterr().err
 
 
+def test_a_missing_folder_is_refused_before_the_work(trees, tmp_path, capsys, monkeypatch):
+    folder, _, flags = trees
+    monkeypatch.delattr(features, "extract")
+    argv = ["extract", str(folder / "data" / "val"), *flags]
+    assert features.main([*argv, "--out", str(tmp_path / "absent" / "val.npz")]) == 6
+    assert "no such folder for --out" in capsys.readouterr().err
+
+
 def test_colours_are_classified_by_neighbours_and_by_a_probe(trees, capsys):
     folder, _, _ = trees
     pair = [str(folder / "train.npz"), str(folder / "val.npz")]

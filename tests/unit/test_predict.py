@@ -11,7 +11,7 @@ import timm
 import torch
 from helpers.images import write_image_folder
 from helpers.runs import arguments
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.models import save_for_hf
 
 import main
@@ -153,6 +153,42 @@ def test_pictures_come_from_files_folders_globs_and_stdin(tmp_path, monkeypatch)
     assert names("-", tmp_path / "b.png") == ["deep/c.JPEG", "x y.png", "b.png"]
 
 
+def test_linked_folders_are_followed_and_what_is_ignored_is_counted(tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pictures" / "deep").mkdir(parents=True)
+    folder = tmp_path / "pictures"
+    Image.new("RGB", (8, 8)).save(folder / "deep" / "photo", "PNG")
+    for file in (folder / "a.png", tmp_path / "elsewhere" / "b.png", folder / "deep" / "c.png"):
+        file.touch()
+    for name in ("notes.txt", "more.TXT", "readme", ".hidden"):
+        (folder / name).touch()
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "deep" / "loop").symlink_to(folder)
+    classifier.log_to_stderr()
+    files = predict.list_pictures([str(folder)])
+    names = ["a.png", "deep/c.png", "deep/photo", "link/b.png"]
+    assert files == [str(folder / name) for name in names]
+    ignored = "4 other files ignored (.txt 2, hidden or system 1, no suffix 1)"
+    assert f"{folder}: 4 pictures, {ignored}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_exif_rotations_that_are_ignored_are_counted(run, tmp_path, capsys, workers):
+    exif = Image.Exif()
+    for number in range(1, 9):
+        exif[ExifTags.Base.Orientation] = number
+        Image.new("RGB", (8, 6)).save(tmp_path / f"{number}.jpg", exif=exif)
+    Image.new("RGB", (8, 6)).save(tmp_path / "none.png")
+    argv = [str(tmp_path), "--resume", str(run[0]), "--workers", str(workers)]
+    assert predict.main(argv) == 0
+    hint = (
+        "EXIF rotations are ignored, as in training, in 7 of 9 pictures: `--opts DATA.EXIF apply`"
+    )
+    assert hint in capsys.readouterr().err
+    assert predict.main([*argv, "--opts", "DATA.EXIF", "apply"]) == 0
+    assert "EXIF" not in capsys.readouterr().err
+
+
 def test_no_picture_is_an_error(tmp_path, capsys):
     assert predict.main([str(tmp_path), "--model", "test_resnet"]) == 2
     assert "no picture in" in capsys.readouterr().err
@@ -230,9 +266,12 @@ def test_wordnet_names_need_no_network():
     assert classifier.choose_names(["cat"], None, "lemma") == ["cat"]
 
 
-def test_places_that_cannot_be_written_are_refused_before_the_work(run, tmp_path, capsys):
+def test_places_that_cannot_be_written_are_refused_before_the_work(
+    run, tmp_path, capsys, monkeypatch
+):
     path, images, _ = run
     argv = [str(images / "val"), "--resume", str(path)]
+    monkeypatch.delattr(predict, "predict")
     assert predict.main([*argv, "--out", str(tmp_path / "x.txt")]) == 2
     assert predict.main([*argv, "--out", str(tmp_path / "absent" / "x.csv")]) == 6
     shutil.copy(images / "val" / "class_0" / "000.jpg", tmp_path / "file.csv")

@@ -18,14 +18,34 @@ from data.decode import decode
 from data.raw_forms import describe_raw_form
 from data.readers import open_split
 from tools import prepare
-from tools.datasets import cifar10, imagenet, imagenette
+from tools.datasets import cifar10, imagenet, imagenette, raw_dataset
 from utils.errors import ConfigError, DataError, StorageError
 
 HAS_PYARROW = imagenet.find_spec("pyarrow") is not None
 needs_pyarrow = pytest.mark.skipif(not HAS_PYARROW, reason="pyarrow is not installed")
 
+
+def write_class_tars(photos, root):
+    return downloads.unpack_train(downloads.write_archives(photos, root))
+
+
+def write_class_folders(photos, root):
+    """With the validation images as an archive still, and the devkit unpacked."""
+    downloads.unpack_classes(write_class_tars(photos, root))
+    shutil.unpack_archive(root / "ILSVRC2012_devkit_t12.tar.gz", root)
+    (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    return root
+
+
+def write_flat_val(photos, root):
+    return downloads.unpack_val(downloads.unpack_classes(write_class_tars(photos, root)))
+
+
 FORMS = {
     "archives": downloads.write_archives,
+    "class tars": write_class_tars,
+    "class folders": write_class_folders,
+    "flat val": write_flat_val,
     "kaggle": downloads.write_kaggle,
     "shards": downloads.write_shards,
     "parquet": downloads.write_parquet,
@@ -135,6 +155,37 @@ def test_validation_alone_can_be_prepared_and_training_later(photos, tmp_path, c
     (tmp_path / "later").rename(train)
     run("imagenet", source, tmp_path / "out")
     assert contents(tmp_path / "out") == expected(photos)
+
+
+def test_class_tars_beside_sorted_or_no_validation_images(photos, tmp_path):
+    source = write_class_tars(photos, tmp_path / "source")
+    run("imagenet", source / "train", tmp_path / "train")
+    assert visible(tmp_path / "train") == ["prepare.json", "train"]
+    (source / "ILSVRC2012_img_val.tar").unlink()
+    tree = downloads.write_tree({"val": photos["val"]}, source)
+    assert open_split(tree, "val")
+    run("imagenet", source, tmp_path / "out")
+    assert contents(tmp_path / "out") == expected(photos)
+
+
+def test_class_tars_resume_after_the_last_complete_one(photos, tmp_path, capsys):
+    source, out = write_class_tars(photos, tmp_path / "source"), tmp_path / "out"
+    first, _, last = sorted((source / "train").glob("*.tar"))
+    complete = cut(last, last.stat().st_size // 2)
+    message = fails(capsys, DataError.exit_code, "imagenet", source, out)
+    assert f"{last}: cut off or damaged at byte" in message
+    last.write_bytes(complete)
+    first.write_bytes(bytes(first.stat().st_size))  # of the same size: it is not read again
+    run("imagenet", source, out)
+    assert contents(out) == expected(photos)
+
+
+def test_an_image_without_a_label_is_named(photos, tmp_path, capsys):
+    source = write_flat_val(photos, tmp_path / "source")
+    (source / "val/cat.jpg").touch()
+    message = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "out")
+    kit = source / "ILSVRC2012_devkit_t12.tar.gz"
+    assert f"{kit}: has no label for cat.jpg of {source / 'val'}" in message
 
 
 @each_output
@@ -423,7 +474,8 @@ def test_a_damaged_header_is_not_taken_for_the_end(photos, tmp_path, capsys):
 @each_form
 def test_a_cut_file_of_any_form_is_named(photos, tmp_path, form, capsys):
     source = FORMS[form](photos, tmp_path / "source")
-    pattern = {"archives": "*.tar", "shards": "*.tar", "parquet": "data/train*"}.get(form, "*.csv")
+    patterns = {"class tars": "train/*.tar", "kaggle": "*.csv", "parquet": "data/train*"}
+    pattern = patterns.get(form, "*.tar.gz" if form == "flat val" else "*.tar")
     file = sorted(source.glob(pattern))[0]
     cut(file, file.stat().st_size // 2)
     message = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "out")
@@ -454,7 +506,7 @@ def test_a_devkit_of_another_year(photos, tmp_path, capsys):
         source, list(downloads.GREY), [downloads.GREY[0]] * 5, "ILSVRC2010_devkit"
     )
     kit.unlink()
-    assert "not found" in message()
+    assert "labels of the validation images are missing, ILSVRC2012_devkit_t12.tar.gz" in message()
     assert "found ILSVRC2010_devkit.tar.gz" in message()
     (source / "ILSVRC2010_devkit.tar.gz").rename(kit)
     assert "not the development kit of ILSVRC2012" in message()
@@ -472,15 +524,14 @@ def test_a_csv_file_with_a_missing_repeated_or_strange_row(photos, tmp_path, cap
         table.write_text("\n".join(lines))
         return fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "out")
 
-    assert "has no row for ILSVRC2012_val_00000005.JPEG" in message(header, *rows[1:])
+    assert "has no label for ILSVRC2012_val_00000005.JPEG of" in message(header, *rows[1:])
     assert "line 7, " in message(header, *rows, rows[0])
     assert "line 2, " in message(header, "ILSVRC2012_val_00000005", *rows[1:])
     assert "line 3, " in message(header, rows[0], "ILSVRC2012_val_00000004,n9 1 1 1 1")
     assert "begins with 'ImageId,Label'" in message("ImageId,Label", *rows)
     table.unlink()
-    assert "LOC_val_solution.csv is missing" in fails(
-        capsys, DataError.exit_code, "imagenet", source, tmp_path / "out"
-    )
+    missing = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "out")
+    assert "missing, ILSVRC2012_devkit_t12.tar.gz or Kaggle's LOC_val_solution.csv;" in missing
     assert not (tmp_path / "out").exists()
 
 
@@ -557,6 +608,40 @@ def test_any_count_accepts_a_subset_and_says_so(photos, tmp_path, capsys):
     run("imagenet", source, tmp_path / "out", "--any-count")
 
 
+@pytest.mark.parametrize("change", ["image added", "class removed", "class added"])
+def test_a_download_that_changed_after_its_preparation(photos, tmp_path, capsys, change):
+    few = dict(photos, train=photos["train"][:4])
+    source, out = downloads.write_kaggle(few, tmp_path / "source"), tmp_path / "out"
+    run("imagenet", source, out, "--any-count")
+    train, (wnid, name, data) = source / "ILSVRC/Data/CLS-LOC/train", photos["train"][-1]
+    if change == "image added":
+        wnid = photos["train"][3].wnid
+    (train / wnid).mkdir(exist_ok=True)
+    (train / wnid / f"{name}.JPEG").write_bytes(data)
+    if change == "class removed":
+        wnid = photos["train"][0].wnid
+        shutil.rmtree(train / wnid)
+    for flags in ([], ["--any-count"]):
+        message = fails(capsys, ConfigError.exit_code, "imagenet", source, out, *flags)
+        assert f"{train} has changed since {out / 'train'} was written: {wnid}" in message
+        assert f"name another folder, or delete {out}" in message
+    assert contents(out) == expected(few)
+
+
+@each_form
+def test_a_complete_preparation_needs_no_image_again(photos, tmp_path, form, monkeypatch):
+    source, out = FORMS[form](photos, tmp_path / "source"), tmp_path / "out"
+    run("imagenet", source, out)
+    monkeypatch.setattr(raw_dataset, "RawImage", None)
+    monkeypatch.setattr(imagenet, "RawImage", None)
+    run("imagenet", source, out)
+    record = json.loads((out / "prepare.json").read_text())
+    for summary in record["splits"].values():  # of a folder that was prepared before
+        del summary["parts"]
+    (out / "prepare.json").write_text(json.dumps(record))
+    run("imagenet", source, out)
+
+
 def test_a_source_of_no_form(tmp_path, capsys):
     message = fails(capsys, DataError.exit_code, "imagenet", tmp_path, tmp_path / "out")
     assert "found no form of ImageNet; expected ILSVRC2012_img_train.tar" in message
@@ -583,8 +668,9 @@ def test_a_download_in_another_layout(photos, tmp_path, capsys):
     for file in val.glob("*.JPEG"):
         file.rename(val / "n01440764" / file.name)
     message = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "a")
-    assert f"{val}: holds no image; expected images ILSVRC2012_val_*.JPEG; sorted" in message
+    assert f"{val.parent}: train and val are sorted into class folders already" in message
     assert f"name {val.parent} with --data-path" in message
+    assert not (tmp_path / "a").exists()
     source = downloads.write_kaggle(photos, tmp_path / "named")
     train = source / "ILSVRC/Data/CLS-LOC/train"
     (train / "n01440764").rename(train / "tench")
@@ -713,8 +799,15 @@ def test_batches_of_cifar10_run_no_code(tmp_path, capsys):
 @each_form
 def test_training_on_a_raw_form_names_the_tool(photos, tmp_path, form):
     source = FORMS[form](photos, tmp_path / "source")
+    split = "val" if form in ("class folders", "flat val") else "train"
     with pytest.raises(DataError, match=r"`python tools/prepare.py imagenet \S+source OUT`"):
-        open_split(source, "train")
+        open_split(source, split)
+
+
+def test_flat_validation_images_are_not_called_kaggles(photos, tmp_path):
+    source = write_flat_val(photos, tmp_path / "source")
+    with pytest.raises(DataError, match="holds ImageNet's validation images without class folders"):
+        open_split(source, "val")
 
 
 def test_kaggles_flat_validation_images_name_the_tool(photos, tmp_path):

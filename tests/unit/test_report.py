@@ -289,7 +289,7 @@ def test_a_recipe_that_is_elsewhere_is_named(tmp_path):
         (2, "absent is no run", ["absent"]),
         (2, "--pictures needs one run", ["RUN", "OTHER", "--pictures", "a.jpg"]),
         (2, "a run is named twice", ["RUN", "RUN"]),
-        (3, "no such folder for --out", ["RUN", "--out", "absent/report.html"]),
+        (6, "no such folder for --out", ["RUN", "--out", "absent/report.html"]),
         (3, "absent", ["RUN", "--data-path", "absent"]),
     ],
 )

@@ -78,7 +78,7 @@ def test_trained_weights_are_drawn_and_named(folder, capsys):
         (2, "did you mean MODEL.NAME", {}, ["--opts", "MODEL.NAM", "dat_tiny"]),
         (4, "absent.pth does not exist", {}, ["--pretrained", "absent.pth"]),
         (4, "is neither a run", {}, ["--resume", "absent"]),
-        (6, "cannot be written", {"out": "absent/out.png"}, []),
+        (6, "no such folder for --out", {"out": "absent/out.png"}, []),
         (6, "is not supported", {"out": "out.xyz"}, []),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC2012) as people have it: original archives, Kaggle's folders, shards, parquet files.
+"""ImageNet (ILSVRC2012) as people have it: original archives, what is in them, Kaggle's folders, shards, parquet files.
 
 Every form gives the same files `<wnid>/<file>`, named as in the original archives, so that a
 prepared split has the same fingerprint whichever form it came from. Labels that are integers count
@@ -16,11 +16,21 @@ import zlib
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm.data import ImageNetInfo
 
-from data.raw_forms import ARCHIVES, KAGGLE, PARQUET, PARQUET_FILES, SHARDS, find_raw_form
+from data.raw_forms import (
+    ARCHIVES,
+    CLASS_TAR,
+    CLASS_TARS,
+    FLAT_VAL,
+    KAGGLE,
+    PARQUET,
+    PARQUET_FILES,
+    SHARDS,
+    find_raw_form,
+)
 from tools.datasets.raw_dataset import (
     Part,
     RawDataset,
@@ -49,7 +59,6 @@ MD5 = {
     f"{DEVKIT}.tar.gz": "fa75699e90414af021442c21a62c3abf",
 }
 SOLUTION = "LOC_val_solution.csv"
-VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 WNID = re.compile(r"(?:^|_)(n\d{8})(?=_|$)")  # in a file name without extension
 ROWS = 32  # of a parquet file in memory
 
@@ -69,8 +78,9 @@ def open_imagenet(folder: Path) -> ImageNet:
     form = find_raw_form(folder)
     if form is None or form.name not in FORMS:
         raise DataError(
-            f"{folder}: found no form of ImageNet; expected {TRAIN} or {VAL}, Kaggle's "
-            "ILSVRC/Data/CLS-LOC, imagenet1k-train-*.tar or Hugging Face's *.parquet"
+            f"{folder}: found no form of ImageNet; expected {TRAIN} or {VAL}, train/n01440764.tar, "
+            "val/ILSVRC2012_val_*.JPEG, Kaggle's ILSVRC/Data/CLS-LOC, imagenet1k-train-*.tar or "
+            "Hugging Face's *.parquet"
         )
     raw = FORMS[form.name](folder)
     if not raw.splits:
@@ -79,52 +89,104 @@ def open_imagenet(folder: Path) -> ImageNet:
     return raw
 
 
-# --- The original archives ------------------------------------------------------------------------
+# --- The original archives, and what is in them ---------------------------------------------------
+
+TARS = "tars of the classes, n01440764.tar and 999 more"
+FOLDERS = "class folders, n01440764 and 999 more"
+FLAT = "images ILSVRC2012_val_*.JPEG"
+
+
+class Images(NamedTuple):
+    """Where the images of a split lie.
+
+    place: the archive or folder.
+    layout: how they lie in there, in words.
+    parts: they, from `place`.
+    """
+
+    place: Path
+    layout: str
+    parts: Callable[[Path], Iterator[Part]]
 
 
 class Archives(ImageNet):
-    """A tar of one tar per class; a flat tar of validation images, whose labels the devkit has."""
+    """The original archives, or as much of them as is unpacked; Kaggle's CLS-LOC, which is all of it.
 
-    hint = "The MD5 is " + ", ".join(f"{md5} of {file}" for file, md5 in MD5.items()) + "."
+    train: a tar of one tar per class, those tars, or class folders.
+    val: a flat tar or folder, whose labels Kaggle's CSV file or the devkit has; or class folders.
+    """
 
     def __init__(self, folder: Path):
         super().__init__()
-        self._files = {"train": folder / TRAIN, "val": folder / VAL}
-        self.splits = [split for split, file in self._files.items() if file.exists()]
-        self._truth = read_devkit(folder) if "val" in self.splits else []
+        found = [folder / "ILSVRC/Data/CLS-LOC", folder / "Data/CLS-LOC"]
+        root = next((root for root in found if root.is_dir()), folder)
+        images = {"train": _train_images(root), "val": _val_images(root, folder)}
+        self._images = {split: found for split, found in images.items() if found is not None}
+        self.splits = list(self._images)
+        if [found.layout for found in self._images.values()] == [FOLDERS, FOLDERS]:
+            raise DataError(
+                f"{root}: train and val are sorted into class folders already and need no "
+                f"preparation: name {root} with --data-path"
+            )
+        if any(found.place.is_file() for found in self._images.values()):
+            self.hint = "The MD5 is " + ", ".join(f"{md5} of {file}" for file, md5 in MD5.items())
+            self.hint += "."
 
     def place(self, split: str) -> Path:
-        """The archive."""
-        return self._files[split]
+        """The archive or the folder."""
+        return self._images[split].place
 
     def layout(self, split: str) -> str:
         """In words."""
-        one = "tars of the classes, n01440764.tar and 999 more"
-        return one if split == "train" else "images ILSVRC2012_val_*.JPEG"
+        return self._images[split].layout
 
     def parts(self, split: str) -> Iterator[Part]:
-        """The archives of the classes; all validation images."""
-        path = self._files[split]
-        with open_file(path) as file:
-            if split == "val":
-                size = os.fstat(file.fileno()).st_size
-                yield Part(path.name, size, self._val_images(tar_files(file, path), path))
-                return
-            for member, content in tar_members(file, path):
-                name = PurePosixPath(member.name)
-                if name.suffix == ".tar":
-                    images = tar_files(content, path, member.offset_data)
-                    yield Part(name.name, member.size, _class_images(name.stem, images))
+        """The tars or folders of the classes; all validation images without any."""
+        place, _, parts = self._images[split]
+        return parts(place)
 
-    def _val_images(self, files: Iterator[tuple[str, bytes]], path: Path) -> Iterator[RawImage]:
-        for name, data in files:
-            match = VAL_NAME.fullmatch(name)
-            if match is None or not 1 <= int(match[1]) <= len(self._truth):
-                raise DataError(
-                    f"{path}: holds {name!r}, expected ILSVRC2012_val_00000001.JPEG to "
-                    f"ILSVRC2012_val_{len(self._truth):08d}.JPEG; download it again"
-                )
-            yield RawImage(self._truth[int(match[1]) - 1], name, data)
+
+def _train_images(root: Path) -> Images | None:
+    if (root / TRAIN).exists():
+        return Images(root / TRAIN, TARS, _tar_of_tars)
+    for folder in (root / "train", root):
+        if next(folder.glob(CLASS_TAR), None) is not None:
+            return Images(folder, TARS, _class_tars)
+    if (root / "train").is_dir():
+        return Images(root / "train", FOLDERS, folder_parts)
+    return None
+
+
+def _val_images(root: Path, download: Path) -> Images | None:
+    folder = root / "val"
+    if (root / VAL).exists():
+        labels = read_labels(root, download)
+        return Images(root / VAL, FLAT, lambda tar: _flat_tar(tar, labels))
+    if not folder.is_dir():
+        return None
+    if not (names := folder_files(folder)):
+        return Images(folder, FOLDERS, folder_parts)
+    labels = read_labels(root, download)
+    missing = [name for name in names if name not in labels.wnids]
+    if missing:
+        raise labels.error(folder, missing)
+    return Images(folder, FLAT, lambda folder: _flat_folder(folder, names, labels))
+
+
+def _tar_of_tars(path: Path) -> Iterator[Part]:
+    with open_file(path) as file:
+        for member, content in tar_members(file, path):
+            name = PurePosixPath(member.name)
+            if name.suffix == ".tar":
+                images = tar_files(content, path, member.offset_data)
+                yield Part(name.name, member.size, _class_images(name.stem, images))
+
+
+def _class_tars(folder: Path) -> Iterator[Part]:
+    for path in sorted(folder.glob(CLASS_TAR)):
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            yield Part(path.name, size, _class_images(path.stem, tar_files(file, path)))
 
 
 def _class_images(class_name: str, files: Iterator[tuple[str, bytes]]) -> Iterator[RawImage]:
@@ -133,10 +195,94 @@ def _class_images(class_name: str, files: Iterator[tuple[str, bytes]]) -> Iterat
             yield RawImage(class_name, name, data)
 
 
+def _flat_tar(path: Path, labels: "Labels") -> Iterator[Part]:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        yield Part(path.name, size, _labelled_images(tar_files(file, path), path, labels))
+
+
+def _flat_folder(folder: Path, names: list[str], labels: "Labels") -> Iterator[Part]:
+    files = ((name, read_file(folder / name)) for name in names)
+    yield Part(folder.name, len(names), _labelled_images(files, folder, labels))
+
+
+def _labelled_images(
+    files: Iterator[tuple[str, bytes]], place: Path, labels: "Labels"
+) -> Iterator[RawImage]:
+    for name, data in files:
+        if name not in labels.wnids:
+            raise labels.error(place, [name])
+        yield RawImage(labels.wnids[name], name, data)
+
+
+# --- Labels of the validation images --------------------------------------------------------------
+
+
+class Labels(NamedTuple):
+    """The wnids of the validation images by their file names, and the file that has them."""
+
+    path: Path
+    wnids: dict[str, str]
+
+    def error(self, place: Path, names: list[str]) -> DataError:
+        """The error of the images `names` in `place`, which have no label."""
+        return DataError(
+            f"{self.path}: has no label for {join_some(names, 5)} of {place}; remove what is no "
+            "image of the validation set, or download the labels again"
+        )
+
+
+def read_labels(root: Path, download: Path) -> Labels:
+    """The labels, from Kaggle's CSV file or the devkit, in `download` or above the folder `root` of the images.
+
+    Raises DataError.
+    """
+    places = [download, *root.absolute().parents[:3]]
+    for place in places:
+        if (place / SOLUTION).is_file():
+            return Labels(place / SOLUTION, read_solution(place / SOLUTION))
+    for place in places:
+        archive = place / f"{DEVKIT}.tar.gz"
+        if archive.exists() or (place / META).exists():
+            wnids = enumerate(read_devkit(place), 1)
+            return Labels(archive, {f"ILSVRC2012_val_{n:08d}.JPEG": wnid for n, wnid in wnids})
+    others = sorted(path.name for path in download.glob("*devkit*"))
+    found = f", found {join_some(others)}" if others else ""
+    raise DataError(
+        f"{download}: the labels of the validation images are missing, {DEVKIT}.tar.gz or Kaggle's "
+        f"{SOLUTION}{found}; download one of the two to this folder"
+    )
+
+
+def read_solution(path: Path) -> dict[str, str]:
+    """The wnid of every validation image by its file name, from Kaggle's CSV file. Raises DataError."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); download it again") from error
+    if header != ["ImageId", "PredictionString"]:
+        raise DataError(
+            f"{path}: begins with {','.join(header)!r}, expected ImageId,PredictionString; "
+            "download it again"
+        )
+    labels: dict[str, str] = {}
+    for line, row in enumerate(rows, 2):
+        image, prediction = row if len(row) == 2 else ("", "")
+        wnid = prediction.partition(" ")[0]  # of `wnid x y x y wnid x y x y …`
+        if wnid not in CLASSES or f"{image}.JPEG" in labels:
+            raise DataError(
+                f"{path}: line {line}, {','.join(row)!r}, names no class or repeats an image; "
+                "download it again"
+            )
+        labels[f"{image}.JPEG"] = wnid
+    return labels
+
+
 def read_devkit(folder: Path) -> list[str]:
     """The wnid of every validation image, by number, from the devkit's archive or folder in `folder`.
 
-    Raises DataError if there is none, or that of another year.
+    Raises DataError if it is damaged, or of another year.
     """
     # It takes a second to import, which the other forms do without.
     from scipy.io import loadmat
@@ -156,12 +302,6 @@ def read_devkit(folder: Path) -> list[str]:
     except PermissionError as error:
         raise DataError(
             f"{error.filename}: cannot be opened ({error.strerror}); check access"
-        ) from error
-    except FileNotFoundError as error:
-        others = sorted(path.name for path in folder.glob("*devkit*"))
-        found = f", found {join_some(others)}" if others else ""
-        raise DataError(
-            f"{archive}: not found, it holds the labels of {VAL}{found}; download it to this folder"
         ) from error
     except (
         *(OSError, EOFError, KeyError, ValueError, TypeError, IndexError, AttributeError),
@@ -183,81 +323,6 @@ def read_devkit(folder: Path) -> list[str]:
             f"{COUNTS['val']:,}; download it again"
         )
     return [wnids[number] for number in ids]
-
-
-# --- Kaggle's folders -----------------------------------------------------------------------------
-
-
-class Kaggle(ImageNet):
-    """Data/CLS-LOC with class folders in `train`, a flat `val`, and its labels in a CSV file."""
-
-    def __init__(self, folder: Path):
-        super().__init__()
-        found = [folder / "ILSVRC/Data/CLS-LOC", folder / "Data/CLS-LOC"]
-        self._root = next((root for root in found if root.is_dir()), folder)
-        self.splits = [split for split in ("train", "val") if (self._root / split).is_dir()]
-        self._val = folder_files(self._root / "val") if "val" in self.splits else []
-        self._labels = self._read_labels(folder) if self._val else {}
-
-    def place(self, split: str) -> Path:
-        """The folder."""
-        return self._root / split
-
-    def layout(self, split: str) -> str:
-        """In words."""
-        if split == "train":
-            return "class folders, n01440764 and 999 more"
-        return (
-            "images ILSVRC2012_val_*.JPEG; sorted into class folders already, they need no preparation: "
-            f"name {self._root} with --data-path"
-        )
-
-    def parts(self, split: str) -> Iterator[Part]:
-        """The class folders; all validation images."""
-        if split == "train":
-            yield from folder_parts(self._root / split)
-            return
-        folder = self._root / split
-        images = (
-            RawImage(self._labels[name], name, read_file(folder / name)) for name in self._val
-        )
-        yield Part(split, len(self._val), images)
-
-    def _read_labels(self, folder: Path) -> dict[str, str]:
-        """The wnid of every validation image, by its file name. Raises DataError."""
-        places = [folder, *self._root.absolute().parents[:3]]
-        path = next((place / SOLUTION for place in places if (place / SOLUTION).is_file()), None)
-        if path is None:
-            raise DataError(
-                f"{folder}: {SOLUTION} is missing, which holds the labels of the validation images; "
-                "download it to this folder"
-            )
-        try:
-            with path.open(newline="", encoding="utf-8") as file:
-                header, *rows = csv.reader(file)
-        except (OSError, ValueError, csv.Error) as error:
-            raise DataError(f"{path}: cannot be read ({error}); download it again") from error
-        if header != ["ImageId", "PredictionString"]:
-            raise DataError(
-                f"{path}: begins with {','.join(header)!r}, expected ImageId,PredictionString; "
-                "download it again"
-            )
-        labels: dict[str, str] = {}
-        for line, row in enumerate(rows, 2):
-            image, prediction = row if len(row) == 2 else ("", "")
-            wnid = prediction.partition(" ")[0]  # of `wnid x y x y wnid x y x y …`
-            if wnid not in CLASSES or f"{image}.JPEG" in labels:
-                raise DataError(
-                    f"{path}: line {line}, {','.join(row)!r}, names no class or repeats an image; "
-                    "download it again"
-                )
-            labels[f"{image}.JPEG"] = wnid
-        if missing := [name for name in self._val if name not in labels]:
-            raise DataError(
-                f"{path}: has no row for {join_some(missing, 5)} of {self._root / 'val'}; "
-                "download it again"
-            )
-        return labels
 
 
 # --- Labels that are integers ---------------------------------------------------------------------
@@ -420,7 +485,9 @@ def _check_schema(types: dict[str, Any], path: Path) -> None:
 
 FORMS: dict[str, Callable[[Path], ImageNet]] = {
     ARCHIVES: Archives,
-    KAGGLE: Kaggle,
+    CLASS_TARS: Archives,
+    KAGGLE: Archives,
+    FLAT_VAL: Archives,
     SHARDS: Shards,
     PARQUET: Parquet,
 }

@@ -198,6 +198,11 @@ class Progress:
         return next(reversed(self._parts.values())).position if self._parts else (0, 0)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each part that is written, by name."""
+        return {name: part.size for name, part in self._parts.items()}
+
+    @property
     def names(self) -> list[bytes]:
         """`<class>/<file>` of every image, in the order of writing."""
         return [name for part in self._parts.values() for name in part.names]

@@ -1,7 +1,8 @@
 """Preparation of a dataset: from a download to `<out>/train` and `<out>/val` as tree, zip or pack.
 
-<out>/prepare.json says what is prepared from what, and which splits are complete. A split is
-written below <out>/.prepare and moved to its place when its images have been counted.
+<out>/prepare.json says what is prepared from what, and which splits are complete, with the sizes of
+the parts that they were made from. A split is written below <out>/.prepare and moved to its place
+when its images have been counted.
 """
 
 import fcntl
@@ -25,6 +26,7 @@ from utils.files import write_atomically
 from utils.text import join_some
 
 RECORD, WORK = "prepare.json", ".prepare"
+PUBLISHED = "published"  # the source of a dataset that this command downloads or makes
 SHOWN = 5  # names in a message
 
 
@@ -38,7 +40,7 @@ def prepare(
     any_count: accept other numbers of images and classes than the published ones.
 
     Raises DataError for a damaged or incomplete download, ConfigError for an `out` with other
-    content, StorageError where nothing can be written.
+    content or of a download that has changed since, StorageError where nothing can be written.
     """
     with _storage_errors(out):
         record = _begin(out, plan)
@@ -47,11 +49,15 @@ def prepare(
                 if split not in record["splits"]:
                     record["splits"][split] = _write_split(raw, out, split, to, any_count)
                     write_atomically(out / RECORD, json.dumps(record, indent=1))
-                elif not (any_count or _is_published(raw, split, record["splits"][split])):
-                    raise ConfigError(
-                        f"{out / split} was prepared with --any-count and is a part of the data; "
-                        "repeat that flag, or name another folder for all of them"
-                    )
+                else:
+                    summary = record["splits"][split]
+                    if plan["source"] != PUBLISHED:
+                        _check_unchanged(raw, out, split, summary)
+                    if not (any_count or _is_published(raw, split, summary)):
+                        raise ConfigError(
+                            f"{out / split} was prepared with --any-count and is a part of the "
+                            "data; repeat that flag, or name another folder for all of them"
+                        )
                 _publish(out, split + OUTPUTS[to].suffix)
                 _report(raw, out, split, record["splits"][split])
             for left in out.glob(f".tmp-{RECORD}-*"):  # by a kill
@@ -132,7 +138,8 @@ def _write_split(raw: RawDataset, out: Path, split: str, to: str, any_count: boo
     names, where = np.array(progress.names, np.bytes_)[order], progress.where[order]
     _check_counts(raw, out, split, names, any_count)
     output.close(names, where)
-    return _verify(out, split, names, where) | {"unreadable": progress.unreadable}
+    summary = _verify(out, split, names, where)
+    return summary | {"unreadable": progress.unreadable, "parts": progress.sizes}
 
 
 def _checked_name(image: RawImage, raw: RawDataset, split: str, part: Part, seen: set[str]) -> str:
@@ -209,6 +216,17 @@ def _publish(out: Path, name: str) -> None:
     elif not (out / name).exists():
         raise ConfigError(
             f"{out / RECORD} lists {name}, which is gone; remove {out} to prepare it again"
+        )
+
+
+def _check_unchanged(raw: RawDataset, out: Path, split: str, summary: dict) -> None:
+    """Compare the parts of a complete split with those in the download. Raises ConfigError."""
+    now = {part.name: part.size for part in raw.parts(split)}
+    then = summary.get("parts", now)  # records had none before
+    if changed := sorted(name for name in then | now if then.get(name) != now.get(name)):
+        raise ConfigError(
+            f"{raw.place(split)} has changed since {out / split} was written: "
+            f"{join_some(changed, SHOWN)}; name another folder, or delete {out}"
         )
 
 
