@@ -546,13 +546,6 @@ def _schedule_conflicts(train: CfgNode) -> Iterator[Conflict]:
         message = f"per {train.LR_BASE_SIZE} images, a rate of {train.BASE_LR * scale:g}, which AdamW does not survive"
         message += f"; {advice}"
         yield "TRAIN.BASE_LR TRAIN.GLOBAL_BATCH_SIZE", message
-    name = train.OPTIMIZER.NAME
-    if (
-        name in ("adamw", "lamb", "lion")
-        and KEYS["TRAIN.OPTIMIZER.MOMENTUM"].default != train.OPTIMIZER.MOMENTUM
-    ):
-        message = f"{name} does not use it; set TRAIN.ADAM_BETAS"
-        yield "TRAIN.OPTIMIZER.MOMENTUM TRAIN.OPTIMIZER.NAME", message
 
 
 def _teacher_conflicts(distill: CfgNode) -> Iterator[Conflict]:

@@ -104,7 +104,7 @@ def scan_folder(split: Path, *, loose: bool = False) -> Listing:
     loose: `split` is any folder of images: those in no class folder are listed, too, and links may lead anywhere.
 
     Raises DataError for a folder that cannot be listed and, unless `loose`, for two class folders that are the same and
-    for a link without a target that is no image in a class folder: it may lead to a class.
+    for a link without a target that may lead to a folder.
     """
     classes: list[bytes] = []
     ignored: Counter[str] = Counter()
@@ -123,8 +123,9 @@ def scan_folder(split: Path, *, loose: bool = False) -> Listing:
                     mode, size = status.st_mode, status.st_size
                 except OSError:  # a link to nowhere or in a circle
                     mode = size = 0
-                    image = prefix and name.lower().endswith(EXTENSIONS)
-                    if not (image or loose or is_hidden(name)):
+                    # In a class folder, what has a suffix is no folder; beside them, only an image is none.
+                    file = b"." in name if prefix else name.lower().endswith(EXTENSIONS)
+                    if not (file or loose or is_hidden(name)):
                         path = Path(os.fsdecode(os.path.join(folder, name)))
                         if (status := require_target(path)) is not None:  # it is back
                             mode, size = status.st_mode, status.st_size
@@ -154,7 +155,9 @@ def scan_folder(split: Path, *, loose: bool = False) -> Listing:
                 classes.append(name)
                 if identity in seen and not loose:
                     twins = f"{os.fsdecode(seen[identity])} and {os.fsdecode(name)}"
-                    raise DataError(f"{split}: {twins} are the same folder; remove the link")
+                    raise DataError(
+                        f"{split}: {twins} are the same folder; remove the one that is a link"
+                    )
             if identity not in seen:
                 seen[identity] = prefix + name
                 pending.append(prefix + name + b"/")
@@ -183,7 +186,9 @@ def require_target(path: Path) -> os.stat_result | None:
         absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
         problem = "does not exist" if absent else f"cannot be opened ({error.strerror})"
         if path.is_symlink():
-            raise DataError(f"{path}: is a link to {os.readlink(path)}, which {problem}") from error
+            raise DataError(
+                f"{path}: is a link to {os.readlink(path)}, which {problem}; restore that, or remove the link"
+            ) from error
         if not absent:
             raise DataError(f"{path}: {problem}; check access") from error
         return None

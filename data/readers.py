@@ -6,6 +6,7 @@ is refused.
 """
 
 import bisect
+import contextlib
 import copy
 import functools
 import os
@@ -376,10 +377,13 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
     for name in _split_names(split):
         for suffix, kind, exists in kinds:
             path = root / (name.removesuffix(suffix) + suffix)
-            if exists(path):
-                forms.append((path, kind))
-            elif not forms:
-                require_target(path)
+            with contextlib.suppress(
+                *([OSError] if forms else [])
+            ):  # what is not read does no harm
+                if exists(path):
+                    forms.append((path, kind))
+                elif not forms:
+                    require_target(path)
     if forms:
         (path, kind), *others = forms
         reader = kind(path)

@@ -33,7 +33,7 @@ REQUIRED = {
 }
 
 # What may change the shapes of weights.
-SHAPES = ("MODEL.ARGS", "DATA.IMG_SIZE", "DATA.IN_CHANS")
+SHAPES = {"MODEL.ARGS", "DATA.IMG_SIZE", "DATA.IN_CHANS"}
 
 # What changes no weight and no accuracy: paths, frequencies of printing, and settings whose effect another name shows.
 # Everything else has to be accepted, new keys too.
@@ -109,7 +109,7 @@ def check_resume(path: Path, metadata: dict, accept: str) -> None:
         kind = DataError if {"data", "val_data"}.intersection(refused) else CheckpointError
         changes = "\n  ".join(_describe_change(name, before, now) for name in refused)
         remedy = f"Undo the change, or if it is intended add --accept {','.join(refused)}"
-        if any(name.startswith(SHAPES) for name in refused):
+        if SHAPES.intersection(refused):
             remedy += f". If the weights do not fit then, start a new run from them: --pretrained {path} --tag NAME"
         raise kind(
             f"{path} was written with different settings; resuming would change the result:\n  {changes}\n"

@@ -35,10 +35,14 @@ def is_hub_folder(path: str | Path) -> bool:
 
 
 def hub_folder_of(path: Path) -> Path | None:
-    """The folder with a config.json that weights at `path` are from: `path`, or the one with this file of weights."""
-    named = path.name.removesuffix(".index.json") in HUB_FILES
-    folder = path.parent if named else path
-    return folder if is_hub_folder(folder) else None
+    """The folder with a config.json that weights at `path` are from: `path`, or the one with this file of weights.
+
+    The config.json beside a file counts only if it is timm's.
+    """
+    if is_hub_folder(path):
+        return path
+    beside = path.name.removesuffix(".index.json") in HUB_FILES and is_hub_folder(path.parent)
+    return path.parent if beside and _is_timms(path.parent / CONFIG) else None
 
 
 def read_hub_folder(folder: Path) -> HubFolder:
@@ -48,6 +52,7 @@ def read_hub_folder(folder: Path) -> HubFolder:
     try:
         raw = content.get("pretrained_cfg", content)
         settings = PretrainedCfg(**{k: v for k, v in raw.items() if k in SETTINGS})
+        evaluation_values(settings)  # raises an error where it has none
         name = content["architecture"]
         count = content.get("num_classes", raw.get("num_classes"))
         args = dict(content.get("model_args", {}))
@@ -83,7 +88,7 @@ def evaluation_values(settings: PretrainedCfg) -> dict[str, dict]:
 
 def read_evaluation_values(folder: Path) -> dict[str, dict]:
     """`evaluation_values` of the config.json of `folder`; empty where it is not timm's."""
-    if "pretrained_cfg" not in _read(folder / CONFIG):
+    if not _is_timms(folder / CONFIG):
         return {}
     return evaluation_values(read_hub_folder(folder).settings)
 
@@ -99,12 +104,19 @@ def label_names(folder: Path) -> list[str] | None:
 
 def _label_names(content: dict, file: Path) -> list[str] | None:
     try:
-        names = content.get("label_names", content.get("pretrained_cfg", {}).get("label_names"))
+        names = content.get("label_names", (content.get("pretrained_cfg") or {}).get("label_names"))
         if isinstance(names, dict):  # from index to name
             names = [names[key] for key in sorted(names, key=int)]
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: label_names cannot be read ({error})") from error
     return names
+
+
+def _is_timms(file: Path) -> bool:
+    try:
+        return _read(file).keys() >= {"architecture", "pretrained_cfg"}
+    except CheckpointError:
+        return False
 
 
 def _read(file: Path) -> dict:

@@ -10,11 +10,8 @@ from torch import nn
 from engine.grad_sync import running_statistics
 from engine.optim import STATE, load_optimizer_state, optimizer_state
 
-NO_BEST = {
-    "acc1": 0.0,
-    "step": 0,
-    "ema": False,
-}  # before the first validation; ema: it is the average's
+# Before the first validation. ema: the accuracy is that of the average.
+NO_BEST = {"acc1": 0.0, "step": 0, "ema": False}
 
 
 @dataclass

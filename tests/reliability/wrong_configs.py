@@ -160,7 +160,6 @@ WRONG_TOGETHER = [
     ("TRAIN: {WARMUP_LR: 1e-3}", ["TRAIN.WARMUP_LR 0.001"], "lower WARMUP_LR"),
     ("TRAIN: {BASE_LR: 4e-3}", ["TRAIN.BASE_LR 0.004"], "write 0.0005"),
     ("TRAIN: {BASE_LR: 0.1}", ["TRAIN.BASE_LR 0.1"], "AdamW does not survive; lower it"),
-    ("TRAIN: {OPTIMIZER: {MOMENTUM: 0.5}}", ["TRAIN.OPTIMIZER.NAME 'adamw' (defaults)"], "set TRAIN.ADAM_BETAS"),
     ("AUG: {PADDING: 4, SCALE: [0.2, 1]}", ["AUG.SCALE [0.2, 1.0], AUG.PADDING 4"], "set AUG.PADDING to 0"),
     ("AUG: {PADDING: 4, RATIO: [1, 1]}", ["AUG.RATIO [1.0, 1.0]"], "set AUG.PADDING to 0"),
     ("AUG: {PADDING: 17}\nDATA: {IMG_SIZE: 32}", ["AUG.PADDING 17, DATA.IMG_SIZE 32 (run.yaml:2),"], "4 for 32"),

@@ -310,9 +310,13 @@ def test_a_hugging_face_folder_names_its_classes(trees, tmp_path, capsys):
 
     shutil.copy(trees / "colour.safetensors", tmp_path / "model.safetensors")
     known = top1("bare")
-    (tmp_path / "config.json").write_text(json.dumps({"label_names": WNIDS[::-1]}))
+    reversed_names = {"label_names": WNIDS[::-1]}
+    (tmp_path / "config.json").write_text(json.dumps(reversed_names))
     assert known == 75
     assert top1("named") < 1
+    assert top1("foreign", "model.safetensors") == known  # that config.json is not timm's
+    timms = reversed_names | {"architecture": "colour_reader", "num_classes": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(timms | {"pretrained_cfg": {}}))
     assert top1("file", "model.safetensors") < 1
     argv = command(trees, tmp_path / "listed", "--opts", "DATA.CLASS_LIST", "imagenet-1k")
     argv[argv.index("--pretrained") + 1] = str(tmp_path)

@@ -451,9 +451,18 @@ def a_file(root):
         (dangling, "val: is a link to /nowhere, which does not exist"),
         (a_file, "set: is a file, not a folder; expected <root>/train and"),
         (empty_class, "val: no image in class_9; expected at least one"),
-        (linked_class, "val: class_0 and class_9 are the same folder; remove the link"),
-        (link_to_the_split, "val: val and class_9 are the same folder; remove the link"),
-        (lost_class, "val/class_9: is a link to /nowhere, which does not exist"),
+        (
+            linked_class,
+            "val: class_0 and class_9 are the same folder; remove the one that is a link",
+        ),
+        (
+            link_to_the_split,
+            "val: val and class_9 are the same folder; remove the one that is a link",
+        ),
+        (
+            lost_class,
+            "val/class_9: is a link to /nowhere, which does not exist; restore that, or remove",
+        ),
         (lost_file, "val/class_0/more: is a link to more, which does not exist"),
         (unknown_class, "val: class_x not in the class list of 3 (class_0, class_1, class_2); use"),
         (missing_class, "val: no folder for class_3 of the 4 classes; complete"),

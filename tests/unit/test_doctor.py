@@ -3,6 +3,7 @@
 pytest tests/unit/test_doctor.py
 """
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 from helpers.images import write_image_folder, write_tar, write_zip
 from helpers.pipeline import image_dataset
 from helpers.runs import arguments
+from PIL import Image
 from reliability.bad_files import ANY, BAD, make_bad_images
 
 import config
@@ -166,6 +168,15 @@ def test_files_that_are_unchanged_since_are_not_read_again(examine, root, tmp_pa
     text = examine("--pixels", "--sha")[1]
     assert "36 JPEG RGB; 36 of 36 checked before, unchanged since; index" in text
     assert records(tmp_path) == before
+    first, *_ = (root / "val/class_0").iterdir()
+    turned = Image.open(first).rotate(180)
+    with io.BytesIO() as picture:
+        turned.save(picture, "JPEG", quality=20)
+        content = picture.getvalue().ljust(first.stat().st_size, b"\0")
+    keep_times(first, content)
+    text = examine("--pixels", "--sha")[1]
+    assert "WARN changes 1 file of another SHA-256 than at the last check" in text
+    assert f"val/class_0/{first.name}" in text
     for file in (root / "train/class_1").iterdir():
         keep_times(file, bytes(file.stat().st_size))
     text = examine("--pixels", "--sha")[1]

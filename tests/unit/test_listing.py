@@ -115,7 +115,8 @@ def test_a_class_on_a_disk_that_is_away_is_neither_left_out_nor_forgotten(split)
     disk = split.parent / "disk"
     shutil.move(split / "class_1", disk)
     (split / "class_1").symlink_to(disk)
-    (split / ".link").symlink_to("nowhere")  # a hidden one is never data
+    for name in (".link", "photo.jpg", "class_0/notes.txt"):  # no folder of that name is data
+        (split / name).symlink_to("nowhere")
     expected = content(FolderReader(split))
     disk.rename(split.parent / "away")
     with pytest.raises(DataError, match=r"class_1: is a link to .*/disk, which does not exist"):

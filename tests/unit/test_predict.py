@@ -75,6 +75,14 @@ def test_files_of_weights_and_hugging_face_folders_predict_the_same(run, tmp_pat
         safe_serialization=True,
         data_config={"crop_mode": "squash", "crop_pct": 1.0, "input_size": (3, 32, 32)},
     )
+    bare = tmp_path / "bare" / "model.safetensors"
+    bare.parent.mkdir()
+    shutil.copy(step / "model.safetensors", bare)
+    (bare.parent / "config.json").write_text('{"model_type": "dat"}')  # not timm's
+    (tmp_path / "classes").write_text("".join(f"{name}\n" for name in names))
+    flags = ("--opts", "DATA.CLASS_LIST", tmp_path / "classes", "CHECKPOINT.PRETRAINED", "")
+    text = predictions(tmp_path, images / "val", "--pretrained", bare, *file[1:3], *flags)
+    assert {row["name1"] for row in csv.DictReader(io.StringIO(text))} <= {*names}
     for path in (tmp_path / "hf", tmp_path / "hf" / "model.safetensors"):
         text = predictions(tmp_path, images / "val", "--pretrained", path, "--batch-size", "4")
         assert read_csv(text) == expected

@@ -168,6 +168,14 @@ def test_class_tars_beside_sorted_or_no_validation_images(photos, tmp_path):
     assert contents(tmp_path / "out") == expected(photos)
 
 
+def test_empty_folders_beside_archives_are_no_splits(photos, tmp_path):
+    source = downloads.write_archives(photos, tmp_path / "source")
+    (source / "ILSVRC2012_img_train.tar").unlink()
+    (source / "train").mkdir()
+    run("imagenet", source, tmp_path / "out")
+    assert visible(tmp_path / "out") == ["prepare.json", "val"]
+
+
 def test_class_tars_resume_after_the_last_complete_one(photos, tmp_path, capsys):
     source, out = write_class_tars(photos, tmp_path / "source"), tmp_path / "out"
     first, _, last = sorted((source / "train").glob("*.tar"))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import hubconf
+from engine.hub_folder import read_hub_folder
 from engine.pretrained import load_pretrained
 from engine.weight_files import read_weights
 from models.convert import derived_buffers, resize_table, to_official
@@ -249,6 +250,18 @@ def test_a_hugging_face_folder_brings_its_classes(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="expected an object"):
         load_pretrained(target, tmp_path, strict=False, classes=["c", "a", "b"])
+    load_pretrained(target, tmp_path / "model.safetensors", strict=False, classes=["c", "a", "b"])
+    assert torch.equal(target.get_classifier().weight, source.get_classifier().weight)
+
+
+def test_a_config_json_without_a_mean_is_refused(tmp_path):
+    config = {"architecture": "dat_micro", "num_classes": 3, "pretrained_cfg": {"mean": None}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json: no configuration of a timm model"):
+        read_hub_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": None}))
+    with pytest.raises(CheckpointError, match=r"config\.json: no configuration of a timm model"):
+        read_hub_folder(tmp_path)
 
 
 def test_a_detectors_backbone_starts_a_training_but_is_not_evaluated(tmp_path):

@@ -92,6 +92,10 @@ class Tally:
 
     count: Counter = field(default_factory=Counter)  # by split
     reused: int = 0  # examined before, and not changed since
+    hashes: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # SHA-256 before, by split and name
+    changed: list[str] = field(default_factory=list)  # whose SHA-256 is another one than before
     kinds: Counter = field(default_factory=Counter)  # by format and mode
     misnamed: int = 0
     rotated: int = 0
@@ -107,6 +111,9 @@ class Tally:
         split, path = record["split"], f"{record['split']}/{record['name']}"
         self.count[split] += 1
         if "sha256" in record:
+            before = self.hashes.get((split, record["name"]), record["sha256"])
+            if before != record["sha256"]:
+                self.changed.append(path)
             self.owners.setdefault(record["sha256"], []).append(path)
         if "stale" in record:
             self.stale.setdefault(record["stale"], []).append(path)
@@ -191,6 +198,8 @@ def _keep_valid(
                 known.add(name)
                 tally.add(record)
                 lines.append(line)
+            elif "sha256" in record:
+                tally.hashes[name] = record["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{index}: not an index of images; name another file with --index"
@@ -224,6 +233,10 @@ def judge_images(
         parts.append(f"{tally.reused:,} of {total:,} checked before, unchanged since")
     advice = "" if pixels else "--pixels decodes them too, which finds truncated images"
     yield Finding("OK", "files", "; ".join([*parts, f"index {index}"]), advice)
+    if tally.changed:
+        text = f"{quantity(len(tally.changed), 'file')} of another SHA-256 than at the last check"
+        remedy = "if nobody changed them, restore them: a disk or a copy has damaged them"
+        yield Finding("WARN", "changes", text, remedy, tally.changed)
     for remedy, files in tally.stale.items():
         text = f"{quantity(len(files), 'file')} of another size than when they were listed"
         yield Finding("FAIL", "listing", text, remedy, files)

@@ -286,12 +286,11 @@ def _load_file(args: argparse.Namespace, opts: list[str], device: torch.device) 
         cfg = _timm_config(args.model, opts)
     else:
         cfg = _identified_config(path, opts)
+    named = build.class_list(cfg)
     if step := checkpoint.origin_of(path):
         named = checkpoint.read_metadata(step)["classes"]
-    elif folder := hub_folder_of(path):
+    elif named is None and (folder := hub_folder_of(path)):
         named = label_names(folder)
-    else:
-        named = build.class_list(cfg)
     classes = named or default_classes(cfg.MODEL.NUM_CLASSES or 1000)
     model = build.build_model(cfg, len(classes), device)
     load_pretrained(model, path, strict=True)

@@ -92,6 +92,7 @@ def open_imagenet(folder: Path) -> ImageNet:
 # --- The original archives, and what is in them ---------------------------------------------------
 
 TARS = "tars of the classes, n01440764.tar and 999 more"
+CLASS_FOLDER = CLASS_TAR.removesuffix(".tar")
 FOLDERS = "class folders, n01440764 and 999 more"
 FLAT = "images ILSVRC2012_val_*.JPEG"
 
@@ -152,7 +153,7 @@ def _train_images(root: Path) -> Images | None:
     for folder in (root / "train", root):
         if next(folder.glob(CLASS_TAR), None) is not None:
             return Images(folder, TARS, _class_tars)
-    if (root / "train").is_dir():
+    if next((root / "train").glob(CLASS_FOLDER), None) is not None:
         return Images(root / "train", FOLDERS, folder_parts)
     return None
 
@@ -162,10 +163,11 @@ def _val_images(root: Path, download: Path) -> Images | None:
     if (root / VAL).exists():
         labels = read_labels(root, download)
         return Images(root / VAL, FLAT, lambda tar: _flat_tar(tar, labels))
-    if not folder.is_dir():
-        return None
-    if not (names := folder_files(folder)):
+    if next(folder.glob(CLASS_FOLDER), None) is not None:
         return Images(folder, FOLDERS, folder_parts)
+    names = folder_files(folder) if folder.is_dir() else []
+    if not names:
+        return None
     labels = read_labels(root, download)
     missing = [name for name in names if name not in labels.wnids]
     if missing:
@@ -242,10 +244,10 @@ def read_labels(root: Path, download: Path) -> Labels:
         if (place / SOLUTION).is_file():
             return Labels(place / SOLUTION, read_solution(place / SOLUTION))
     for place in places:
-        archive = place / f"{DEVKIT}.tar.gz"
-        if archive.exists() or (place / META).exists():
+        devkit = place / (DEVKIT if (place / META).exists() else f"{DEVKIT}.tar.gz")
+        if devkit.exists():
             wnids = enumerate(read_devkit(place), 1)
-            return Labels(archive, {f"ILSVRC2012_val_{n:08d}.JPEG": wnid for n, wnid in wnids})
+            return Labels(devkit, {f"ILSVRC2012_val_{n:08d}.JPEG": wnid for n, wnid in wnids})
     others = sorted(path.name for path in download.glob("*devkit*"))
     found = f", found {join_some(others)}" if others else ""
     raise DataError(
