@@ -21,7 +21,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from analysis.runs import flatten
 from engine.optim import OPTIMIZERS, STATE
 from engine.state import TrainState
 from utils import first_edition
@@ -416,8 +415,8 @@ def restore(path: Path, state: TrainState) -> None:
         if not file.exists():
             logger.warning(f"{path} has no EMA: it starts from the checkpoint's weights")
         load_strictly(state.ema.module, file if file.exists() else path / "model.safetensors")
-    settings = first_edition.LATER_KEYS | flatten(metadata.get("config", {}))
-    name = settings["TRAIN.OPTIMIZER.NAME"]
+    settings = metadata.get("config", {}).get("TRAIN", {}).get("OPTIMIZER", {})
+    name = settings.get("NAME", first_edition.LATER_KEYS["TRAIN.OPTIMIZER.NAME"])
     if OPTIMIZERS.get(name) is type(state.optimizer):
         _restore_optimizer(path / "optimizer.safetensors", state)
     else:
