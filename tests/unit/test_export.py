@@ -260,6 +260,7 @@ def test_a_compiler_that_fails(error, message, small, tmp_path, capsys, monkeypa
     refuse(capsys, tmp_path, *argv, code=2, message=message)
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_grey_and_wide_model_is_exported_again(tmp_path):
     config = tmp_path / "grey.yaml"
     config.write_text(SMALL.replace("IMG_SIZE: 32", "IMG_SIZE: [32, 64], IN_CHANS: 1"))
