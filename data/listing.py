@@ -123,12 +123,8 @@ def scan_folder(split: Path, *, loose: bool = False) -> Listing:
                     mode, size = status.st_mode, status.st_size
                 except OSError:  # a link to nowhere or in a circle
                     mode = size = 0
-                    # In a class folder, what has a suffix is no folder; beside them, only an image is none.
-                    file = b"." in name if prefix else name.lower().endswith(EXTENSIONS)
-                    if not (file or loose or is_hidden(name)):
-                        path = Path(os.fsdecode(os.path.join(folder, name)))
-                        if (status := require_target(path)) is not None:  # it is back
-                            mode, size = status.st_mode, status.st_size
+                    if not (loose or is_hidden(name)):
+                        _refuse_lost_folder(folder, name, in_class=bool(prefix))
                 regular = stat.S_ISREG(mode)
                 if (
                     (prefix or loose)
@@ -175,13 +171,19 @@ def scan_folder(split: Path, *, loose: bool = False) -> Listing:
     )
 
 
-def require_target(path: Path) -> os.stat_result | None:
-    """The status of `path`, None if there is nothing of that name.
+def _refuse_lost_folder(folder: bytes, name: bytes, *, in_class: bool) -> None:
+    """Raise DataError for the link `name` without a target, unless its name is that of a file.
 
-    Raises DataError for a link to what does not exist, and for what cannot be opened.
+    In a class folder, that is any name with a suffix; beside them, a class may have one, too.
     """
+    if not (b"." in name if in_class else name.lower().endswith(EXTENSIONS)):
+        require_target(Path(os.fsdecode(os.path.join(folder, name))))
+
+
+def require_target(path: Path) -> None:
+    """Raise DataError for a link to what does not exist, and for what cannot be opened; not where there is nothing."""
     try:
-        return path.stat()
+        path.stat()
     except OSError as error:
         absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
         problem = "does not exist" if absent else f"cannot be opened ({error.strerror})"
@@ -191,7 +193,6 @@ def require_target(path: Path) -> os.stat_result | None:
             ) from error
         if not absent:
             raise DataError(f"{path}: {problem}; check access") from error
-        return None
 
 
 def change_time(split: Path, folder: bytes) -> int:
