@@ -20,16 +20,16 @@ from yacs.config import CfgNode
 import data
 import models
 from analysis import imagenet
-from engine import agreement, checkpoint, compat, suite
+from engine import agreement, compat, suite
 from engine.compilation import compile_model
 from engine.distill import Colours, Distillation, fingerprint, load_teacher
 from engine.grad_sync import DDPSync, DeterministicSync, GradSync, wrap_in_ddp
-from engine.hub_folder import hub_folder_of, read_evaluation_values
 from engine.loop import Recipe
 from engine.optim import Schedule, create_optimizer
 from engine.parameters import freeze, learning_rate_scales
 from engine.precision import resolve_amp_dtype, resolve_kernels
 from engine.pretrained import load_pretrained
+from engine.provenance import find_provenance
 from engine.sanity import schedule_warnings
 from engine.state import TrainState
 from models.dat import VARIANTS
@@ -437,12 +437,8 @@ def build_state(
 
 def warn_of_other_colours(cfg: CfgNode, path: Path) -> None:
     """Warn where the weights at `path` say that they were trained on images normalised otherwise than this run's."""
-    if step := checkpoint.origin_of(path):
-        saved = checkpoint.read_metadata(step)
-    elif folder := hub_folder_of(path):
-        saved = {"config": read_evaluation_values(folder)}
-    else:
-        return
+    known = find_provenance(path)
+    saved = known.metadata if known else {"config": {}}
     names = ("DATA.MEAN", "DATA.STD")
     for change in compat.list_evaluation_changes(saved, {"config": to_dict(cfg)}, names):
         logger.warning(f"The weights of {path} were trained with other colours: {change}")

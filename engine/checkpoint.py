@@ -340,8 +340,8 @@ def resolve(path: Path, *, best: bool = False) -> Path:
     return found
 
 
-def origin_of(path: Path) -> Path | None:
-    """The checkpoint that weights at `path` are from: itself, a run's best, or the one that the file belongs to.
+def containing(path: Path) -> Path | None:
+    """The checkpoint that weights at `path` are in: itself, a run's best, or the one that the file belongs to.
 
     None for weights from elsewhere.
     """

@@ -23,9 +23,9 @@ from analysis.suite_table import markdown
 from engine import agreement, build, checkpoint, compat, suite
 from engine.compilation import explain_compile_errors
 from engine.hooks import WatchedLoader, watch_evaluation
-from engine.hub_folder import CONFIG, hub_folder_of, label_names, read_evaluation_values
 from engine.loop import Accuracy, autocast, validate
 from engine.pretrained import load_pretrained
+from engine.provenance import Provenance, find_provenance
 from engine.sanity import class_order_warnings
 from engine.weight_files import hash_weights
 from utils.distributed import Process, explain_failures, on_main, share_errors
@@ -45,7 +45,7 @@ class Weights:
     path: Path
     classes: list[str] | None  # of the weights or of DATA.CLASS_LIST; None: val's folders decide
     source: str  # where `classes` come from, for people
-    metadata: dict | None  # of the checkpoint that they are from, None of weights from elsewhere
+    provenance: Provenance | None  # None of weights that say nothing of themselves
     files: dict[str, Path]  # that can be evaluated: "model" and, of a checkpoint with an EMA, "ema"
     digests: dict[str, str] = field(default_factory=dict)  # SHA-256 of a checkpoint's files
 
@@ -117,18 +117,18 @@ def choose_weights(cfg: CfgNode, given: frozenset[str]) -> Weights:
         run = own
     if run:
         path = checkpoint.resolve(Path(run), best=True)
-        metadata, manifest = checkpoint.read_metadata(path), checkpoint.read_manifest(path)
+        known, manifest = find_provenance(path), checkpoint.read_manifest(path)
         files = {kind: path / f"{kind}.safetensors" for kind in ("model", "ema")}
         files = {kind: file for kind, file in files.items() if file.name in manifest}
         digests = {kind: manifest[file.name]["sha256"] for kind, file in files.items()}
-        return Weights(path, *_saved_classes(cfg, path, given), metadata, files, digests)
+        return Weights(path, *_saved_classes(cfg, known, given), known, files, digests)
     if file:
         path = download(file)
-        if step := checkpoint.origin_of(path):
-            file = path if path.is_file() else step / "model.safetensors"
-            metadata = checkpoint.read_metadata(step)
-            return Weights(file, *_saved_classes(cfg, step, given), metadata, {"model": file})
-        return Weights(path, *_named_classes(cfg, path), None, {"model": path})
+        known = find_provenance(path)
+        if known is None or known.step is None:
+            return Weights(path, *_named_classes(cfg, known), known, {"model": path})
+        file = path if path.is_file() else known.step / "model.safetensors"
+        return Weights(file, *_saved_classes(cfg, known, given), known, {"model": file})
     raise CheckpointError(
         f"--eval needs weights, and {own} has no checkpoints. Add --pretrained FILE or --resume RUN."
     )
@@ -140,37 +140,36 @@ def read_tensors(weights: Weights) -> dict[str, Tensors]:
     return {kind: checkpoint.read_tensors(file) for kind, file in files.items()}
 
 
-def _saved_classes(cfg: CfgNode, step: Path, given: frozenset[str]) -> tuple[list[str], str]:
-    """The class list of the checkpoint `step`, and its name. Raises ConfigError for another on the command line."""
-    saved = checkpoint.read_metadata(step)["classes"]
+def _saved_classes(cfg: CfgNode, known: Provenance, given: frozenset[str]) -> tuple[list[str], str]:
+    """The class list of a checkpoint, and its name. Raises ConfigError for another on the command line."""
+    saved = known.classes
     if "DATA.CLASS_LIST" in given and (listed := build.class_list(cfg)) not in (None, saved):
         raise ConfigError(
-            f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} ({join_some(listed, 3)}) is not the class list of {step} "
+            f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} ({join_some(listed, 3)}) is not the class list of {known.path} "
             f"({join_some(saved, 3)}), which decides the labels. Leave it out."
         )
-    return saved, str(step)
+    return saved, str(known.path)
 
 
-def _named_classes(cfg: CfgNode, path: Path) -> tuple[list[str] | None, str]:
+def _named_classes(cfg: CfgNode, known: Provenance | None) -> tuple[list[str] | None, str]:
     """The class list of weights from elsewhere, and its name: DATA.CLASS_LIST, or what a Hugging Face folder names.
 
     Raises ConfigError where both have the same classes in another order.
     """
     listed = build.class_list(cfg)
-    folder = hub_folder_of(path)
-    named = label_names(folder) if folder else None
+    named = known.classes if known else None
     if listed and named and listed != named and data.same_names(listed, named):
         raise ConfigError(
-            f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} has the classes of {folder / CONFIG} in another order; the order "
+            f"DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} has the classes of {known.path} in another order; the order "
             "of the weights counts. Leave it out."
         )
     if listed is not None or named is None:
         return listed, "DATA.CLASS_LIST"
     logger.info(
-        f"{folder / CONFIG} names {quantity(len(named), 'class')}; if your folders have other names, list them in the "
+        f"{known.path} names {quantity(len(named), 'class')}; if your folders have other names, list them in the "
         "same order with DATA.CLASS_LIST"
     )
-    return named, str(folder / CONFIG)
+    return named, str(known.path)
 
 
 def report_labels(cfg: CfgNode, classes: list[str], source: str | None) -> None:
@@ -217,16 +216,14 @@ def changes_since_training(
 
     val_data: fingerprint of the validation images, None where they are not evaluated. size: instead of DATA.IMG_SIZE.
     """
-    saved, where = weights.metadata, "the run's own evaluation"
-    if saved is None and (folder := hub_folder_of(weights.path)):
-        saved = {"config": read_evaluation_values(folder)}
-        where = str(folder / CONFIG)
-    if saved is None:
+    known = weights.provenance
+    if known is None:
         return []
+    where = "the run's own evaluation" if known.step else known.path
     now = {"decoder": data.decoder_fingerprint(), "config": to_dict(cfg)}
     now["config"]["DATA"]["IMG_SIZE"] = size or cfg.DATA.IMG_SIZE
     now |= {"val_data": val_data} if val_data is not None else {}
-    changes = compat.list_evaluation_changes(saved, now)
+    changes = compat.list_evaluation_changes(known.metadata, now)
     for change in changes:
         logger.warning(f"Differs from {where}: {change}")
     return changes
@@ -345,7 +342,7 @@ def build_evaluation(
     process: Process,
 ) -> Evaluation:
     """The record of what an evaluation depends on, without its folder and sets."""
-    step = weights.metadata["step"] if weights.is_checkpoint else None
+    step = weights.provenance.metadata["step"] if weights.is_checkpoint else None
     digest = weights.digests.get(kind) or hash_weights(file)
     return Evaluation(
         folder=Path(),

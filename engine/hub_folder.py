@@ -49,15 +49,13 @@ def read_hub_folder(folder: Path) -> HubFolder:
     """What the config.json of `folder` says. Raises CheckpointError where it describes no model of timm's."""
     file = folder / CONFIG
     content = _read(file)
+    settings = _read_settings(content, file)
     try:
-        raw = content.get("pretrained_cfg", content)
-        settings = PretrainedCfg(**{k: v for k, v in raw.items() if k in SETTINGS})
-        evaluation_values(settings)  # raises an error where it has none
         name = content["architecture"]
-        count = content.get("num_classes", raw.get("num_classes"))
+        count = content.get("num_classes", content.get("pretrained_cfg", {}).get("num_classes"))
         args = dict(content.get("model_args", {}))
         described = content.get("label_descriptions", settings.label_descriptions)
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: no configuration of a timm model ({error!r})") from error
     if count is None:
         raise CheckpointError(f"{file}: does not say num_classes")
@@ -88,9 +86,8 @@ def evaluation_values(settings: PretrainedCfg) -> dict[str, dict]:
 
 def read_evaluation_values(folder: Path) -> dict[str, dict]:
     """`evaluation_values` of the config.json of `folder`; empty where it is not timm's."""
-    if not _is_timms(folder / CONFIG):
-        return {}
-    return evaluation_values(read_hub_folder(folder).settings)
+    file = folder / CONFIG
+    return evaluation_values(_read_settings(_read(file), file)) if _is_timms(file) else {}
 
 
 def label_names(folder: Path) -> list[str] | None:
@@ -110,6 +107,16 @@ def _label_names(content: dict, file: Path) -> list[str] | None:
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: label_names cannot be read ({error})") from error
     return names
+
+
+def _read_settings(content: dict, file: Path) -> PretrainedCfg:
+    try:
+        raw = content.get("pretrained_cfg", content)
+        settings = PretrainedCfg(**{k: v for k, v in raw.items() if k in SETTINGS})
+        evaluation_values(settings)  # raises an error where it has none
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: no configuration of a timm model ({error!r})") from error
+    return settings
 
 
 def _is_timms(file: Path) -> bool:

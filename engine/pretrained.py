@@ -6,8 +6,7 @@ from pathlib import Path
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from engine import checkpoint
-from engine.hub_folder import hub_folder_of, label_names
+from engine.provenance import find_provenance
 from engine.weight_files import read_weights
 from models.convert import to_ours
 from models.dat import DAT
@@ -151,7 +150,8 @@ def _fit_classes(
     tensors: dict[str, Tensor], model: nn.Module, path: Path, classes: list[str] | None
 ) -> dict[str, Tensor]:
     """`tensors` with the classifier for `classes`, where the weights at `path` name others: reordered or dropped."""
-    saved = _named_classes(path) if classes else None
+    known = find_provenance(path) if classes else None
+    saved = known.classes if known else None
     if saved in (None, classes):
         return tensors
     heads = _heads(model)
@@ -165,14 +165,6 @@ def _fit_classes(
         "the classifier starts from scratch"
     )
     return {n: t for n, t in tensors.items() if not n.startswith(heads)}
-
-
-def _named_classes(path: Path) -> list[str] | None:
-    """The classes that come with the weights at `path`, in the order of the classifier; None of a bare file."""
-    if step := checkpoint.origin_of(path):
-        return checkpoint.read_metadata(step)["classes"]
-    folder = hub_folder_of(path)
-    return label_names(folder) if folder else None
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:

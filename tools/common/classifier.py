@@ -25,11 +25,11 @@ from engine.hub_folder import (
     evaluation_values,
     hub_folder_of,
     is_hub_folder,
-    label_names,
     read_hub_folder,
 )
 from engine.loop import autocast
 from engine.pretrained import load_pretrained
+from engine.provenance import find_provenance
 from engine.weight_files import read_weights
 from models.identify import identify
 from utils.download import download
@@ -286,11 +286,9 @@ def _load_file(args: argparse.Namespace, opts: list[str], device: torch.device) 
         cfg = _timm_config(args.model, opts)
     else:
         cfg = _identified_config(path, opts)
-    named = build.class_list(cfg)
-    if step := checkpoint.origin_of(path):
-        named = checkpoint.read_metadata(step)["classes"]
-    elif named is None and (folder := hub_folder_of(path)):
-        named = label_names(folder)
+    named, known = build.class_list(cfg), find_provenance(path)
+    if known and (known.step or named is None):
+        named = known.classes
     classes = named or default_classes(cfg.MODEL.NUM_CLASSES or 1000)
     model = build.build_model(cfg, len(classes), device)
     load_pretrained(model, path, strict=True)

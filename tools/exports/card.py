@@ -55,7 +55,7 @@ def find_origin(path: Path, ema: bool) -> Origin:
     """The origin of the weights that `path` means, as for `with_weights`."""
     if path.suffix in CONFIG_SUFFIXES:
         return Origin(path.name, None, "random")
-    step = checkpoint.origin_of(path) if path.exists() else None
+    step = checkpoint.containing(path) if path.exists() else None
     if step is None:
         return Origin(path.name, hash_weights(path), "file")
     kind = "ema" if ema or path.name == "ema.safetensors" else "model"
