@@ -104,7 +104,9 @@ def _label_names(content: dict, file: Path) -> list[str] | None:
         names = content.get("label_names", (content.get("pretrained_cfg") or {}).get("label_names"))
         if isinstance(names, dict):  # from index to name
             names = [names[key] for key in sorted(names, key=int)]
-    except (ValueError, AttributeError) as error:
+        if names is not None and not all(isinstance(name, str) for name in names):
+            raise ValueError("expected texts")
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: label_names cannot be read ({error})") from error
     return names
 
@@ -114,7 +116,7 @@ def _read_settings(content: dict, file: Path) -> PretrainedCfg:
         raw = content.get("pretrained_cfg", content)
         settings = PretrainedCfg(**{k: v for k, v in raw.items() if k in SETTINGS})
         evaluation_values(settings)  # raises an error where it has none
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{file}: no configuration of a timm model ({error!r})") from error
     return settings
 

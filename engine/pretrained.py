@@ -159,7 +159,10 @@ def _fit_classes(
     rows = [row_of.get(plain_name(name)) for name in classes]
     if len(rows) == len(saved) and None not in rows:
         logger.info(f"{path} knows the same classes in another order: its classifier is reordered")
-        return {n: t[rows] if n.startswith(heads) else t for n, t in tensors.items()}
+        return {
+            n: t[rows] if n.startswith(heads) and len(t) == len(rows) else t
+            for n, t in tensors.items()
+        }
     logger.warning(
         f"{path} knows other classes ({join_some(saved, 3)}) than the data ({join_some(classes, 3)}): "
         "the classifier starts from scratch"

@@ -20,6 +20,7 @@ import os
 import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -142,6 +143,11 @@ def pack(root: Path, out: Path, split: str, shorter_side: int, quality: int, wor
     except OSError as error:
         raise StorageError(
             f"{error.filename or out} cannot be written: {error.strerror}"
+        ) from error
+    except BrokenProcessPool as error:
+        raise StorageError(
+            f"{target}: a process that packs was killed, probably for want of memory. Lower --workers and run the same "
+            "command: it continues."
         ) from error
     before, after = dataset.reader.sizes.sum(), where[:, 0].sum()
     how = f"shorter side {shorter_side}, JPEG quality {quality}" if shorter_side else "unchanged"

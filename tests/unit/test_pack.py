@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import ExifTags, Image
 
 from data import decode
 from tools import pack
-from utils.errors import DataError
+from utils.errors import DataError, StorageError
 
 
 @pytest.fixture
@@ -93,6 +94,18 @@ def test_it_resumes_where_it_was_stopped(root, tmp_path, monkeypatch):
         path: path.stat().st_mtime_ns - time for path, time in begun.items()}))  # fmt: skip
     run(root, tmp_path, "--shorter-side", "32")
     assert set(begun.values()) == {0}, "finished shards are written again"
+
+
+def _die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_explained(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pack, "write_shard", _die)
+    assert pack.main([str(root), str(tmp_path), "--workers", "1"]) == StorageError.exit_code
+    assert "was killed, probably for want of memory. Lower --workers" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert pack.main([str(root), str(tmp_path)]) == 0
 
 
 def test_an_existing_pack_is_not_overwritten(root, tmp_path, capsys):

@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -402,6 +403,68 @@ def test_killed_while_a_part_is_written_again(photos, tmp_path, to, capsys, monk
     assert contents(out) == expected(photos)
 
 
+@each_output
+def test_what_the_download_has_no_more_counts_no_more(photos, tmp_path, to, capsys):
+    source, out = downloads.write_kaggle(photos, tmp_path / "source"), tmp_path / "out"
+    folder = source / "ILSVRC/Data/CLS-LOC/train" / photos["train"][0].wnid
+    (folder / "extra.JPEG").write_bytes(photos["train"][0].data)
+    assert "train has 10 images" in fails(
+        capsys, DataError.exit_code, "imagenet", source, out, "--to", to
+    )
+    shutil.rmtree(folder)
+    for _ in range(2):
+        run("imagenet", source, out, "--to", to, "--any-count")
+        assert "6 images of 2 classes (published: 9 of 3)" in capsys.readouterr().out
+    assert contents(out) == expected(dict(photos, train=photos["train"][3:]))
+
+
+def test_a_shard_that_is_there_twice_can_be_removed_either_way(photos, tmp_path, capsys):
+    for removed in "0000", "0005":
+        source, out = (
+            downloads.write_shards(photos, tmp_path / f"source{removed}"),
+            tmp_path / removed,
+        )
+        shutil.copy(source / "imagenet1k-train-0000.tar", source / "imagenet1k-train-0005.tar")
+        message = fails(capsys, DataError.exit_code, "imagenet", source, out)
+        assert "was found before; remove one of the two" in message
+        (source / f"imagenet1k-train-{removed}.tar").unlink()
+        run("imagenet", source, out)
+        assert contents(out) == expected(photos)
+
+
+def test_a_class_that_is_in_the_archive_twice_is_refused(photos, tmp_path, capsys):
+    source = downloads.write_archives(photos, tmp_path / "source")
+    with tarfile.open(source / "ILSVRC2012_img_train.tar", "a") as archive:
+        downloads.add(archive, "n01440764.tar", downloads.tar_of([("a.JPEG", b"another")]))
+    message = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "out")
+    assert "ILSVRC2012_img_train.tar: holds n01440764.tar more than once" in message
+
+
+def test_classes_of_which_some_are_unpacked(photos, tmp_path, capsys):
+    source, out = write_class_tars(photos, tmp_path / "source"), tmp_path / "out"
+    tars = sorted((source / "train").glob("*.tar"))
+    for tar in tars[:2]:
+        shutil.unpack_archive(tar, tar.with_suffix(""))
+    tars[0].unlink()
+    message = fails(capsys, DataError.exit_code, "imagenet", source, out)
+    assert "holds the tars of some classes and the folders of others (n01440764)" in message
+    shutil.unpack_archive(tars[2], tars[2].with_suffix(""))
+    for tar in tars[1:]:
+        tar.unlink()
+    run("imagenet", source, out)
+    assert contents(out) == expected(photos)
+
+
+def test_a_drive_without_locks_is_no_obstacle(photos, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("tools.datasets.prepare.fcntl.flock", refuse)
+    run("imagenet", downloads.write_archives(photos, tmp_path / "source"), tmp_path / "out")
+    assert "make sure that no other process writes there" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == expected(photos)
+
+
 def test_a_full_disk_is_named_and_resumed(photos, tmp_path, capsys):
     source = downloads.write_archives(photos, tmp_path / "source")
     out = tmp_path / "out"
@@ -584,6 +647,12 @@ def test_parquet_with_other_labels_or_columns(photos, tmp_path, capsys, monkeypa
         assert why in message(table.set_column(1, "label", column))
     assert "expected `image` with `bytes`" in message(table.rename_columns(["img", "label"]))
     assert "expected `image` with `bytes`" in message(table.set_column(1, "label", [list("abcd")]))
+    texts = pyarrow.array([{"bytes": "abc", "path": "x.JPEG"}] * len(labels))
+    assert "expected `image` with `bytes`" in message(table.set_column(0, "image", texts))
+    file.unlink()
+    file.symlink_to("nowhere")
+    lost = fails(capsys, DataError.exit_code, "imagenet", source, tmp_path / "out")
+    assert f"{file}: cannot be opened" in lost
     monkeypatch.setattr(imagenet, "find_spec", lambda name: None)
     assert "pip install pyarrow" in fails(
         capsys, ConfigError.exit_code, "imagenet", source, tmp_path / "other"

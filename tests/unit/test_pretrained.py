@@ -247,6 +247,10 @@ def test_a_hugging_face_folder_brings_its_classes(tmp_path):
         load_pretrained(target, path, strict=False, classes=["c", "a", "b"])
         expected = source.get_classifier().weight[[2, 0, 1]]
         assert torch.equal(target.get_classifier().weight, expected)
+    config["pretrained_cfg"]["label_names"] = ["d", "c", "b", "a"]  # of a head of three rows
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = load_pretrained(micro(4), tmp_path, strict=False, classes=["a", "b", "c", "d"])
+    assert report.misshapen == ["head.fc.weight", "head.fc.bias"]
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="expected an object"):
         load_pretrained(target, tmp_path, strict=False, classes=["c", "a", "b"])
@@ -259,8 +263,13 @@ def test_a_config_json_without_a_mean_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config\.json: no configuration of a timm model"):
         read_hub_folder(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": None}))
-    with pytest.raises(CheckpointError, match=r"config\.json: no configuration of a timm model"):
+    for damaged in (None, {"mean": []}):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": damaged}))
+        with pytest.raises(CheckpointError, match=r"config\.json: no configuration of a timm mode"):
+            read_hub_folder(tmp_path)
+    config |= {"pretrained_cfg": {}, "label_names": [0, 1, 2]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"label_names cannot be read \(expected texts\)"):
         read_hub_folder(tmp_path)
 
 

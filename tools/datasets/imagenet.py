@@ -151,7 +151,13 @@ def _train_images(root: Path) -> Images | None:
     if (root / TRAIN).exists():
         return Images(root / TRAIN, TARS, _tar_of_tars)
     for folder in (root / "train", root):
-        if next(folder.glob(CLASS_TAR), None) is not None:
+        if tars := {path.stem for path in folder.glob(CLASS_TAR)}:
+            unpacked = {path.name for path in folder.glob(CLASS_FOLDER) if path.is_dir()} - tars
+            if unpacked:
+                raise DataError(
+                    f"{folder}: holds the tars of some classes and the folders of others "
+                    f"({join_some(sorted(unpacked), 3)}); unpack the other tars, and remove them"
+                )
             return Images(folder, TARS, _class_tars)
     if next((root / "train").glob(CLASS_FOLDER), None) is not None:
         return Images(root / "train", FOLDERS, folder_parts)
@@ -442,8 +448,9 @@ class Parquet(ImageNet):
     def parts(self, split: str) -> Iterator[Part]:
         """The files of a split."""
         for path in self._files[split]:
-            name = str(path.relative_to(self._folder))
-            yield Part(name, path.stat().st_size, _rows(path))
+            with open_file(path) as file:
+                size = os.fstat(file.fileno()).st_size
+            yield Part(str(path.relative_to(self._folder)), size, _rows(path))
 
 
 def _is_of(split: str, path: Path) -> bool:
@@ -474,10 +481,13 @@ def _rows(path: Path) -> Iterator[RawImage]:
 
 def _check_schema(types: dict[str, Any], path: Path) -> None:
     """Raise DataError unless the columns are those of an image dataset."""
-    from pyarrow.types import is_integer, is_struct
+    from pyarrow.types import is_binary, is_integer, is_large_binary, is_struct
 
     image, label = types.get("image"), types.get("label")
     has_bytes = image is not None and is_struct(image) and image.get_field_index("bytes") >= 0
+    if has_bytes:
+        kind = image.field("bytes").type
+        has_bytes = is_binary(kind) or is_large_binary(kind)
     if not has_bytes or label is None or not is_integer(label):
         columns = ", ".join(f"{name}: {kind}" for name, kind in types.items())
         raise DataError(

@@ -42,6 +42,9 @@ class TreeOutput:
         """Remove files that are written."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
+        for folder in {(self.path / name).parent for name in names}:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def sync(self) -> None:
         """Nothing: `verify` in tools/datasets/prepare.py compares the sizes of all files."""
@@ -161,7 +164,7 @@ def fingerprint(root: Path, split: str) -> str:
 OUTPUTS = {"tree": TreeOutput, "zip": ZipOutput, "pack": PackOutput}
 
 
-FORGOTTEN = -1  # the size in the record of a part that is to be written again
+FORGOTTEN = -1  # the size in the record of a part that counts no more
 
 
 class _Written(NamedTuple):
@@ -223,19 +226,22 @@ class Progress:
         """Whether `part` is written, from what it is read from now."""
         return part.name in self._parts and self._parts[part.name].size == part.size
 
-    def has_changed(self, part: Part) -> bool:
-        """Whether `part` is written, from another source than it has now."""
-        return part.name in self._parts and not self.has(part)
+    def first_stale(self, sizes: dict[str, int]) -> str | None:
+        """The first part in the output that the download has no more or in another size; None if all are as they were.
 
-    def from_part(self, part: Part) -> list[str]:
-        """The names of the images of `part` and of the parts written after it."""
+        sizes: of the parts of the download, by name.
+        """
+        return next((name for name, size in self.sizes.items() if sizes.get(name) != size), None)
+
+    def names_from(self, part: str) -> list[str]:
+        """The names of the images of the part `part` and of those written after it."""
         parts = list(self._parts)
-        later = parts[parts.index(part.name) :]
+        later = parts[parts.index(part) :]
         return [name.decode() for one in later for name in self._parts[one].names]
 
-    def forget(self, part: Part) -> None:
-        """Record that `part` and the parts written after it are to be written again."""
-        self.add(part._replace(size=FORGOTTEN), [], [], self.position)
+    def forget(self, part: str) -> None:
+        """Record that the part `part` and those written after it are to be written again, if the download has them."""
+        self.add(Part(part, FORGOTTEN, iter(())), [], [], self.position)
 
     def add(
         self, part: Part, images: list[tuple], unreadable: list[str], position: tuple[int, int]

@@ -104,34 +104,28 @@ def _write_split(raw: RawDataset, out: Path, split: str, to: str, any_count: boo
         raise ConfigError(f"{out / name} exists already; remove it, or name another folder")
     progress = Progress(out / WORK / f"{split}.jsonl")
     output = OUTPUTS[to](out / WORK / name, progress.position)
+    if progress.sizes and (stale := progress.first_stale(_sizes(raw, split))):
+        output.remove(progress.names_from(stale))
+        progress.forget(stale)
+        output = OUTPUTS[to](out / WORK / name, progress.position)
     seen = {name.decode() for name in progress.names}
     with tqdm(
         total=raw.counts[split], initial=len(seen), unit=" images", desc=name, disable=None
     ) as bar:
-        complete = False
-        while not complete:
-            complete = True
-            for part in raw.parts(split):
-                if progress.has(part):
-                    continue
-                if progress.has_changed(part):
-                    old = progress.from_part(part)
-                    output.remove(old)
-                    progress.forget(part)
-                    output = OUTPUTS[to](out / WORK / name, progress.position)
-                    seen.difference_update(old)
-                    complete = False  # parts before this one may have been written after it
-                images, unreadable = [], []
-                for image in part.images:
-                    path = _checked_name(image, raw, split, part, seen)
-                    if reason := _problem(image.data):
-                        unreadable.append(f"{path}: {reason}")
-                    crc = zlib.crc32(image.data)
-                    where = output.write(path, image.data, crc)
-                    images.append((path, len(image.data), *where, crc))
-                    bar.update()
-                output.sync()
-                progress.add(part, images, unreadable, output.position)
+        for part in _parts(raw, split):
+            if progress.has(part):
+                continue
+            images, unreadable = [], []
+            for image in part.images:
+                path = _checked_name(image, raw, split, part, seen)
+                if reason := _problem(image.data):
+                    unreadable.append(f"{path}: {reason}")
+                crc = zlib.crc32(image.data)
+                where = output.write(path, image.data, crc)
+                images.append((path, len(image.data), *where, crc))
+                bar.update()
+            output.sync()
+            progress.add(part, images, unreadable, output.position)
     if not progress.names:
         raise DataError(f"{raw.place(split)}: holds no image; expected {raw.layout(split)}")
     order = np.argsort(np.array(progress.names, np.bytes_))
@@ -140,6 +134,23 @@ def _write_split(raw: RawDataset, out: Path, split: str, to: str, any_count: boo
     output.close(names, where)
     summary = _verify(out, split, names, where)
     return summary | {"unreadable": progress.unreadable, "parts": progress.sizes}
+
+
+def _parts(raw: RawDataset, split: str) -> Iterator[Part]:
+    """The parts of a split. Raises DataError for two of one name, as `tar -r` leaves them."""
+    names: set[str] = set()
+    for part in raw.parts(split):
+        if part.name in names:
+            raise DataError(
+                f"{raw.place(split)}: holds {part.name} more than once; keep one of them"
+            )
+        names.add(part.name)
+        yield part
+
+
+def _sizes(raw: RawDataset, split: str) -> dict[str, int]:
+    """The size of each part of a split, by name."""
+    return {part.name: part.size for part in _parts(raw, split)}
 
 
 def _checked_name(image: RawImage, raw: RawDataset, split: str, part: Part, seen: set[str]) -> str:
@@ -221,7 +232,7 @@ def _publish(out: Path, name: str) -> None:
 
 def _check_unchanged(raw: RawDataset, out: Path, split: str, summary: dict) -> None:
     """Compare the parts of a complete split with those in the download. Raises ConfigError."""
-    now = {part.name: part.size for part in raw.parts(split)}
+    now = _sizes(raw, split)
     then = summary.get("parts", now)  # records had none before
     if changed := sorted(name for name in then | now if then.get(name) != now.get(name)):
         raise ConfigError(
@@ -260,6 +271,8 @@ def _locked(work: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{work} is in use by another process; wait until it ends") from None
+        except OSError as error:  # some network drives have no locks
+            print(f"{work}: {error.strerror}; make sure that no other process writes there")
         yield
 
 
