@@ -12,10 +12,7 @@ from analysis import imagenet, statistics
 from analysis.predictions import Evaluation, Predictions, read_predictions
 
 CLEAN = {"a": "a-clean", "r": "r-clean"}  # val with the same classes
-FOOT = (
-    "Intervals are of 95 %, by Wilson, and about other images; other trainings differ by more. val also chose the "
-    "checkpoint."
-)
+FOOT = "Intervals are 95 % Wilson intervals over images; other trainings differ by more. val also chose the checkpoint."
 MASKED_FOOT = " A and R: only their 200 classes compete; `all 1000` is without that mask, `clean` is val with it."
 CORRUPTION_FOOT = (
     "Corruptions: error in % by severity, means in the last lines. CE is the error as a share of AlexNet's, mCE their "

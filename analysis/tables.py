@@ -10,7 +10,7 @@ from analysis.suite_table import format_table, markdown
 
 Scores = dict[str, Any]
 
-FOOT = "Intervals are of 95 % and about other images; other trainings differ by more. val also chose the checkpoint."
+FOOT = "Intervals are 95 % intervals over images; other trainings differ by more. val also chose the checkpoint."
 
 
 def format_scores(scores: Scores, details: bool) -> str:

@@ -130,8 +130,7 @@ class Archives(ImageNet):
                 f"preparation: name {root} with --data-path"
             )
         if any(found.place.is_file() for found in self._images.values()):
-            self.hint = "The MD5 is " + ", ".join(f"{md5} of {file}" for file, md5 in MD5.items())
-            self.hint += "."
+            self.hint = f"The MD5 is {', '.join(f'{md5} of {file}' for file, md5 in MD5.items())}."
 
     def place(self, split: str) -> Path:
         """The archive or the folder."""
@@ -152,8 +151,7 @@ def _train_images(root: Path) -> Images | None:
         return Images(root / TRAIN, TARS, _tar_of_tars)
     for folder in (root / "train", root):
         if tars := {path.stem for path in folder.glob(CLASS_TAR)}:
-            unpacked = {path.name for path in folder.glob(CLASS_FOLDER) if path.is_dir()} - tars
-            if unpacked:
+            if unpacked := {path.name for path in folder.glob(CLASS_FOLDER)} - tars:
                 raise DataError(
                     f"{folder}: holds the tars of some classes and the folders of others "
                     f"({join_some(sorted(unpacked), 3)}); unpack the other tars, and remove them"
@@ -426,8 +424,11 @@ class Parquet(ImageNet):
             )
         self._folder = folder
         files = sorted(file for pattern in PARQUET_FILES for file in folder.glob(pattern))
+        parts = {
+            file: file.relative_to(folder).parts for file in files
+        }  # the names of folders count, too
         self._files = {
-            split: [file for file in files if _is_of(split, file.relative_to(folder))]
+            split: [file for file in files if any(part.startswith(split) for part in parts[file])]
             for split in ("train", "val")
         }
         self.splits = [split for split, found in self._files.items() if found]
@@ -453,11 +454,6 @@ class Parquet(ImageNet):
             yield Part(str(path.relative_to(self._folder)), size, _rows(path))
 
 
-def _is_of(split: str, path: Path) -> bool:
-    """Whether the parquet file at `path`, relative to the download, is of `split`, by its own or its folders' names."""
-    return any(part.startswith(split) for part in path.parts)
-
-
 def _rows(path: Path) -> Iterator[RawImage]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -481,14 +477,13 @@ def _rows(path: Path) -> Iterator[RawImage]:
 
 def _check_schema(types: dict[str, Any], path: Path) -> None:
     """Raise DataError unless the columns are those of an image dataset."""
+    from pyarrow import null
     from pyarrow.types import is_binary, is_integer, is_large_binary, is_struct
 
-    image, label = types.get("image"), types.get("label")
-    has_bytes = image is not None and is_struct(image) and image.get_field_index("bytes") >= 0
-    if has_bytes:
-        kind = image.field("bytes").type
-        has_bytes = is_binary(kind) or is_large_binary(kind)
-    if not has_bytes or label is None or not is_integer(label):
+    image, label = types.get("image", null()), types.get("label", null())
+    kinds = [field.type for field in image if field.name == "bytes"] if is_struct(image) else []
+    has_bytes = any(is_binary(kind) or is_large_binary(kind) for kind in kinds)
+    if not has_bytes or not is_integer(label):
         columns = ", ".join(f"{name}: {kind}" for name, kind in types.items())
         raise DataError(
             f"{path}: has columns {columns}; expected `image` with `bytes` and an integer `label`"

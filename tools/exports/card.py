@@ -182,8 +182,8 @@ def find_validation(origin: Origin) -> list[str]:
         ends = [100 * end for end in wilson(round(acc1 * images / 100), images)]
         text += f" {_interval(ends)} of {quantity(images, 'image')}"
     return [
-        f"Validation in training: {text}; the interval of 95 % is about other images. The same images chose the "
-        "checkpoint."
+        f"Validation in training: {text} (95 % Wilson interval over images; other seeds are not counted). The same "
+        "images chose the checkpoint."
     ]
 
 
