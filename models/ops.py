@@ -113,6 +113,12 @@ def _is_interpreted() -> bool:
     return importlib.import_module("triton").knobs.runtime.interpret
 
 
+@torch.compiler.assume_constant_result
+def _constant_obstacle() -> str:
+    """`fused_obstacle`, into which torch.compile does not look."""
+    return fused_obstacle()
+
+
 def fused_kernels(x: Tensor) -> ModuleType | None:
     """models/fused if it is to compute for `x`, else None.
 
@@ -122,9 +128,11 @@ def fused_kernels(x: Tensor) -> ModuleType | None:
     if _kernels == "reference" or not (x.is_cuda or _kernels == "fused"):
         return None
     recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    if recorded or is_transformed() or x.dtype == torch.float64 or fused_obstacle():
+    if recorded or is_transformed() or x.dtype == torch.float64 or _constant_obstacle():
         return None
-    return importlib.import_module(f"{__package__}.fused")
+    from models import fused  # a statement, which torch.compile can trace
+
+    return fused
 
 
 def fused_windows(x: Tensor, num_heads: int, window: tuple[int, int]) -> ModuleType | None:

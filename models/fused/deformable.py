@@ -338,12 +338,12 @@ def _deformable_backward(
 @deformable_attend.register_fake
 def _(q, kv, table, queries, positions):
     rows = q.shape[0] * table.shape[0], q.shape[1] * q.shape[2]
-    return torch.empty_like(q), q.new_empty(rows, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
 
 
 @deformable_attend_backward.register_fake
 def _(dz, q, kv, table, queries, positions, z, lse):
-    return tuple(torch.empty_like(t) for t in (q, kv, table, positions))
+    return tuple(t.new_empty(t.shape) for t in (q, kv, table, positions))
 
 
 def _keep_deformable(ctx, inputs, output):

@@ -161,7 +161,7 @@ def _(x, positions):
 
 @sample_backward.register_fake
 def _(dout, x, positions):
-    return torch.empty_like(x), torch.empty_like(positions)
+    return x.new_empty(x.shape), positions.new_empty(positions.shape)
 
 
 def _keep_sample(ctx, inputs, output):

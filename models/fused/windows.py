@@ -167,7 +167,7 @@ def _(qkv, bias, window, shift):
 
 @window_attend_backward.register_fake
 def _(dz, qkv, bias, window, shift):
-    return torch.empty_like(qkv), torch.empty_like(bias)
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
 
 
 def _keep_window(ctx, inputs, output):

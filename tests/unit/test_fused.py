@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
@@ -215,10 +216,14 @@ def test_nan_passes_on():
 
 
 def small_inputs():
-    qkv, bias = torch.randn(1, 4, 4, 96, requires_grad=True), torch.randn(2, 16, 16)
+    """Bias and positions are permuted, as those of a mixer are."""
+    qkv, bias = (
+        torch.randn(1, 4, 4, 96, requires_grad=True),
+        torch.randn(16, 16, 2).permute(2, 0, 1),
+    )
     q, kv = torch.randn(1, 3, 3, 32, requires_grad=True), torch.randn(1, 4, 64)
     table, queries = torch.randn(2, 5, 5), grid(DATGeometry.query, (3, 3), torch.device("cpu"))
-    positions = torch.rand(1, 1, 4, 2) - 0.5
+    positions = (torch.rand(1, 4, 2, 2) - 0.5).transpose(1, 2)  # of two groups
     return {
         "window_attend": (qkv, bias.requires_grad_(), [4, 4], [0, 0]),
         "deformable_attend": (
@@ -259,6 +264,47 @@ def test_gradient_of_a_gradient(name):
     first = torch.autograd.grad(z.square().sum(), wanted, create_graph=True)
     by_reference = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
     torch.testing.assert_close(by_kernels, by_reference, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", small_inputs())
+@torch.no_grad()
+def test_strides_are_as_promised(name):
+    """torch.compile relies on the strides of the fake operators."""
+
+    def strides(*inputs):
+        made = getattr(torch.ops.dat, name)(*inputs)
+        made = made if isinstance(made, tuple) else (made,)
+        saved = made if name == "deformable_attend" else ()
+        backward = getattr(torch.ops.dat, f"{name}_backward")
+        return [t.stride() for t in (*made, *backward(torch.ones_like(made[0]), *inputs, *saved))]
+
+    inputs = small_inputs()[name]
+    with FakeTensorMode() as fake:
+        fakes = [fake.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in inputs]
+        promised = strides(*fakes)
+    assert strides(*inputs) == promised
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        lambda: WindowAttention(32, 2, 4, shifted=True),
+        lambda: DeformableAttention(32, 2, 2, 3, 1, (4, 4), DATGeometry),
+    ],
+    ids=["windows", "deformable"],
+)
+def test_kernels_are_part_of_a_compiled_graph(kernels, mixer):
+    torch.manual_seed(0)
+    module, x = mixer(), torch.randn(1, 4, 8, 32)
+
+    def gradients():
+        module.zero_grad()
+        module(x).square().sum().backward()
+        return [parameter.grad for parameter in module.parameters()]
+
+    expected = gradients()
+    module.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    assert all(map(torch.equal, gradients(), expected))
 
 
 def check_equal(module, x, *, atol):
