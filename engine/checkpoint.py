@@ -163,16 +163,21 @@ def prune(written: Path, keep: int, best: str) -> None:
         replaced = CHECKPOINT_NAME.fullmatch(path.name)[2]
         if _step_of(path) > _step_of(written):
             continue
-        try:
-            if (kept >= keep and path.name != best) or (kept and replaced):
-                hidden = _temporary_name(path.parent, path.name)
-                os.rename(path, hidden)  # no reader finds a part of it
-                remove(hidden)
-            elif _verify_known(path, _signature(path)) is None:
-                kept += 1
-        except OSError as error:
-            reason = error.strerror or error
-            logger.warning(f"{path}: what is not kept cannot be deleted ({reason})")
+        if (kept >= keep and path.name != best) or (kept and replaced):
+            delete(path)
+        else:
+            with contextlib.suppress(OSError):  # what cannot be read does not count
+                kept += _verify_known(path, _signature(path)) is None
+
+
+def delete(path: Path) -> None:
+    """Delete the checkpoint at `path`, of which no reader finds a part; a failure is reported."""
+    try:
+        hidden = _temporary_name(path.parent, path.name)
+        os.rename(path, hidden)
+        remove(hidden)
+    except OSError as error:
+        logger.warning(f"{path}: what is not kept cannot be deleted ({error.strerror or error})")
 
 
 def remove_partial(folder: Path) -> None:

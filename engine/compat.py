@@ -18,6 +18,7 @@ import torchvision
 
 from analysis.runs import flatten
 from engine import checkpoint
+from engine.state import NO_BEST, TrainState
 from utils import first_edition
 from utils.distributed import Process
 from utils.errors import CheckpointError, ConfigError, DataError
@@ -115,6 +116,16 @@ def check_resume(path: Path, metadata: dict, accept: str) -> None:
             f"{path} was written with different settings; resuming would change the result:\n  {changes}\n"
             f"{remedy}"
         )
+
+
+def restore(path: Path, state: TrainState, metadata: dict) -> None:
+    """Restore the checkpoint at `path`; its best accuracy counts only if the run's validation is still the same."""
+    checkpoint.restore(path, state)
+    saved = checkpoint.read_metadata(path)
+    if changes := list_evaluation_changes(saved, metadata, PIXELS):
+        best = f"{state.best['acc1']:.2f}% was of another validation ({'; '.join(changes)})"
+        logger.warning(f"The best accuracy so far counts no more: {best}")
+        state.best = dict(NO_BEST)
 
 
 def list_evaluation_changes(saved: dict, now: dict, names: Iterable[str] = EVALUATED) -> list[str]:

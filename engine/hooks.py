@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data import EvalBatch, ImageDataset, Loader, TrainBatchSampler
-from engine import checkpoint
+from engine import checkpoint, compat
 from engine.agreement import Replicas, send_state
 from engine.checkpoint import Saver
 from engine.results import StepResults
@@ -120,13 +120,15 @@ class AfterStep:
         """Restore the last checkpoint without skipped steps; raise `error` if there is none, or the second time.
 
         The steps after it are the same as before. They succeed if the machine was at fault, or fp16's loss scale.
+        Later checkpoints are deleted: a kill must not bring their steps back.
         """
         self.saver.wait()
         path = on_main(lambda: None if self.rolled_back else latest_finite(self.saver.folder))
         if path is None:
             raise error
         logger.warning(f"{error} The run rolls back to {path}, once.")
-        on_main(lambda: checkpoint.restore(path, self.state))
+        on_main(lambda: delete_later(path))
+        on_main(lambda: compat.restore(path, self.state, self.metadata))
         send_state(self.state)
         self.writer.rewind(self.state.step, self.state.epoch)
         self.rolled_back = True
@@ -236,6 +238,13 @@ def images_of(step: int, dataset: ImageDataset, sampler: TrainBatchSampler) -> l
     numbers = range(sampler.global_batch_size // sampler.batch_size)
     batches = [sampler.micro_batch(step, number) for number in numbers]
     return [[dataset.path(index) for _, index, _ in batch] for batch in batches]
+
+
+def delete_later(path: Path) -> None:
+    """Delete the checkpoints beside `path` of later steps."""
+    found = checkpoint.list_checkpoints(path.parent)  # the latest first
+    for later in found[: found.index(path)]:
+        checkpoint.delete(later)
 
 
 def latest_finite(folder: Path) -> Path | None:

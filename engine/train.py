@@ -17,7 +17,7 @@ from engine.evaluate import log_accuracy, score
 from engine.hooks import AfterStep, Divergence, InterruptibleLoader
 from engine.loop import train_one_epoch
 from engine.run_dir import RunDir
-from engine.state import NO_BEST, TrainState
+from engine.state import TrainState
 from utils.distributed import Process, explain_failures, limit_waiting, on_main, share_errors
 from utils.errors import CheckpointError, DivergedError
 from utils.logging import MetricWriter, logger, start_logging
@@ -149,23 +149,13 @@ def start_replicas(
 ) -> Replicas:
     """Restore the checkpoint `resumed`, if any, on the main process, and give its state to all: the replicas."""
     if resumed is not None:
-        on_main(lambda: restore(resumed, state, metadata))
+        on_main(lambda: compat.restore(resumed, state, metadata))
     agreement.send_state(state)
     replicas = Replicas(compat.device_name(process.device))
     replicas.compare(state)
     if resumed is not None:
         logger.info(f"Resumed from {resumed}: epoch {state.epoch}, step {state.step}")
     return replicas
-
-
-def restore(path: Path, state: TrainState, metadata: dict) -> None:
-    """Restore the checkpoint at `path`; its best accuracy counts only if the run's validation is still the same."""
-    checkpoint.restore(path, state)
-    saved = checkpoint.read_metadata(path)
-    if changes := compat.list_evaluation_changes(saved, metadata, compat.PIXELS):
-        best = f"{state.best['acc1']:.2f}% was of another validation ({'; '.join(changes)})"
-        logger.warning(f"The best accuracy so far counts no more: {best}")
-        state.best = dict(NO_BEST)
 
 
 # --- End of an epoch ------------------------------------------------------------------------------

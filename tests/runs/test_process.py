@@ -123,7 +123,10 @@ def test_after_a_passing_fault_the_run_ends_in_the_same_bits(images, tmp_path, m
     rollback = AfterStep.rollback
 
     def cure(self, error):
+        assert len(checkpoint.list_checkpoints(self.saver.folder)) == 2
         rollback(self, error)
+        (kept,) = checkpoint.list_checkpoints(self.saver.folder)
+        assert kept.name == "step-1"
         monkeypatch.setattr(faulty.Sick, "cured", True)
 
     monkeypatch.setattr(AfterStep, "rollback", cure)
