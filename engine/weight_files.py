@@ -233,14 +233,18 @@ def read_weights(path: Path, *, ema: bool = False, key: str | None = None) -> di
     return tensors
 
 
-def warn_if_average_is_better(path: Path) -> None:
-    """Warn who takes the weights of the checkpoint at `path` where its average made it the run's best."""
+def warn_if_average_is_better(path: Path, remedy: str = "") -> None:
+    """Warn who takes the weights of the checkpoint at `path` where its average made it the run's best.
+
+    remedy: how to take the average; without one, how to write it to a file.
+    """
+    remedy = remedy or f"`tools/checkpoint.py strip {path} FILE.safetensors --ema` writes it"
     metadata = checkpoint.read_metadata(path)
     best = metadata["best"]
     if best.get("ema") and best["step"] == metadata["step"]:
         logger.warning(
             f"{path} is its run's best by the average (EMA) of its weights, {best['acc1']:.2f} % top-1. That average "
-            f"is not taken: `tools/checkpoint.py strip {path} FILE.safetensors --ema` writes it"
+            f"is not taken: {remedy}"
         )
 
 

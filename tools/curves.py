@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.figures import plain_label
 from analysis.records import read_records
 from utils.errors import ConfigError, StorageError, as_exit_code
+from utils.files import replace_atomically
 from utils.text import quantity
 
 SMOOTHING = (
@@ -109,8 +110,9 @@ def draw(run: Path, out: Path) -> None:
     for ax in axes[1]:
         ax.set_xlabel(unit)
     try:
-        figure.savefig(out, dpi=110)
-    except (OSError, ValueError) as error:  # a ValueError lists the known formats
+        with replace_atomically(out) as temporary:
+            figure.savefig(temporary, format=out.suffix[1:] or "png", dpi=110)
+    except ValueError as error:  # lists the known formats
         raise StorageError(f"--out {out} cannot be written: {error}") from error
     finally:
         plt.close(figure)

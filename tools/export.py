@@ -115,8 +115,10 @@ def _batch(text: str) -> Batches:
 def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`, which becomes `out` when the block ends without an error.
 
-    Raises ConfigError if `out` is there and not empty, StorageError where it cannot be written.
+    Raises ConfigError if `out` is there and not empty, StorageError where it cannot be written. Errors of other files
+    are passed on.
     """
+    out = out.absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name another for OUT")
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
@@ -125,6 +127,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, out)
     except OSError as error:
+        if error.filename and not Path(error.filename).is_relative_to(temporary):
+            raise
         raise StorageError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -197,6 +201,7 @@ def describe(classifier: Classifier, args: argparse.Namespace) -> dict:
     """export.json without what the files are found to be."""
     cfg = classifier.cfg
     channels, height, width = build.input_shape(cfg)
+    mean, std = formats.mean_and_std(cfg)
     return {
         "model": {"name": cfg.MODEL.NAME, "args": {**cfg.MODEL.ARGS}},
         "classes": classifier.classes,
@@ -207,8 +212,8 @@ def describe(classifier: Classifier, args: argparse.Namespace) -> dict:
             "height": height,
             "width": width,
             "preprocessing": args.with_preprocessing,
-            "mean": list(cfg.DATA.MEAN),
-            "std": list(cfg.DATA.STD),
+            "mean": mean,
+            "std": std,
             "exif": cfg.DATA.EXIF,
             **build.describe_pixels(cfg, "own"),
         },

@@ -35,7 +35,7 @@ from engine import build
 from tools.common.classifier import add_arguments, log_to_stderr
 from tools.common.pictures import load_recordable, parse_point, read_pixels
 from utils.errors import ConfigError, StorageError, as_exit_code
-from utils.files import require_folder_of
+from utils.files import replace_atomically, require_folder_of
 from utils.logging import logger
 from utils.text import quantity
 
@@ -326,8 +326,9 @@ def main(arguments: list[str]) -> None:
     log_to_stderr()
     figure = make_picture(args)
     try:
-        figure.savefig(args.out)
-    except (OSError, ValueError) as error:  # a ValueError lists the known formats
+        with replace_atomically(args.out) as temporary:
+            figure.savefig(temporary, format=args.out.suffix[1:] or "png")
+    except ValueError as error:  # lists the known formats
         raise StorageError(f"--out {args.out} cannot be written: {error}") from error
     logger.info(f"{args.out} is written")
 

@@ -26,12 +26,14 @@ from helpers.images import write_image_folder
 from helpers.runs import arguments
 from torch._inductor.exc import CppCompileError, InductorError
 
+import config
 import main
-from engine import checkpoint
+from engine import build, checkpoint
 from models.dat import VARIANTS
 from tools import export
-from tools.common.classifier import load_classifier
+from tools.common.classifier import Classifier, load_classifier
 from tools.exports import card, formats
+from utils.yaml_nodes import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = """
@@ -131,6 +133,33 @@ def test_a_card_has_the_evaluations_of_these_weights_alone(tmp_path):
     assert card.find_evaluations(card.Origin("w", "1" * 64, "ema", step)) == []
 
 
+def test_each_accuracy_of_a_card_says_how_its_images_were_prepared(small, tmp_path):
+    own = config.load(str(small))
+    step = tmp_path / "checkpoints" / "step-10"
+    step.mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "val/acc1": 80.0}\n')
+    metadata = {"step": 10, "images": {"val": 50}, "config": to_dict(own)}
+    origin = card.Origin("w", "0" * 64, "model", step, metadata)
+    larger = Classifier(build.at_size(own, 64), None, torch.device("cpu"), [], [], "")
+    text = card.describe_accuracy(larger, origin, None)
+    assert "80.00 % top-1" in text
+    assert text.endswith("They were prepared by crop_mode squash, 32 px, crop_pct 1, bicubic.")
+    measured = {"images": 9, "folder": "val", "onnx": {"top1": 70.0, "interval": [60.0, 80.0]}}
+    text = card.describe_accuracy(larger, origin, measured)
+    assert "9 images of val, prepared by crop_mode squash, 64 px, crop_pct 1, bicubic:" in text
+    assert text.count(" px") == 2
+
+
+def test_grey_models_record_the_mean_of_their_input(small):
+    cfg = config.load(str(small), ["DATA.IN_CHANS", "1"])
+    classifier = Classifier(cfg, None, torch.device("cpu"), [], [], "")
+    args = export.parse([str(small), "out", "--to", "onnx"])
+    images = export.describe(classifier, args)["images"]
+    normalize = build.normalize(cfg, classifier.device)
+    assert images["mean"] == pytest.approx([normalize.shift.item() / 255])
+    assert images["std"] == pytest.approx([normalize.scale.item() / 255])
+
+
 def test_a_file_that_computes_something_else_is_noticed(exported):
     images = {1: export.make_pixels(1, 32).float()}
     close = formats.compare("onnx", exported / "model.onnx", images, {1: torch.zeros(1, 4)})
@@ -214,6 +243,30 @@ def test_a_folder_with_content_is_left_alone(small, tmp_path, capsys):
     assert [file.read_text() for file in (tmp_path / "out").iterdir()] == ["mine"]
     argv = (small, tmp_path / "absent" / "out", "--to", "hf")
     refuse(capsys, tmp_path, *argv, code=6, message="out cannot be written: No such file")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "/weights.pth"), "/weights.pth: Permission"),
+        (OSError(28, "No space left on device"), "out cannot be written: No space left"),
+    ],
+)
+def test_the_file_that_fails_is_named(error, message, small, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(export, "load_classifier", fail)
+    argv = (small, tmp_path / "new" / "out", "--to", "hf")
+    refuse(capsys, tmp_path, *argv, code=6, message=message)
+
+
+def test_the_folder_that_one_is_in_can_be_filled(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with export.new_folder(Path(".")) as folder:
+        (folder / "export.json").touch()
+    assert [path.name for path in tmp_path.glob("**/*")] == ["out", "export.json"]
 
 
 @pytest.mark.parametrize("package", formats.ONNX_PACKAGES)

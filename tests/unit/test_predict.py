@@ -1,4 +1,5 @@
 import csv
+import functools
 import io
 import json
 import shutil
@@ -13,9 +14,11 @@ from helpers.images import write_image_folder
 from helpers.runs import arguments
 from PIL import ExifTags, Image
 from timm.models import save_for_hf
+from timm.utils import ModelEmaV3
 
 import main
 from engine import checkpoint
+from engine.state import TrainState
 from tools import predict
 from tools.common import classifier
 
@@ -111,6 +114,42 @@ def test_any_model_of_timms_predicts_imagenet_by_name(tmp_path, capsys):
         best = int(model(picture[None]).argmax())
     name = timm.data.ImageNetInfo().index_to_description(best).split(", ")[0]
     assert out.startswith(f"{tmp_path / 'red.png'}  {name} 0.")
+
+
+def test_timms_own_weights_follow_the_options(tmp_path, capsys, monkeypatch):
+    safetensors.torch.save_file(
+        timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors"
+    )
+    stored = {"file": str(tmp_path / "w.safetensors"), "url": "", "hf_hub_id": None}
+    create = functools.partial(timm.create_model, pretrained_cfg_overlay=stored)
+    monkeypatch.setattr(timm, "create_model", create)
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    argv = [str(tmp_path / "red.png"), "--model", "test_vit", "--opts"]
+    assert predict.main([*argv, "DATA.IMG_SIZE", "96", "DATA.IN_CHANS", "1"]) == 0
+    assert "96 px" in capsys.readouterr().err
+    assert predict.main([*argv, "MODEL.ARGS.absent", "1"]) == 2
+    message = (
+        "--model test_vit cannot be built with what --opts changes (TypeError: VisionTransformer"
+    )
+    assert message in capsys.readouterr().err
+    assert predict.main([*argv, "MODEL.ARGS.depth", "9"]) == 4
+    assert "or do not fit what --opts changes" in capsys.readouterr().err
+
+
+def test_a_run_whose_average_was_better_says_how_to_take_it(tmp_path, capsys):
+    model = timm.create_model("dat_micro", num_classes=2)
+    optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler(enabled=False)
+    best = {"acc1": 70.0, "step": 0, "ema": True}
+    state = TrainState(model, ModelEmaV3(model), optimizer, scaler, best=best)
+    values = {"MODEL": {"NAME": "dat_micro"}, "DATA": {"IMG_SIZE": 32}}
+    files = checkpoint.snapshot(state, {"classes": ["a", "b"], "config": values})
+    checkpoint.write(tmp_path / "run" / "checkpoints", "step-0", files)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    argv = [str(tmp_path / "a.png"), "--resume", str(tmp_path / "run"), "--topk", "1"]
+    remedy = "70.00 % top-1. That average is not taken: --ema takes it"
+    for flags in ([], ["--ema"]):
+        assert predict.main([*argv, *flags]) == 0
+        assert (remedy in capsys.readouterr().err) == (not flags)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from analysis.records import read_records
@@ -74,6 +75,22 @@ def test_curves_of_damaged_records(run, tmp_path, capsys):
     assert "2 steps, best top-1 40.00 %" in capsys.readouterr().out
     with Image.open(picture) as image:
         assert len(image.convert("RGB").resize((64, 64)).getcolors(64**2)) > 100
+
+
+def test_curves_are_replaced_by_complete_ones(run, tmp_path, monkeypatch):
+    def stop(figure, file, **settings):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    picture = tmp_path / "curves.svg"
+    picture.write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", stop)
+        assert curves.main([str(run), "--out", str(picture)]) == 130
+    assert picture.read_text() == "old"
+    assert curves.main([str(run), "--out", str(picture)]) == 0
+    assert "</svg>" in picture.read_text()
+    assert not [*tmp_path.glob(".tmp-*")]
 
 
 def test_curves_before_the_first_validation(run, tmp_path, capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -88,6 +89,22 @@ def test_wrong_commands_are_answered_in_a_sentence(folder, capsys, code, message
     answer = capsys.readouterr().err.splitlines()
     assert message in answer[-1]
     assert all(line.startswith("INFO ") for line in answer[:-1])
+
+
+def test_a_picture_is_replaced_by_a_complete_one(folder, monkeypatch):
+    def stop(figure, file, **settings):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    (folder / "old.svg").write_text("old")
+    argv = command(folder, out="old.svg")
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", stop)
+        assert visualize.main(argv) == 130
+    assert (folder / "old.svg").read_text() == "old"
+    assert visualize.main(argv) == 0
+    assert "</svg>" in (folder / "old.svg").read_text()
+    assert not [*folder.glob(".tmp-*")]
 
 
 def test_timms_models_are_drawn(folder, capsys):

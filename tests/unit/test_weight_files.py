@@ -522,6 +522,7 @@ def test_weights_whose_average_was_the_runs_best_are_named(tmp_path, logged_warn
         read_weights(save_state(tmp_path / str(ema), state))
         assert len(logged_warnings) == ema
     assert "best by the average (EMA) of its weights, 70.00 % top-1" in logged_warnings[0]
+    assert logged_warnings[0].endswith("FILE.safetensors --ema` writes it")
 
 
 # --- Channels and remedies ------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 import config
 from analysis import imagenet
 from engine import build, checkpoint
+from engine.compilation import describe_error
 from engine.hub_folder import (
     evaluation_values,
     hub_folder_of,
@@ -30,7 +31,7 @@ from engine.hub_folder import (
 from engine.loop import autocast
 from engine.pretrained import load_pretrained
 from engine.provenance import find_provenance
-from engine.weight_files import read_weights
+from engine.weight_files import read_weights, warn_if_average_is_better
 from models.identify import identify
 from utils.download import download
 from utils.errors import CheckpointError, ConfigError, DataError
@@ -266,6 +267,8 @@ def _load_run(path: Path, ema: bool, opts: list[str], device: torch.device) -> t
     file = step / f"{'ema' if ema else 'model'}.safetensors"
     if not file.exists():
         raise CheckpointError(f"{step} has no EMA: its run had TRAIN.EMA_DECAY 0")
+    if not ema:
+        warn_if_average_is_better(step, "--ema takes it")
     model = build.build_model(cfg, len(classes), device)
     checkpoint.load_strictly(model, file)
     return cfg, model, classes, f"{cfg.MODEL.NAME}, {file}"
@@ -319,12 +322,20 @@ def _load_folder(folder: Path, opts: list[str], device: torch.device) -> tuple:
 
 
 def _load_timm(name: str, opts: list[str], device: torch.device) -> tuple:
-    cfg = _timm_config(name, opts)
+    cfg, settings = _timm_config(name, opts), timm.get_pretrained_cfg(name)
+    args = {"in_chans": cfg.DATA.IN_CHANS, **cfg.MODEL.ARGS}
+    if settings.fixed_input_size and build.input_shape(cfg)[1:] != settings.input_size[1:]:
+        args["img_size"] = cfg.DATA.IMG_SIZE
     try:
-        model = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError) as error:  # no such weights, no network
+        model = timm.create_model(name, pretrained=True, **args)
+    except (OSError, RuntimeError) as error:  # no such weights, no network, weights of other shapes
         raise CheckpointError(
-            f"--model {name}: its weights cannot be had ({error}); give them with --pretrained"
+            f"--model {name}: its weights cannot be had, or do not fit what --opts changes "
+            f"({describe_error(error)}); give others with --pretrained"
+        ) from error
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"--model {name} cannot be built with what --opts changes ({describe_error(error)}): leave that out"
         ) from error
     classes = default_classes(model.num_classes)
     return cfg, model.to(device), classes, f"{name}, timm's weights"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from timm.models._hub import generate_readme
+from yacs.config import CfgNode
 
 import config
 from analysis import suite_table
@@ -71,13 +72,14 @@ def make_card(classifier: Classifier, origin: Origin, record: dict) -> str:
     cfg, images, environment = classifier.cfg, record["images"], record["environment"]
     millions = sum(p.numel() for p in classifier.model.parameters()) / 1e6
     weights = record["weights"]
+    mean, std = ([round(value, 6) for value in images[key]] for key in ("mean", "std"))
     rounded = ", rounded to float16" if weights["half"] else ""
     inside = "; applied inside the ONNX and torch files" if images["preprocessing"] else ""
     details = {
         "Model": f"{cfg.MODEL.NAME}, {millions:.1f} M parameters, {quantity(len(classifier.classes), 'class')}",
         "Input": f"images of {format_size(cfg.DATA.IMG_SIZE)} pixels, batch {images['batch']}",
-        "Images are prepared by": _preprocessing(classifier),
-        "Mean, standard deviation": f"{images['mean']}, {images['std']} of values from 0 to 1{inside}",
+        "Images are prepared by": _preprocessing(cfg),
+        "Mean, standard deviation": f"{mean}, {std} of values from 0 to 1{inside}",
         "Weights": f"{origin.name}, {KINDS[origin.kind]}{rounded}",
         **({"SHA-256 of that file": origin.sha256} if origin.sha256 else {}),
         **(describe_training(origin.metadata) if origin.metadata else {}),
@@ -101,8 +103,8 @@ def make_card(classifier: Classifier, origin: Origin, record: dict) -> str:
     return text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
 
 
-def _preprocessing(classifier: Classifier) -> str:
-    return build.describe_preprocessing(classifier.cfg).rpartition(",")[0]  # without the precision
+def _preprocessing(cfg: CfgNode) -> str:
+    return build.describe_preprocessing(cfg).rpartition(",")[0]  # without the precision
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -134,14 +136,17 @@ def describe_training(metadata: dict) -> dict[str, object]:
 
 
 def describe_accuracy(classifier: Classifier, origin: Origin, measured: dict | None) -> str:
-    """Evaluations of these weights, or else the validation in training; what was `measured` of the files."""
+    """Evaluations of these weights, or else the validation in training; what was `measured` of the files.
+
+    Each says how its own images were prepared: the classifier may be for another size than its run's.
+    """
     lines = find_evaluations(origin) or find_validation(origin)
     if measured is not None:
         count = quantity(measured["images"], "image")
-        lines += [f"ONNX files on the {count} of {measured['folder']}:", _table_of(measured)]
-    if not lines:
-        return "Not evaluated."
-    return "\n\n".join([*lines, f"Images are prepared by {_preprocessing(classifier)}."])
+        prepared = f"prepared by {_preprocessing(classifier.cfg)}"
+        lines += [f"ONNX files on the {count} of {measured['folder']}, {prepared}:"]
+        lines += [_table_of(measured)]
+    return "\n\n".join(lines) or "Not evaluated."
 
 
 def _table_of(measured: dict) -> str:
@@ -181,9 +186,10 @@ def find_validation(origin: Origin) -> list[str]:
     if images := metadata.get("images", {}).get("val"):
         ends = [100 * end for end in wilson(round(acc1 * images / 100), images)]
         text += f" {_interval(ends)} of {quantity(images, 'image')}"
+    cfg = config.load_values(metadata["config"], str(origin.step / "state.json"))
     return [
         f"Validation in training: {text} (95 % Wilson interval over images; other seeds are not counted). The same "
-        "images chose the checkpoint."
+        f"images chose the checkpoint. They were prepared by {_preprocessing(cfg)}."
     ]
 
 

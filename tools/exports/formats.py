@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 import data
 from data.mixup import luma
@@ -129,6 +130,14 @@ def check_opset(opset: int) -> None:
 # --- Write ----------------------------------------------------------------------------------------
 
 
+def mean_and_std(cfg: CfgNode) -> tuple[list[float], list[float]]:
+    """What the model's input is normalised with, a value a channel: for grey models the luma of the colours."""
+    mean, std = cfg.DATA.MEAN, cfg.DATA.STD
+    if cfg.DATA.IN_CHANS == 1:
+        mean, std = (luma(torch.tensor(colour)).tolist() for colour in (mean, std))
+    return [*mean], [*std]
+
+
 def write_hf(classifier: Classifier, folder: Path, *, half: bool) -> None:
     """config.json and model.safetensors, which timm loads as local-dir:FOLDER after `import models`.
 
@@ -138,9 +147,7 @@ def write_hf(classifier: Classifier, folder: Path, *, half: bool) -> None:
     model = copy.deepcopy(classifier.model).half() if half else classifier.model
     described = dict(zip(classifier.classes, classifier.names, strict=True))
     words = {"label_descriptions": described} if classifier.names != classifier.classes else {}
-    mean, std = cfg.DATA.MEAN, cfg.DATA.STD
-    if cfg.DATA.IN_CHANS == 1:
-        mean, std = (luma(torch.tensor(colour)).tolist() for colour in (mean, std))
+    mean, std = mean_and_std(cfg)
     save_for_hf(
         model,
         str(folder),
