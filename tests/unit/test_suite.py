@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from helpers import sets
+from helpers.evaluations import write_evaluation
 from helpers.images import write_tar, write_zip
 from helpers.pipeline import image_dataset
 from helpers.sets import WNIDS
@@ -12,8 +14,8 @@ from scipy import special
 
 import data
 from analysis import imagenet, statistics, suite_table
-from analysis.collector import Collector, View, format_rows
-from analysis.predictions import column_names
+from analysis.collector import Collector, View, extend_evaluation, format_rows
+from analysis.predictions import column_names, read_evaluation
 from engine import suite
 from utils.errors import ConfigError, DataError, DivergedError
 
@@ -137,6 +139,15 @@ def test_logits_that_are_no_numbers_are_refused_with_the_image(logits):
     logits[4, 2] = torch.nan
     with pytest.raises(DivergedError, match=r"1 of 10 images are not finite, first 4\.jpg"):
         collect(View("x"), logits, LABELS)
+
+
+def test_weights_that_lie_elsewhere_are_the_same(tmp_path):
+    now = read_evaluation(write_evaluation(tmp_path / "a", ["cat", "dog"]))
+    moved = replace(now, weights={**now.weights, "path": "elsewhere/model.safetensors"})
+    assert extend_evaluation(moved).weights == moved.weights
+    other = replace(now, weights={**moved.weights, "sha256": "1" * 64})
+    with pytest.raises(DataError, match=r"differs in weights\.sha256\. Give"):
+        extend_evaluation(other)
 
 
 # --- Find -----------------------------------------------------------------------------------------
