@@ -237,7 +237,8 @@ def write_evaluation(evaluation: Evaluation) -> None:
 def extend_evaluation(evaluation: Evaluation) -> Evaluation:
     """`evaluation` with the sets that its folder holds already, such as those of an earlier --only.
 
-    Raises DataError where they were made by other weights or settings: different numbers get different folders.
+    Raises DataError where they were made by other weights or settings: different numbers get different folders. Weights
+    that lie elsewhere now are the same, if their SHA-256 is.
     """
     if not (evaluation.folder / "evaluation.json").exists():
         return evaluation
@@ -261,8 +262,9 @@ def extend_evaluation(evaluation: Evaluation) -> Evaluation:
 
 
 def _plain(value: object) -> object:
-    """`value` as JSON keeps it."""
-    return json.loads(json.dumps(value))
+    """`value` as JSON keeps it, without the path of weights."""
+    plain = json.loads(json.dumps(value))
+    return {k: v for k, v in plain.items() if k != "path"} if isinstance(plain, dict) else plain
 
 
 def _changed_keys(before: object, now: object) -> list[str]:

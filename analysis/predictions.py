@@ -8,7 +8,7 @@
 A CSV is UTF-8 with a header, lines end in "\\n", and a file name is quoted only if it has to be (Python's `csv` with
 `lineterminator="\\n"`). Probabilities and losses have six significant digits ("%.6g").
 
-    file        path below the set's folder, with "/"; bytes that are no UTF-8 as backslash escapes
+    file        path below the set's folder, with "/"; bytes that are no UTF-8 and carriage returns as backslash escapes
     label       index of the right class in the class list
     rank        place of the right class among all classes, from 1 (right); 0: the image cannot be read
     p           probability of the right class
@@ -155,6 +155,11 @@ class Predictions:
         return (self.rank >= 1) & (self.rank <= TOP)
 
 
+def escape_returns(name: str) -> str:
+    """The name of a file with carriage returns, which would end a line of a CSV, as backslash escapes."""
+    return name.replace("\r", r"\x0d")
+
+
 def column_names(classes: int, has_full1: bool) -> list[str]:
     """The header of the CSV of a set in which `classes` compete: all of the class list, or those kept."""
     pairs = [f"{letter}{place}" for place in range(1, min(TOP, classes) + 1) for letter in "cp"]
@@ -224,7 +229,7 @@ def read_logits(path: str | Path, predictions: Predictions, classes: int) -> np.
     path = Path(path)
     try:
         logits = np.load(path, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path} cannot be read ({error}); evaluate again with the logits kept"
         ) from error

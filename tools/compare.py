@@ -32,7 +32,7 @@ from engine.build import build_model, prepare_device
 from models.ops import use_kernels
 from tools.benchmarks.macs import count_macs
 from tools.benchmarks.model import Subject, at_least, time_in_turns
-from utils.errors import CheckpointError, as_exit_code
+from utils.errors import CheckpointError, ConfigError, as_exit_code
 from utils.logging import logger
 
 COLUMNS = (
@@ -63,6 +63,20 @@ def find_finished(cfg: CfgNode, outputs: list[Path]) -> list[Path]:
     """The finished runs of `cfg` below `outputs`."""
     runs = [output / cfg.MODEL.NAME / cfg.TAG for output in outputs]
     return [run for run in runs if read_state(run) == "done"]
+
+
+def check_runs(cfgs: dict[str, CfgNode], outputs: list[Path]) -> None:
+    """Raise ConfigError where a run would count twice: for two configurations, or in two of `outputs`."""
+    if len({output.resolve() for output in outputs}) < len(outputs):
+        raise ConfigError("--runs names a folder twice")
+    owners: dict[tuple[str, str], str] = {}
+    for name, cfg in cfgs.items() if outputs else ():
+        owner = owners.setdefault((cfg.MODEL.NAME, cfg.TAG), name)
+        if owner != name:
+            raise ConfigError(
+                f"{owner} and {name}: the runs of both are {cfg.MODEL.NAME}/{cfg.TAG}; "
+                "give one of them a TAG of its own, or leave out --runs"
+            )
 
 
 def last_accuracies(run: Path) -> dict[str, float]:
@@ -109,7 +123,7 @@ def with_kernels(kernels: str, step: Callable[[Subject], object], subject: Subje
 def compare(args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
     """The rows of the table, and the lines about differences between runs.
 
-    Raises ConfigError for an invalid configuration, or if the device is not available.
+    Raises ConfigError for an invalid configuration, where a run would count twice, or if the device is not available.
     """
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -117,6 +131,7 @@ def compare(args: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
         path: prepare_device(config.load(path, ["MODEL.DROP_PATH_RATE", "0"]), device)
         for path in args.cfg
     }
+    check_runs(cfgs, args.runs)
     runs = {name: find_finished(cfg, args.runs) for name, cfg in cfgs.items()}
     for name, cfg in cfgs.items() if args.runs else ():
         found = " ".join(map(str, runs[name])) or f"none is called {cfg.MODEL.NAME}/{cfg.TAG}"

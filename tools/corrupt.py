@@ -4,7 +4,7 @@
 Writes OUT/<corruption>/<severity>/<class>/<file> from the class folders in SRC, a folder, .zip, .tar or .pack. As
 ImageNet-C was made: the shorter side is resized to 256 pixels, the centre of 224 is cropped, corrupted and saved as
 JPEG of quality 85. The same command resumes where it was stopped. What an image becomes depends on --seed, its name,
-the corruption and the severity alone, not on the order or --workers.
+the corruption and the severity alone, not on the order or --workers. main.py --eval refuses a cell that lacks images.
 
 The corruptions are those of Hendrycks and Dietterich (arXiv 1903.12261) in the package imagecorruptions-imaug:
     pip install imagecorruptions-imaug
@@ -190,7 +190,8 @@ def begin(out: Path, plan: dict) -> None:
     """Record in `out` how its files are made. Raises ConfigError if it holds files that were made in another way."""
     path = out / "corruptions.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        # Older versions did not record how many images a cell has.
+        before = {"images": plan["images"], **json.loads(path.read_text(encoding="utf-8"))}
         if changed := sorted(
             k for k in before.keys() | plan.keys() if before.get(k) != plan.get(k)
         ):
@@ -198,7 +199,6 @@ def begin(out: Path, plan: dict) -> None:
             raise ConfigError(
                 f"{out} holds files that were made differently: {details}. Name another folder, or remove it."
             )
-        return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -262,6 +262,8 @@ def main(arguments: list[str]) -> None:
     import_package()
     reader = open_source(args.source)
     indices = choose(reader, args.per_class)
+    cells = list(itertools.product(args.corruptions, args.severities))
+    corruptor = Corruptor(reader, args.out, args.size, args.seed)
     begin(
         args.out,
         {
@@ -270,15 +272,15 @@ def main(arguments: list[str]) -> None:
             "size": args.size,
             "quality": QUALITY,
             "per_class": args.per_class,
+            "images": len({corruptor.path(index, *cells[0]) for index in indices}),
             "files": list_digest(reader),
         },
     )
-    cells = list(itertools.product(args.corruptions, args.severities))
     with (
         ProcessPoolExecutor(
             args.workers,
             initializer=_start_worker,
-            initargs=(Corruptor(reader, args.out, args.size, args.seed),),
+            initargs=(corruptor,),
         ) as pool,
         tqdm(total=len(indices), unit=" images", desc=str(args.out), disable=None) as bar,
     ):

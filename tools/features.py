@@ -13,6 +13,7 @@ features and no labels.
 
 import argparse
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ from tools.common.classifier import (
 )
 from tools.predict import Pictures, list_pictures
 from utils.distributed import Process
-from utils.errors import ConfigError, DataError, as_exit_code
+from utils.errors import ConfigError, DataError, DivergedError, as_exit_code
 from utils.files import replace_atomically, require_folder_of
 from utils.logging import logger
 from utils.text import join_some, quantity
@@ -72,7 +73,8 @@ class Features:
 def extract(classifier: Classifier, path: Path) -> Features:
     """The features of the images below `path`: class folders, also in an archive, or images without classes.
 
-    Unreadable images are named and left out. Raises DataError where there is none.
+    Unreadable images are named and left out. Raises DataError where there is none, DivergedError for features that are
+    not finite.
     """
     images, labels, classes, files = open_images(classifier, path)
     head = pooled_head(classifier.model)
@@ -95,7 +97,13 @@ def extract(classifier: Classifier, path: Path) -> Features:
     if len(kept) < len(images):
         logger.warning(f"{len(images) - len(kept)} of {len(images)} images are left out")
     names = [files[index] for index in kept]
-    return Features(np.concatenate(features), labels[kept], classes, names, classifier.title)
+    values = np.concatenate(features)
+    if len(broken := np.flatnonzero(~np.isfinite(values).all(1))):
+        raise DivergedError(
+            f"{path}: the features of {len(broken)} of {len(kept)} images are not finite, first "
+            f"{names[broken[0]]}. Try --amp-dtype bfloat16 or float32; if it stays, the weights are damaged."
+        )
+    return Features(values, labels[kept], classes, names, classifier.title)
 
 
 def open_images(
@@ -184,7 +192,14 @@ def read(path: Path) -> Features:
                 arrays["files"].tolist(),
                 str(arrays["model"]),
             )
-    except (OSError, ValueError, LookupError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+    ) as error:
         raise DataError(
             f"{path}: not a file of features ({error}); write it with extract"
         ) from error
@@ -213,6 +228,8 @@ def read_pair(train: Path, test: Path) -> tuple[Features, Features]:
             raise DataError(
                 f"{path}: has images without a class; extract a folder of class folders"
             )
+        if not np.isfinite(found.features).all():
+            raise DataError(f"{path}: has features that are not finite; extract them again")
     if a.features.shape[1] != b.features.shape[1] or a.model != b.model:
         raise DataError(
             f"{train} is of {a.model}, {test} of {b.model}; extract both with one model"
@@ -280,8 +297,8 @@ def run_probe(args: argparse.Namespace) -> None:
     train, test = read_pair(args.train, args.test)
     if args.c <= 0:
         raise ConfigError(f"-c {args.c:g}: expected a number above 0")
-    if len(train.classes) < 2:
-        raise DataError(f"{args.train}: has one class, expected at least two")
+    if len(np.unique(train.labels)) < 2:
+        raise DataError(f"{args.train}: has images of one class, expected at least two")
     print(f"linear probe, C {args.c:g}: {describe(classify_by_probe(train, test, args.c))}")
 
 

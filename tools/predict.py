@@ -12,7 +12,7 @@ are the most probable class and its probability, name1 says what it is.
 import argparse
 import csv
 import glob
-import io
+import itertools
 import json
 import os
 import sys
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 from analysis.collector import Collector, View
-from analysis.predictions import TOP, Predictions
+from analysis.predictions import TOP, Predictions, escape_returns
 from data.classes import describe_ignored
 from data.dataset import EvalSample, LoadedDataset
 from data.decode import (
@@ -49,7 +49,7 @@ from tools.common.classifier import (
 )
 from utils.distributed import Process
 from utils.errors import ConfigError, DataError, as_exit_code
-from utils.files import require_folder_of, write_atomically
+from utils.files import replace_atomically, require_folder_of
 from utils.logging import logger
 from utils.text import quantity
 
@@ -97,23 +97,30 @@ def list_pictures(paths: Iterable[str]) -> list[str]:
     """The image files that `paths` mean: files, folders with all below them, globs, and "-" for a list on stdin.
 
     Folders are listed as those of a training set are, and what is ignored in them is logged. In the order of `paths`,
-    sorted inside each, none twice. Raises ConfigError where there is none, DataError if a folder cannot be listed.
+    sorted inside each, none twice. Raises ConfigError where there is none, DataError if a folder cannot be listed or a
+    glob matches nothing.
     """
     found: dict[str, None] = {}
     for path in paths:
         if path == "-":
-            found |= dict.fromkeys(line.rstrip("\n") for line in sys.stdin if line.strip())
-        elif Path(path).is_dir():
-            listing = scan_folder(Path(path), loose=True)
+            lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer if line.strip())
+            found |= dict.fromkeys(map(os.fsdecode, lines))
+            continue
+        matches = [path]
+        if glob.has_magic(path) and not Path(path).exists():
+            matches = sorted(glob.glob(path, recursive=True))
+            if not matches:
+                raise DataError(f"{path}: matches no file; correct the pattern or leave it out")
+        for match in matches:
+            if not Path(match).is_dir():
+                found[match] = None
+                continue
+            listing = scan_folder(Path(match), loose=True)
             names = map(os.fsdecode, listing.names.tolist())
-            found |= dict.fromkeys(str(Path(path, name)) for name in names)
+            found |= dict.fromkeys(str(Path(match, name)) for name in names)
             if ignored := listing.count_ignored():
                 pictures = quantity(len(listing.names), "picture")
-                logger.info(f"{path}: {pictures}{describe_ignored(ignored)}")
-        elif glob.has_magic(path) and not Path(path).exists():
-            found |= dict.fromkeys(sorted(glob.glob(path, recursive=True)))
-        else:
-            found[path] = None
+                logger.info(f"{match}: {pictures}{describe_ignored(ignored)}")
     if not found:
         raise ConfigError(
             f"no picture in {' '.join(map(str, paths))}; expected {', '.join(map(os.fsdecode, EXTENSIONS))}"
@@ -164,18 +171,22 @@ def records(predictions: Predictions, names: list[str], topk: int) -> Iterable[d
         yield record
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    """Write `rows` as .csv or .jsonl. Raises StorageError."""
-    text = io.StringIO()
-    if path.suffix == ".jsonl":
-        text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    else:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+def write(path: Path, rows: Iterable[dict]) -> None:
+    """Write `rows`, at least one, as .csv or .jsonl, each as it comes. Raises StorageError."""
+    with (
+        replace_atomically(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return
+        rows = iter(rows)
+        first = next(rows)
+        writer = csv.DictWriter(file, list(first), lineterminator="\n")
         writer.writeheader()
-        for row in rows:
+        for row in itertools.chain([first], rows):
             numbers = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
-            writer.writerow(row | numbers)
-    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
+            writer.writerow(row | numbers | {"file": escape_returns(row["file"])})
 
 
 def line_of(record: dict, topk: int) -> str:
@@ -215,17 +226,17 @@ def main(arguments: list[str]) -> None:
     files = list_pictures(args.paths)
     classifier = load_classifier(args, args.names)
     predictions = predict(classifier, files)
-    rows = list(records(predictions, classifier.names, args.topk))
-    unreadable = len(files) - len(rows)
-    if not rows:
+    rows = records(predictions, classifier.names, args.topk)
+    readable = int(predictions.readable.sum())
+    if not readable:
         raise DataError(f"none of the {len(files)} pictures can be read")
     if args.out is not None:
         write(args.out, rows)
-        logger.info(f"{args.out}: {len(rows)} pictures")
+        logger.info(f"{args.out}: {readable} pictures")
     else:
         for row in rows:
             print(line_of(row, args.topk))
-    if unreadable:
+    if unreadable := len(files) - readable:
         logger.warning(f"{unreadable} of {len(files)} pictures cannot be read and are left out")
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 import config
 from analysis.pages import picture
+from analysis.predictions import escape_returns
 from analysis.report import Recipes, Thumbnails, make_report
 from analysis.runs import flatten, read_run
 from data.decode import UNREADABLE, decode
@@ -79,7 +80,7 @@ class Mistakes:
     def _open(self, split: str) -> tuple[Reader, dict[str, int]]:
         reader = open_split(self.root, split)
         names = [name.decode(errors="backslashreplace") for name in reader.names.tolist()]
-        return reader, {name: i for i, name in enumerate(names)}
+        return reader, {escape_returns(name): i for i, name in enumerate(names)}
 
 
 def explore_pictures(run: Path, pictures: list[Path]) -> list[tuple[str, str]]:

@@ -83,6 +83,17 @@ def test_it_resumes_and_keeps_what_is_there(val, tmp_path, package):
     assert (out / "snow" / "1").is_dir(), "cells can be added"
 
 
+def test_the_number_of_images_is_recorded_and_may_lack_in_older_records(val, tmp_path, package):
+    options = ["--per-class", 3, "--corruptions", "fog", "--severities", 2, "--workers", 1]
+    assert run(val, tmp_path / "c", *options) == 0
+    info = tmp_path / "c" / "corruptions.json"
+    record = json.loads(info.read_text())
+    assert record["images"] == len(list((tmp_path / "c" / "fog" / "2").rglob("*.jpg"))) == 6
+    info.write_text(json.dumps({key: record[key] for key in record if key != "images"}))
+    assert run(val, tmp_path / "c", *options) == 0
+    assert json.loads(info.read_text()) == record
+
+
 def test_another_plan_is_refused(val, tmp_path, package, capsys):
     out = tmp_path / "c"
     options = ["--corruptions", "fog", "--severities", 2, "--workers", 1]

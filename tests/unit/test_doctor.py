@@ -153,6 +153,16 @@ def test_a_repaired_file_is_looked_at_again(examine, root, tmp_path):
     assert (code, "unreadable" in text, len(records(tmp_path))) == (0, False, 36)
 
 
+def test_records_of_a_split_that_is_not_opened_are_kept(examine, root, tmp_path):
+    examine("--pixels", "--sha")
+    before = records(tmp_path)
+    (root / "train").rename(root / "elsewhere")
+    assert "12 of 12 checked before" in examine("--pixels", "--sha")[1]
+    assert records(tmp_path) == before
+    (root / "elsewhere").rename(root / "train")
+    assert "36 of 36 checked before" in examine("--pixels", "--sha")[1]
+
+
 def keep_times(file, content):
     """Overwrite `file`; of its times, only that of any change shows it."""
     before = file.stat()

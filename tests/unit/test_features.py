@@ -142,6 +142,33 @@ def test_impossible_requests_are_refused(trees, tmp_path, capsys):
     assert features.main(["extract", str(tmp_path / "no"), "--out", f"{out[:-1]}z", *flags]) == 3
 
 
+@pytest.mark.parametrize("size", [0, 100, -30])
+def test_damaged_files_are_refused(trees, tmp_path, size):
+    content = (trees[0] / "val.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[:size])
+    with pytest.raises(features.DataError, match=r"cut\.npz: not a file of features"):
+        features.read(tmp_path / "cut.npz")
+
+
+def test_features_that_are_not_finite_are_refused(trees, tmp_path, capsys, monkeypatch):
+    folder, _, flags = trees
+    features.write(make([[1, 0], [np.nan, 1]], [0, 1], ["ant", "bee"]), tmp_path / "a.npz")
+    with pytest.raises(features.DataError, match=r"a\.npz: has features that are not finite"):
+        features.read_pair(tmp_path / "a.npz", tmp_path / "a.npz")
+    monkeypatch.setattr(features, "pooled_head", lambda model: lambda x: x.mean((2, 3)) / 0)
+    argv = ["extract", str(folder / "data" / "val"), "--out", str(tmp_path / "b.npz"), *flags]
+    assert features.main(argv) == 5
+    message = "the features of 9 of 9 images are not finite, first class_0/000.jpg"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "b.npz").exists()
+
+
+def test_a_probe_needs_images_of_two_classes(tmp_path, capsys):
+    features.write(make([[1, 0], [0, 1]], [0, 0], ["ant", "bee"]), tmp_path / "a.npz")
+    assert features.main(["probe", str(tmp_path / "a.npz"), str(tmp_path / "a.npz")]) == 3
+    assert "has images of one class, expected at least two" in capsys.readouterr().err
+
+
 def test_parquet_holds_the_same(tmp_path):
     pytest.importorskip("pyarrow", reason="pyarrow is optional")
     found = make([[1, 0], [0, 1], [2, 3]], [0, 1, -1], ["ant", "bee"])

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import struct
+import tracemalloc
 import zlib
 
 import pytest
@@ -21,6 +22,7 @@ from engine import checkpoint
 from engine.state import TrainState
 from tools import predict
 from tools.common import classifier
+from utils.errors import DataError
 
 SHARED = ["file", "c1", "p1", "c2", "p2", "c3", "p3", "c4", "p4", "entropy"]
 
@@ -196,8 +198,15 @@ def test_pictures_come_from_files_folders_globs_and_stdin(tmp_path, monkeypatch)
     assert names(tmp_path) == ["a.jpg", "b.png", "deep/c.JPEG", "e.gif"]
     assert names(tmp_path / "*.png", tmp_path) == ["b.png", "a.jpg", "deep/c.JPEG", "e.gif"]
     assert names(tmp_path / "**" / "*.JPEG") == ["deep/c.JPEG"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path}/deep/c.JPEG\n\n{tmp_path}/x y.png\n"))
-    assert names("-", tmp_path / "b.png") == ["deep/c.JPEG", "x y.png", "b.png"]
+    assert names(tmp_path / "de*") == ["deep/c.JPEG"], "folders are listed"
+    listed = (
+        f"{tmp_path}/deep/c.JPEG\n\r\n{tmp_path}/x y.png\r\n{tmp_path}/".encode() + b"\xff.png\n"
+    )
+    stdin = io.TextIOWrapper(io.BytesIO(listed), "utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert names("-", tmp_path / "b.png") == ["deep/c.JPEG", "x y.png", "\udcff.png", "b.png"]
+    with pytest.raises(DataError, match=r"\*\.bmp: matches no file"):
+        names(tmp_path / "b.png", tmp_path / "*.bmp")
 
 
 def test_linked_folders_are_followed_and_what_is_ignored_is_counted(tmp_path, capsys):
@@ -286,6 +295,22 @@ def test_json_lines_hold_what_the_csv_holds(run, tmp_path):
         assert list(record) == list(row)
         texts = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in record.items()}
         assert texts == row
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl"])
+def test_rows_are_written_as_they_come(tmp_path, name):
+    rows = ({"file": f"{n}.jpg", "c1": 1, "p1": 0.25} for n in range(50_000))
+    tracemalloc.start()
+    predict.write(tmp_path / name, rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400_000 < (tmp_path / name).stat().st_size
+
+
+def test_names_with_carriage_returns_leave_a_csv_readable(tmp_path):
+    predict.write(tmp_path / "out.csv", iter([{"file": "cat\r/a.jpg", "c1": 1}]))
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{"file": r"cat\x0d/a.jpg", "c1": "1"}]
 
 
 def test_names_come_from_the_run_or_a_file_of_the_right_length(run, tmp_path, capsys):

@@ -115,6 +115,9 @@ def test_logits_that_are_not_finite_are_refused(folder):
     np.save(folder / "val.logits.npy", logits[:100].astype(np.float16))
     with pytest.raises(DataError, match=r"shape \(100, 8\), expected \(200, 8\)"):
         scores.score_evaluation(folder)
+    (folder / "val.logits.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"val\.logits\.npy cannot be read"):
+        scores.score_evaluation(folder)
 
 
 @pytest.mark.parametrize(("skill", "accuracy"), [(50, 100), (-50, 0)])

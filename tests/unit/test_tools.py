@@ -153,3 +153,14 @@ def test_runs_without_usable_records_are_compared_without_accuracy(run, tmp_path
     (run / "checkpoints").rename(run / "elsewhere")
     assert compare.main(argv) == 4
     assert "has no checkpoints" in capsys.readouterr().err
+
+
+def test_a_run_counts_once(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text("MODEL: {NAME: dat_micro}\nDATA: {IMG_SIZE: 32}")
+    one, two, out = (str(tmp_path / name) for name in ("a.yaml", "b.yaml", "output"))
+    assert compare.main([one, two, "--runs", out]) == 2
+    message = f"{one} and {two}: the runs of both are dat_micro/default; give one of them a TAG"
+    assert message in capsys.readouterr().err
+    assert compare.main([one, "--runs", out, f"{out}/../output"]) == 2
+    assert "--runs names a folder twice" in capsys.readouterr().err

@@ -176,7 +176,10 @@ def examine(
 def _keep_valid(
     index: Path, datasets: dict[str, ImageDataset], pixels: bool, sha: bool, tally: Tally
 ) -> set[tuple[str, str]]:
-    """Drop outdated and incomplete records from `index`; count the others and return their names."""
+    """Drop outdated and incomplete records from `index`; count the others and return their names.
+
+    Records of a split that is not among `datasets` stay, uncounted.
+    """
     known: set[tuple[str, str]] = set()
     if not index.exists():
         return known
@@ -192,6 +195,9 @@ def _keep_valid(
                 break
             record = json.loads(line)
             name = record["split"], record["name"]
+            if record["split"] not in datasets:
+                lines.append(line)
+                continue
             wanted = {"state"} | ({"decoded"} if pixels else set()) | ({"sha256"} if sha else set())
             valid = wanted <= record.keys() and "problem" not in record and name in positions
             if valid and _is_unchanged(record, datasets[name[0]].reader, positions[name]):
