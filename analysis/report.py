@@ -25,9 +25,10 @@ from analysis.report_charts import (
     show,
 )
 from analysis.report_evaluations import Picture, describe_evaluation
-from analysis.runs import EXIT_CODES, Run
+from analysis.runs import EXIT_CODES, Run, name_apart
 from analysis.tables import format_runs
 from utils.bottleneck import PHASES, bottleneck
+from utils.text import quantity
 
 LISTED = 20
 SEED_KEYS = {"SEED", "TAG", "OUTPUT"}  # in which runs of a group may differ
@@ -76,6 +77,7 @@ def make_report(
 ) -> str:
     """The HTML of `runs`; `evaluations` are folders beyond those of the runs themselves."""
     thumbnails = thumbnails or Thumbnails()
+    runs = name_apart(runs)
     groups = group_runs(runs, SEED_KEYS | recipes.ignored)
     charts = run_charts(runs[0]) if len(runs) == 1 else comparison_charts(runs, groups)
     owners = {folder: run.name for run in runs for folder in run.evaluations}
@@ -189,7 +191,8 @@ def verdict(run: Run, recipe_text: str = "") -> dict[str, Any]:
         if (last := run.last_accuracy()) is not None:
             rows.append(Row("last top-1", f"{last:.2f} %"))
     else:
-        rows.append(Row("accuracy", "no validation yet"))
+        validated = run.last_accuracy() is not None
+        rows.append(Row("accuracy", "never finite" if validated else "no validation yet"))
     if expected := expected_words(recipe_text):
         rows.append(Row("expected", expected))
     return {
@@ -374,18 +377,15 @@ def describe_comparison(
             }
         )
     keys = differing_keys(runs, SEED_KEYS | recipes.ignored)
-    finals = [
-        [v for run in group.runs if (v := run.last_accuracy()) is not None] for group in groups
-    ]
     return {
         "groups": [
             {
                 "title": group.title,
                 "colour": figures.COLOURS[k % len(figures.COLOURS)],
                 "count": len(group.runs),
-                "accuracy": format_runs(values) if len(values) <= 12 else _short_mean(values),
+                "accuracy": _final_accuracy(group),
             }
-            for k, (group, values) in enumerate(zip(groups, finals, strict=True))
+            for k, group in enumerate(groups)
         ],
         "rows": rows,
         "settings": [
@@ -396,6 +396,15 @@ def describe_comparison(
         else [],
         "damage": [f"{run.name}: {line}" for run in runs for line in run.damage][:LISTED],
     }
+
+
+def _final_accuracy(group: Group) -> str:
+    """The mean of the finished runs, and how many others are left out of it."""
+    finished = [run for run in group.runs if run.is_finished]
+    values = [v for run in finished if (v := run.last_accuracy()) is not None]
+    words = format_runs(values) if len(values) <= 12 else _short_mean(values)
+    left_out = len(group.runs) - len(finished)
+    return f"{words}, without {quantity(left_out, 'unfinished run')}" if left_out else words
 
 
 def _short_mean(values: Sequence[float]) -> str:

@@ -27,19 +27,20 @@ class Group:
 def group_runs(runs: Sequence[Run], left_out: Set[str]) -> list[Group]:
     """`runs` by equal settings but those `left_out`, in the order of the first of each.
 
-    A group's title says what it has of its own.
+    A run of unknown settings is a group of its own. A group's title says what it has of its own.
     """
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
         settings = {k: v for k, v in run.config.items() if k not in left_out}
-        by_settings.setdefault(repr(sorted(settings.items())), []).append(run)
+        key = repr(sorted(settings.items())) if run.config else str(run.path)
+        by_settings.setdefault(key, []).append(run)
     groups = list(by_settings.values())
     models = {members[0].config.get("MODEL.NAME") for members in groups}
     own = [key for key in differing_keys(runs, left_out) if not key.startswith("MODEL.N")][:3]
     titles = []
     for members in groups:
         words = [str(members[0].config.get("MODEL.NAME", members[0].name))]
-        if len(models) < len(groups):  # the model's name does not say which
+        if members[0].config and len(models) < len(groups):  # the model's name does not say which
             words += [f"{key.rpartition('.')[2]} {show(members[0].config.get(key))}" for key in own]
         titles.append(", ".join(words)[:80])
     return [Group(title, members) for title, members in zip(titles, groups, strict=True)]
@@ -105,7 +106,7 @@ def run_charts(run: Run) -> list[Chart]:
 
 
 def comparison_charts(runs: Sequence[Run], groups: Sequence[Group]) -> list[Chart]:
-    """The curves of several runs, coloured by group; groups of two and more have their mean and its interval."""
+    """The curves of several runs, coloured by group; two and more finished runs of a group have mean and interval."""
     points = max(16, min(POINTS, ALL_POINTS // (4 * len(runs))))
     by_epoch = all(run.steps_per_epoch for run in runs)  # known from the first checkpoint on
     unit = "epoch" if by_epoch else "step"
@@ -125,7 +126,8 @@ def comparison_charts(runs: Sequence[Run], groups: Sequence[Group]) -> list[Char
                 scale = run.steps_per_epoch if by_epoch else 1
                 faint = len(found) > 1 and not smoothed
                 lines.append(Line(run.name, drawn.steps / scale, drawn.values, k, faint))
-            if len(found) > 1 and not smoothed and (mean := _mean_of([s for _, s in found])):
+            finished = [series for run, series in found if run.is_finished]
+            if len(finished) > 1 and not smoothed and (mean := _mean_of(finished)):
                 x, middle, low, high = mean
                 x = x / (found[0][0].steps_per_epoch if by_epoch else 1)
                 lines.append(Line(f"{group.title}, mean", x, middle, k))

@@ -6,8 +6,8 @@ what is left of it.
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class Checkpoint(NamedTuple):
 class Run:
     """What a run's directory says.
 
+    name: model and tag, "dat_tiny/default".
     config: settings by dotted name. sources: where those that are no defaults came from.
     status: status.json. metadata: state.json of the latest checkpoint. Each is empty where there is none.
     metrics, timing: series by tag. skipped: the records of skipped.jsonl. bad: those of bad_samples.jsonl.
@@ -64,6 +65,7 @@ class Run:
     """
 
     path: Path
+    name: str
     config: dict[str, Any]
     sources: dict[str, str]
     status: dict[str, Any]
@@ -78,9 +80,9 @@ class Run:
     damage: list[str]
 
     @property
-    def name(self) -> str:
-        """Model and tag, "dat_tiny/default"."""
-        return "/".join(self.path.resolve().parts[-2:])
+    def is_finished(self) -> bool:
+        """Whether the run is complete."""
+        return self.status.get("state") == "done"
 
     @property
     def last_step(self) -> int:
@@ -110,11 +112,11 @@ class Run:
         return images.get("val") if isinstance(images, dict) else None
 
     def best(self) -> tuple[float, int, str] | None:
-        """The highest validation accuracy in per cent, its step, and "val" or "val_ema"; None before the first."""
+        """The highest validation accuracy in per cent, its step, and "val" or "val_ema"; None without a finite one."""
         found = [
             (float(series.values[place]), int(series.steps[place]), tag.partition("/")[0])
             for tag in ACCURACIES
-            if (series := self.metrics.get(tag)) is not None
+            if (series := self.metrics.get(tag)) is not None and np.isfinite(series.values).any()
             for place in [int(np.nanargmax(series.values))]
         ]
         return max(found, key=lambda one: (one[0], -one[1]), default=None)
@@ -158,6 +160,7 @@ def read_run(path: Path) -> Run:
     ]
     return Run(
         path=path,
+        name="/".join(path.resolve().parts[-2:]),
         config=flatten(_read_yaml(path / "config.yaml", damage) or metadata.get("config", {})),
         sources=_read_json(path / "sources.json", damage),
         status=_read_json(path / "status.json", damage),
@@ -171,6 +174,18 @@ def read_run(path: Path) -> Run:
         faults=faults,
         damage=damage,
     )
+
+
+def name_apart(runs: Sequence[Run]) -> list[Run]:
+    """`runs`, each named by the shortest end of its path, at least model and tag, that no other's path has."""
+    paths = [run.path.resolve().parts for run in runs]
+    named = []
+    for run, own in zip(runs, paths, strict=True):
+        count = 2
+        while count < len(own) and [path[-count:] for path in paths].count(own[-count:]) > 1:
+            count += 1
+        named.append(replace(run, name="/".join(own[-count:])))
+    return named
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, Any]:

@@ -46,16 +46,22 @@ def write_scores(folder: str | Path, factors_file: Path | None = None) -> Scores
 
 
 def read_scores(folder: str | Path) -> Scores:
-    """The scores.json in `folder`, or the scores of the evaluation there if it has none. Raises DataError."""
+    """The scores.json in `folder`, or if it has none of these predictions, their scores. Raises DataError."""
     path = Path(folder) / "scores.json"
     if not path.exists():
         return score_evaluation(folder)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        scored = scores.get("predictions")
+    except (OSError, ValueError, AttributeError) as error:
         raise DataError(
             f"{path} cannot be read ({error}); make it again with tools/score.py {folder}"
         ) from error
+    return scores if scored == _digests(read_evaluation(folder)) else score_evaluation(folder)
+
+
+def _digests(evaluation: Evaluation) -> dict[str, str]:
+    return {name: record.sha256 for name, record in evaluation.sets.items()}
 
 
 def write_comparison(folder: str | Path, comparison: Scores) -> None:
@@ -80,6 +86,7 @@ def _write(folder: Path, name: str, scores: Scores, text: str) -> None:
 def score_evaluation(folder: str | Path, factors_file: Path | None = None) -> Scores:
     """All scores of the evaluation in `folder`: "suite", "sets" by name, "temperature" (None without val's logits).
 
+    "predictions": the SHA-256 of each set's CSV.
     factors_file: ImageNet-X's annotations of val, if any.
     """
     evaluation = read_evaluation(folder)
@@ -89,6 +96,7 @@ def score_evaluation(folder: str | Path, factors_file: Path | None = None) -> Sc
         if not suite_table.cell_of(name)
     }
     return {
+        "predictions": _digests(evaluation),
         "suite": suite_table.suite_results(evaluation, factors_file),
         "sets": {name: score_set(evaluation, name, rows) for name, rows in sets.items()},
         "temperature": score_temperature(evaluation, sets),
@@ -317,12 +325,11 @@ def _compare_two(
     for name in shared:
         if suite_table.cell_of(name):
             continue
-        own_classes = evaluation.sets[name].classes is not None
-        outcomes = [
-            one.full1 == one.label if own_classes else one.right for one in (a[name], b[name])
-        ]
+        own = evaluation.sets[name].classes is not None
+        outcomes = [one.full1 == one.label if own else one.right for one in (a[name], b[name])]
         rows.append(_paired_row(name, *outcomes))
-        rows[-1]["differ"] = _most_different(evaluation.names_of(name), a[name], b[name], *outcomes)
+        words = evaluation.names_of(name)
+        rows[-1]["differ"] = _most_different(words, own, a[name], b[name], *outcomes)
         if name == "val" and (hits := suite_table.reassess(evaluation, a[name])) is not None:
             others = suite_table.reassess(evaluation, b[name])
             rows.append(_paired_row("real", hits[:, 0], others[:, 0]))
@@ -371,21 +378,33 @@ def _mean_row(cells: list[str], a: dict[str, Predictions], b: dict[str, Predicti
 
 
 def _most_different(
-    words: list[str], a: Predictions, b: Predictions, right_a: np.ndarray, right_b: np.ndarray
+    words: list[str],
+    own_classes: bool,
+    a: Predictions,
+    b: Predictions,
+    right_a: np.ndarray,
+    right_b: np.ndarray,
 ) -> list[Scores]:
-    """The images that only one has right, those first on whose label the probabilities differ most."""
+    """The images that only one has right, those first on whose label the probabilities differ most.
+
+    words: of the set's classes. own_classes: they are its own, so the guesses are among all classes and have no "p".
+    """
+    words = [*words, "a class outside the set"]  # that of -1
+    both = [(one, one.full1 if own_classes else one.top[:, 0]) for one in (a, b)]
     disagree = np.flatnonzero(right_a != right_b)
     gap = np.abs(np.nan_to_num(a.p) - np.nan_to_num(b.p))
     chosen = disagree[np.argsort(-gap[disagree], kind="stable")][:LISTED]
-    return [
+    rows = [
         {
             "file": a.file[i],
             "label": words[a.label[i]],
-            "guess": [words[one.top[i, 0]] if one.readable[i] else None for one in (a, b)],
-            "p": [float(one.p[i]) if one.readable[i] else None for one in (a, b)],
+            "guess": [words[guess[i]] if one.readable[i] else None for one, guess in both],
         }
         for i in chosen.tolist()
     ]
+    for row, i in zip(rows, chosen.tolist(), strict=True) if not own_classes else ():
+        row["p"] = [float(one.p[i]) if one.readable[i] else None for one in (a, b)]
+    return rows
 
 
 def _differences(a: Evaluation, b: Evaluation, sets: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Statistics of predictions: intervals, McNemar, calibration, risk-coverage, seeds, Benjamini-Hochberg.
 
 Arrays have one entry per image. Accuracies, errors and probabilities are fractions. Intervals are of 95 %. What scipy
-or scikit-learn computes is theirs; an interval that does not exist (one image, no spread) is None.
+computes is scipy's; an interval that does not exist (one image, no spread) is None.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, special, stats
-from sklearn.metrics import confusion_matrix
 
 LEVEL = 0.95  # of every interval
 BINS = 15  # of reliability diagrams and calibration errors, as in Guo et al. 2017
@@ -114,13 +113,10 @@ def confusion_pairs(
     label: np.ndarray, guess: np.ndarray, classes: int, most: int
 ) -> list[tuple[int, int, int]]:
     """The `most` frequent mistakes as (label, guess, images), the most frequent first, then by label and guess."""
-    if not len(label):
-        return []
-    matrix = confusion_matrix(label, guess, labels=range(classes))
-    np.fill_diagonal(matrix, 0)
-    order = np.argsort(-matrix, axis=None, kind="stable")[:most]
-    pairs = zip(*np.unravel_index(order, matrix.shape), strict=True)
-    return [(int(a), int(b), int(matrix[a, b])) for a, b in pairs if matrix[a, b]]
+    wrong = label != guess
+    pairs, images = np.unique(label[wrong] * classes + guess[wrong], return_counts=True)
+    order = np.argsort(-images, kind="stable")[:most]
+    return [(*divmod(int(pairs[i]), classes), int(images[i])) for i in order]
 
 
 # --- Calibration ------------------------------------------------------------------------------------------------------

@@ -15,13 +15,16 @@ FOOT = "Intervals are 95 % intervals over images; other trainings differ by more
 
 def format_scores(scores: Scores, details: bool) -> str:
     """What `score_evaluation` returns; `details` adds the worst classes and confusions of every set."""
+    names = {row["set"] for row in scores["suite"]["rows"]}
+    alone = {name: f"{name}, its classes alone" for name in scores["sets"]}  # where a row says so
+    sets = {alone[n] if alone[n] in names else n: row for n, row in scores["sets"].items()}
     lines = [f"# {scores['suite']['model']}", "", *markdown([scores["suite"]]).splitlines()]
-    if scores["sets"]:
-        lines += ["", "## Calibration and selective prediction", "", *_calibration(scores["sets"])]
+    if sets:
+        lines += ["", "## Calibration and selective prediction", "", *_calibration(sets)]
     if scores["temperature"]:
         lines += ["", "## Temperature scaling", "", *_temperature(scores["temperature"])]
     if details:
-        for name, row in scores["sets"].items():
+        for name, row in sets.items():
             lines += ["", f"## {name}: worst classes", "", *_worst_classes(row["worst_classes"])]
             lines += [
                 "",
@@ -107,13 +110,15 @@ def format_run_differences(runs: dict[str, Sequence[float]]) -> list[str]:
 
 
 def _differing_images(images: list[Scores], first: str, second: str) -> list[str]:
-    header = ["file", "label", first, second, f"p of the label, {first}", second]
+    header = ["file", "label", first, second]
+    if "p" in images[0]:
+        header += [f"p of the label, {first}", second]
     body = [
         [
             image["file"],
             image["label"],
             *(guess or "unreadable" for guess in image["guess"]),
-            *(_number(p, ".4f") for p in image["p"]),
+            *(_number(p, ".4f") for p in image.get("p", ())),
         ]
         for image in images
     ]

@@ -462,7 +462,7 @@ def evaluate_passes(
             )
             if view.name == "val":
                 val_accuracy = accuracy
-            elif one.group != "a" and accuracy < 1 and val_accuracy > 20:
+            elif one.group not in ("a", *CELLS) and accuracy < 1 and val_accuracy > 20:
                 logger.warning(permuted_labels(view.name, accuracy, val_accuracy))
         evaluation = on_main(functools.partial(_record, evaluation))
     return evaluation

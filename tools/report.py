@@ -29,6 +29,7 @@ from data.decode import UNREADABLE, decode
 from data.readers import Reader, open_split
 from utils.errors import ConfigError, DataError, as_exit_code
 from utils.files import require_folder_of, write_atomically
+from utils.logging import logger
 from utils.yaml_nodes import to_dict
 
 SIDE = 144  # pixels of a misclassified picture
@@ -56,7 +57,10 @@ def recipes(*, several: bool) -> Recipes:
 
 
 class Mistakes:
-    """Thumbnails of the images of a split of the data set at `root`; DataError where there is no such folder."""
+    """Thumbnails of images of the data set at `root`; DataError where there is no such folder.
+
+    A split that is not there is a warning, and its images have none.
+    """
 
     def __init__(self, root: Path):
         if not root.is_dir():
@@ -77,8 +81,12 @@ class Mistakes:
         return picture(np.asarray(image), quality=80)
 
     @functools.cache  # noqa: B019, there is one for the page
-    def _open(self, split: str) -> tuple[Reader, dict[str, int]]:
-        reader = open_split(self.root, split)
+    def _open(self, split: str) -> tuple[Reader | None, dict[str, int]]:
+        try:
+            reader = open_split(self.root, split)
+        except DataError as error:
+            logger.warning(f"{error}; the pictures of mistakes are left out")
+            return None, {}
         names = [name.decode(errors="backslashreplace") for name in reader.names.tolist()]
         return reader, {escape_returns(name): i for i, name in enumerate(names)}
 

@@ -104,7 +104,8 @@ def sparkline(series: Series, width: int) -> str:
     if not np.isfinite(means).any():
         return " " * len(means)
     low, high = np.nanmin(means), np.nanmax(means)
-    share = (means - low) / (high - low) if high > low else np.full(len(means), 0.5)
+    varies = high - low > 1e-9 * max(abs(low), abs(high))  # by more than rounding
+    share = (means - low) / (high - low) if varies else np.where(np.isnan(means), np.nan, 0.5)
     return "".join(" " if np.isnan(s) else BARS[min(7, int(8 * s))] for s in share)
 
 

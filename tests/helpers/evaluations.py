@@ -45,18 +45,23 @@ def add_set(
     files: list[str] | None = None,
     bad: tuple[int, ...] = (),
     keep_logits: bool = False,
+    full1: list[int] | None = None,
     **record,
 ) -> Path:
-    """Write `name`.csv, with rank 0 for the images `bad`, and list it; `record` are further entries of SetRecord."""
+    """Write `name`.csv, with rank 0 for the images `bad`, and list it; `record` are further entries of SetRecord.
+
+    full1: the column of that name, without which it is the argmax of the logits.
+    """
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    classes, kept = evaluation["classes"], record.get("kept")
+    classes, kept = record.get("classes") or evaluation["classes"], record.get("kept")
     files = files or [f"{classes[c]}/{i:05d}.JPEG" for i, c in enumerate(label)]
     competing = np.arange(logits.shape[1]) if kept is None else np.array(kept)
     shown = min(5, len(competing))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     pairs = [f"{letter}{place + 1}" for place in range(shown) for letter in "cp"]
-    full = [] if kept is None else ["full1"]
+    has_full1 = kept is not None or record.get("classes") is not None
+    full = ["full1"] if has_full1 else []
     writer.writerow(["file", "label", "rank", "p", *pairs, "nll", "brier", "entropy", *full])
     for index, (file, right) in enumerate(zip(files, label.tolist(), strict=True)):
         if index in bad:
@@ -71,7 +76,8 @@ def add_set(
         one_hot = np.arange(len(p)) == right
         numbers += [-np.log(p[right]), ((p - one_hot) ** 2).sum(), special.entr(p).sum()]
         words = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in numbers]
-        full = [] if kept is None else [int(logits[index].argmax())]
+        guess = int(logits[index].argmax()) if full1 is None else int(full1[index])
+        full = [guess] if has_full1 else []
         writer.writerow([file, right, order.tolist().index(right) + 1, *words, *full])
     (folder / f"{name}.csv").write_text(buffer.getvalue())
     if keep_logits:

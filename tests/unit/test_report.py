@@ -16,6 +16,7 @@ from helpers.run_dirs import ATTACK, CLASSES, write_run
 from PIL import Image
 
 from analysis import statistics as st
+from analysis import tables
 from analysis.report_charts import comparison_charts, group_runs
 from analysis.runs import Series, read_run, smooth, thin
 from analysis.scores import read_scores, write_scores
@@ -139,6 +140,45 @@ def test_seeds_have_mean_and_interval(tmp_path):
     assert "SEED" not in text.partition("Settings")[2]
 
 
+def test_runs_that_are_not_finished_are_left_out_of_means(tmp_path):
+    seeds = [write_run(tmp_path, seed=seed) for seed in range(3)]
+    finals = [read_run(one).last_accuracy() for one in seeds]
+    (seeds[2] / "status.json").write_text('{"state": "interrupted"}')
+    text = words(report_of(*seeds))
+    assert f"{tables.format_runs(finals[:2])}, without 1 unfinished run" in text
+    runs = [read_run(one) for one in seeds]
+    [accuracy, *_] = comparison_charts(runs, group_runs(runs, {"SEED"}))
+    assert accuracy.lines[-1].y[-1] == np.mean(finals[:2])
+
+
+def test_runs_of_unknown_settings_form_no_group(tmp_path):
+    runs = [write_run(tmp_path, seed=seed) for seed in range(4)]
+    for run in runs[:2]:
+        (run / "config.yaml").unlink()
+    groups = group_runs([read_run(run) for run in runs], {"SEED"})
+    assert [len(group.runs) for group in groups] == [1, 1, 2]
+    assert [group.title for group in groups[:2]] == ["seed0/run", "seed1/run"]
+
+
+def test_runs_of_the_same_name_have_different_names(tmp_path):
+    runs = [write_run(tmp_path / output, seed=0, steps=40) for output in ("a", "b")]
+    runs.append(write_run(tmp_path / "b", seed=1, steps=40))
+    for run in runs:
+        add_evaluation(run)
+    page = report_of(*runs)
+    names = re.findall(r'<td title="[^"]*"><span[^>]*></span>(.*?)</td>', page)
+    assert names == ["a/seed0/run", "b/seed0/run", "seed1/run"]
+    assert re.findall(r"<h3>(.*?): .*?\(400-model\)</h3>", page) == names
+
+
+def test_accuracies_that_were_never_finite_are_survived(tmp_path):
+    run = write_run(tmp_path)
+    file = run / "metrics.jsonl"
+    file.write_text(re.sub(r'"val/acc1": [^,]*', '"val/acc1": NaN', file.read_text()))
+    assert read_run(run).best() is None
+    assert "accuracy never finite" in words(report_of(run))
+
+
 def test_two_hundred_runs(tmp_path):
     first = write_run(tmp_path, seed=0, steps=40)
     runs = [first]
@@ -227,6 +267,15 @@ def test_mistakes_have_pictures_where_the_data_are_there(run, tmp_path):
     page = report_of(run, more=("--data-path", str(tmp_path)))
     assert page.count('<img src="data:image/jpeg') == 24
     assert "This file holds pictures" in words(page)
+
+
+def test_data_without_val_cost_an_evaluation_its_pictures_alone(run, tmp_path, caplog):
+    (tmp_path / "train" / "c0").mkdir(parents=True)
+    text = words(report_of(run, more=("--data-path", str(tmp_path))))
+    assert "cannot be read" not in text
+    assert "Most confident mistakes" in text
+    [record] = caplog.records
+    assert "the pictures of mistakes are left out" in record.message
 
 
 def test_mistakes_on_a_part_of_train_have_pictures_of_train(run, tmp_path):

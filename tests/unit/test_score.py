@@ -130,6 +130,22 @@ def test_all_right_and_all_wrong(tmp_path, skill, accuracy):
     assert len(found["sets"]["val"]["confusions"]) == (0 if accuracy else 20)
 
 
+def test_scores_of_other_predictions_are_not_read(folder):
+    scores.write_scores(folder)
+    marked = scores.read_scores(folder) | {"temperature": "as it was written"}
+    (folder / "scores.json").write_text(json.dumps(marked))
+    assert scores.read_scores(folder) == marked
+    for seed in (1, 2):  # another set, then other predictions
+        add_set(folder, "sketch", *random_logits(50, 8, seed))
+        found = scores.read_scores(folder)
+        assert found == scores.score_evaluation(folder)
+        assert list(found["sets"]) == ["val", "sketch"]
+        scores.write_scores(folder)
+    (folder / "scores.json").write_text("[]")
+    with pytest.raises(DataError, match=r"scores\.json cannot be read"):
+        scores.read_scores(folder)
+
+
 @pytest.mark.parametrize("bad", [(), (0,)])
 def test_one_image(tmp_path, bad):
     folder = write_evaluation(tmp_path / "a", CLASSES)
@@ -273,6 +289,27 @@ def test_several_comparisons_are_adjusted(tmp_path, folder):
     assert [row["models"] for row in rows] == [[0, 1], [0, 2], [1, 2]]
     assert all(row["q"] >= row["p"] for row in rows)
     assert max(row["q"] for row in rows) == max(row["p"] for row in rows)
+
+
+def test_sets_of_own_classes_show_the_guesses_among_all_classes(tmp_path):
+    folders = []
+    for name, full1 in (("a", [0, 1, -1]), ("b", [1, 1, 2])):
+        folders.append(write_evaluation(tmp_path / name, CLASSES))
+        label = np.array([0, 1, 2])
+        own = {"classes": ["cup", "hat", "shoe"], "full1": full1, "files": ["x", "y", "z"]}
+        add_set(folders[-1], "objectnet", 9.0 * np.eye(3), label, **own)
+    comparison = scores.compare_evaluations(folders)
+    assert comparison["rows"][0]["differ"] == [
+        {"file": "x", "label": "cup", "guess": ["cup", "hat"]},
+        {"file": "z", "label": "shoe", "guess": ["a class outside the set", "shoe"]},
+    ]
+    text = scores.tables.format_comparison(comparison)
+    assert "p of the label" not in text
+    scores.write_scores(folders[0])
+    text = (folders[0] / "scores.md").read_text()
+    assert (
+        text.count("objectnet, its classes alone") == 4
+    )  # accuracy, calibration, classes, confusions
 
 
 def test_a_model_compared_with_itself(tmp_path):

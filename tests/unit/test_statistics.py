@@ -105,6 +105,8 @@ def test_confusion_pairs_come_in_a_fixed_order():
     assert st.confusion_pairs(label, guess, 3, 3) == [(0, 1, 2), (2, 0, 2), (1, 0, 1)]
     assert st.confusion_pairs(label, label, 3, 3) == [], "a mistake that never happened"
     assert st.confusion_pairs(label[:0], guess[:0], 3, 3) == []
+    last = np.array([999_999, 0])
+    assert st.confusion_pairs(last, last[::-1], 10**6, 1) == [(0, 999_999, 1)], "of many classes"
 
 
 # --- Calibration ------------------------------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ def test_sparklines():
     values = np.array([0.0, 1, 2, np.nan, 7])
     assert watch.sparkline(Series(np.arange(5), values), 10) == "▁▂▃ █"
     assert watch.sparkline(Series(np.arange(4), np.ones(4)), 10) == "▅▅▅▅"
+    assert watch.sparkline(Series(np.arange(79), np.full(79, 0.1)), 6) == "▅▅▅▅▅▅"
+    assert watch.sparkline(Series(np.arange(3), np.array([1, np.nan, 1])), 6) == "▅ ▅"
     assert len(watch.sparkline(Series(np.arange(99), np.arange(99.0)), 10)) == 10
 
 
