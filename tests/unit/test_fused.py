@@ -268,7 +268,7 @@ def test_gradient_of_a_gradient(name):
 
 @pytest.mark.parametrize("name", small_inputs())
 @torch.no_grad()
-def test_strides_are_as_promised(name):
+def test_fake_operators_have_the_strides_of_real_ones(name):
     """torch.compile relies on the strides of the fake operators."""
 
     def strides(*inputs):
@@ -281,8 +281,8 @@ def test_strides_are_as_promised(name):
     inputs = small_inputs()[name]
     with FakeTensorMode() as fake:
         fakes = [fake.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in inputs]
-        promised = strides(*fakes)
-    assert strides(*inputs) == promised
+        expected = strides(*fakes)
+    assert strides(*inputs) == expected
 
 
 @pytest.mark.parametrize(
