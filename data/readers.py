@@ -377,9 +377,8 @@ def open_split(root: str | Path | RemotePath, split: str) -> Reader:
     for name in _split_names(split):
         for suffix, kind, exists in kinds:
             path = root / (name.removesuffix(suffix) + suffix)
-            with contextlib.suppress(
-                *([OSError] if forms else [])
-            ):  # what is not read does no harm
+            # Of two forms the first is read; the other does no harm.
+            with contextlib.suppress(*([OSError] if forms else [])):
                 if exists(path):
                     forms.append((path, kind))
                 elif not forms:

@@ -92,9 +92,8 @@ class Tally:
 
     count: Counter = field(default_factory=Counter)  # by split
     reused: int = 0  # examined before, and not changed since
-    hashes: dict[tuple[str, str], str] = field(
-        default_factory=dict
-    )  # SHA-256 before, by split and name
+    # SHA-256 at the last check, by split and name.
+    hashes: dict[tuple[str, str], str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)  # whose SHA-256 is another one than before
     kinds: Counter = field(default_factory=Counter)  # by format and mode
     misnamed: int = 0
